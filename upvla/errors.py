@@ -1,0 +1,71 @@
+"""What can go wrong, by what the caller should do next.
+
+Every message says what happened, where, and the next move.
+"""
+
+
+class UpvlaError(Exception):
+    """Base of every error that upvla raises on purpose; `code` is stable and machine-readable."""
+
+    code = "error"
+
+
+class ConfigError(UpvlaError):
+    """A configuration is wrong: fix the named key; nothing was started."""
+
+    code = "config"
+
+
+class BadEpisode(UpvlaError):
+    """One recording is unusable: it goes to quarantine with `reason` and `detail`, the rest goes on."""
+
+    code = "bad_episode"
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        return (BadEpisode, (self.reason, self.detail))
+
+
+class NotFound(UpvlaError):
+    """The named object does not exist: check the name; listing its parent shows what does."""
+
+    code = "not_found"
+
+
+class AlreadyExists(UpvlaError):
+    """A conditional create lost: somebody else's object is there; read it and decide."""
+
+    code = "already_exists"
+
+
+class StoreError(UpvlaError):
+    """The object store refused or could not be reached; nothing was changed."""
+
+    code = "store"
+
+
+class OutcomeUnknown(UpvlaError):
+    """A write may or may not have happened (the reply was lost): read back before trying again."""
+
+    code = "outcome_unknown"
+
+
+class Mismatch(UpvlaError):
+    """Two things that must agree do not (action space, statistics, shapes); the message names the dimension."""
+
+    code = "mismatch"
+
+
+class Corrupt(UpvlaError):
+    """Stored bytes do not match their recorded hash or format: use the previous good version."""
+
+    code = "corrupt"
+
+
+class StackError(UpvlaError):
+    """A local server could not be started or is not healthy; the message names it and its log."""
+
+    code = "stack"

@@ -1,0 +1,64 @@
+"""Frames as bytes and as arrays, and the one named resize that training, caches, rollout and serving share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+from pydantic import BaseModel, ConfigDict, Field
+
+from upvla.errors import BadEpisode
+
+JPEG_QUALITY = 92  # with 4:4:4 chroma: smaller than q95 4:2:0 and sharper on small saturated objects
+
+
+class Resize(BaseModel):
+    """Scale the shorter side to `size` pixels with the named filter, then crop the centre square."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(gt=0)
+    filter: Literal["area", "linear", "cubic", "pil_bicubic"] = "area"
+
+
+def resize(frame: np.ndarray, spec: Resize) -> np.ndarray:
+    """u8[H,W,3] -> u8[size,size,3]. `pil_bicubic` (antialiased) is the published transform, 7x slower than cv2's."""
+    height, width = frame.shape[:2]
+    scale = spec.size / min(height, width)
+    target = (max(spec.size, round(width * scale)), max(spec.size, round(height * scale)))
+    if (width, height) != target:
+        frame = _scale(frame, target, spec.filter)
+    top, left = (target[1] - spec.size) // 2, (target[0] - spec.size) // 2
+    return np.ascontiguousarray(frame[top : top + spec.size, left : left + spec.size])
+
+
+def _scale(frame: np.ndarray, target: tuple[int, int], name: str) -> np.ndarray:
+    if name == "pil_bicubic":
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC))
+    enlarging = target[0] > frame.shape[1]
+    flags = {"area": cv2.INTER_LINEAR if enlarging else cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+    return np.asarray(cv2.resize(frame, target, interpolation=flags[name]))
+
+
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """u8[H,W,3] RGB -> JPEG, 4:4:4."""
+    frame = np.ascontiguousarray(frame)
+    return bytes(simplejpeg.encode_jpeg(frame, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444"))
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """JPEG or PNG bytes, told apart by their magic -> u8[H,W,3] RGB. Raises `BadEpisode("unreadable_image")`."""
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if decoded is not None:
+                return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
+    except ValueError as error:
+        raise BadEpisode("unreadable_image", str(error)) from error
+    raise BadEpisode("unreadable_image", f"{len(data)} bytes are neither a JPEG nor a PNG that decodes")
