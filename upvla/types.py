@@ -68,6 +68,18 @@ class ActionSpace:
         return ActionSpace(value["name"], tuple(ActionDim(**d) for d in value["dims"]), value["dt_s"])
 
 
+# CALVIN's `rel_actions`, which the playtable speaks too: one unit is 0.02 m or 0.05 rad, clipped to one unit a step.
+CALVIN_ACTIONS = ActionSpace(
+    "calvin_relative",
+    (
+        *(ActionDim(axis, "m", "world", "relative", scale=0.02) for axis in "xyz"),
+        *(ActionDim(f"r{axis}", "rad", "world", "relative", scale=0.05, convention="euler_xyz") for axis in "xyz"),
+        ActionDim("gripper", "gripper", "none", "absolute", convention="+1=open,-1=close"),
+    ),
+    dt_s=1 / 30,
+)
+
+
 CALVIN_RELATIVE = ActionSpace(
     "calvin_relative",
     (
@@ -140,6 +152,10 @@ class EpisodeSource(Protocol):
         """Stable identities of the recordings, in order."""
         ...
 
+    def token(self, key: str) -> str:
+        """A cheap string that changes whenever the recording's bytes may have changed."""
+        ...
+
     def read(self, key: str) -> Episode: ...
 
 
@@ -173,6 +189,7 @@ class Manifest:
     num_steps: int
     num_spans: int
     quarantined: Mapping[str, int] = field(default_factory=dict)  # reason -> count
+    quarantine: ShardRef | None = None  # one row a rejected recording: key, reason, detail
     options: Mapping[str, Any] = field(default_factory=dict)  # how it was imported
     content_id: str = ""  # hash over the content above, free of URLs and clocks
 
