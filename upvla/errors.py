@@ -69,3 +69,9 @@ class StackError(UpvlaError):
     """A local server could not be started or is not healthy; the message names it and its log."""
 
     code = "stack"
+
+
+class BadStep(UpvlaError):
+    """A training step gave numbers that are not finite; the weights were not moved, the message names the samples."""
+
+    code = "bad_step"

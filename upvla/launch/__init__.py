@@ -1,0 +1,1 @@
+"""Running anything long on Ray, and introducing the rooms to each other."""

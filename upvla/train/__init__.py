@@ -1,0 +1,1 @@
+"""Training: one engine, one loop, and resume shards that are a resume."""
