@@ -1,0 +1,17 @@
+"""evaluate/chains: closed-loop scores of one checkpoint, with reference policies and videos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import steps
+
+
+@flow(name="evaluate", log_prints=True)
+def evaluate(
+    checkpoint: str, config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None
+) -> dict[str, Any]:
+    line = steps.open_line(config, site, overrides)
+    return steps.evaluate(line, {"url": checkpoint})

@@ -1,0 +1,16 @@
+"""ingest/playtable: record scripted experts, then turn the recordings into one dataset version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import steps
+
+
+@flow(name="ingest", log_prints=True)
+def ingest(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
+    line = steps.open_line(config, site, overrides)
+    recorded = steps.collect(line)
+    return steps.ingest(line, recorded)

@@ -1,0 +1,172 @@
+"""`upvla ...`: one sub-command a verb; each calls one function and prints what it returned."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from upvla.errors import UpvlaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Robot episodes in, a policy you can trust out. Start with `upvla demo`.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look into data sets.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Option(help="Run configuration under configs/, without .yaml.")]
+SiteName = Annotated[str, typer.Option("--site", help="Site file under configs/site/: where things are.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. --set stage1.steps=10 (repeatable).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    """Entry point: errors that we raise on purpose become one sentence and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except UpvlaError as error:
+        print(f"upvla: {error.code}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, sort_keys=True))
+        return
+    width = max((len(key) for key in result), default=0)
+    for key, value in result.items():
+        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+# ------------------------------------------------------------------------------------------------------- the stack
+
+
+@app.command()
+def up(site: SiteName = "local", as_json: Json = False) -> None:
+    """Start the local stack (S3, MLflow, Prefect, Ray) and wait until it is healthy. Example: upvla up"""
+    from upvla import stack
+
+    config = stack.load_site(site)
+    stack.up(config, progress=lambda text: print(text, file=sys.stderr))
+    status(site, as_json)
+
+
+@app.command()
+def down(site: SiteName = "local") -> None:
+    """Stop everything that `upvla up` started. Example: upvla down"""
+    from upvla import stack
+
+    stack.down(stack.load_site(site))
+
+
+@app.command()
+def status(site: SiteName = "local", as_json: Json = False) -> None:
+    """Say what runs, where, and where its log is. Example: upvla status --json"""
+    from upvla import stack
+
+    parts = stack.status(stack.load_site(site))
+    if as_json:
+        print(json.dumps(parts, indent=2))
+        return
+    for part in parts:
+        print(f"{part['name']:<16} {'healthy' if part['healthy'] else 'DOWN':<8} {part['address']:<32} {part['log']}")
+
+
+# -------------------------------------------------------------------------------------------------------- the line
+
+
+@app.command()
+def collect(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
+    """Record scripted experts in the playtable. Example: upvla collect --set data.collect.seed=1"""
+    from upvla.launch.line import open_line
+
+    _show(open_line(config, site, set_ or []).collect(), as_json)
+
+
+@app.command()
+def ingest(
+    source: Annotated[str | None, typer.Option(help="Folder or URL of recordings; default: what `collect` wrote.")] = None,
+    config: Config = "pretrain/full",
+    site: SiteName = "local",
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Turn recordings into a new dataset version. Example: upvla ingest --source my_recordings/training"""
+    from upvla.launch.line import open_line
+
+    line = open_line(config, site, set_ or [])
+    _show(line.ingest(source or line.collect()["source_url"]), as_json)
+
+
+@data_app.command("ls")
+def data_ls(site: SiteName = "local", as_json: Json = False) -> None:
+    """List data sets and their versions. Example: upvla data ls"""
+    from upvla.launch.line import list_datasets
+
+    listing = list_datasets(site)
+    if as_json:
+        print(json.dumps(listing, indent=2))
+        return
+    for row in listing:
+        print("{dataset}@{version}  {recordings} recordings, {segments} segments, {steps} steps".format(**row))
+
+
+@data_app.command("show")
+def data_show(name: str, site: SiteName = "local", as_json: Json = False) -> None:
+    """Show one version: counts, statistics id, quarantine. Example: upvla data show playtable@1"""
+    from upvla.launch.line import show_dataset
+
+    _show(show_dataset(site, name), as_json)
+
+
+@app.command()
+def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
+    """Fix the order of all samples of the newest dataset version. Example: upvla mix --json"""
+    from upvla.launch.line import open_line
+
+    _show(open_line(config, site, set_ or []).mix(), as_json)
+
+
+@app.command()
+def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
+    """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
+    from upvla.launch.line import open_line
+
+    _show(open_line(config, site, set_ or []).train_all(), as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint URL, or a registered name such as upvla-tiny@champion.")],
+    config: Config = "pretrain/full",
+    site: SiteName = "local",
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion"""
+    from upvla.launch.line import open_line
+
+    line = open_line(config, site, set_ or [])
+    _show(line.evaluate(line.checkpoint_url(model)), as_json)
+
+
+@app.command()
+def demo(
+    size: Annotated[str, typer.Option(help="full: about 20 minutes; ci: a few minutes, learns nothing useful.")] = "full",
+    site: SiteName = "local",
+) -> None:
+    """Stack, deployments and the whole line, then one table. Example: upvla demo --size ci"""
+    from upvla.launch.demo import run_demo
+
+    run_demo(size, site)
+
+
+if __name__ == "__main__":
+    main()

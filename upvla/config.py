@@ -1,0 +1,163 @@
+"""Configuration: composition of the rooms' own configs, loading with overrides, and fingerprints.
+
+YAML holds values, never behaviour. A file may name one `base:` (merged under it) and `include:` other files as
+sections; overrides are `a.b.c=value`. A key that does not exist is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from upvla.data.ingest import IngestConfig
+from upvla.data.mixture import MixtureConfig
+from upvla.errors import ConfigError
+from upvla.model.config import ModelConfig
+from upvla.rollout.evaluate import EvalConfig
+from upvla.sim.playtable.recorder import CollectConfig
+from upvla.store import content_hash
+from upvla.train.engine import EngineConfig
+from upvla.train.loop import StageConfig
+
+_Config = TypeVar("_Config", bound=BaseModel)
+
+
+class DataConfig(BaseModel):
+    """Where episodes come from and how they become a dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    collect: CollectConfig
+    ingest: IngestConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """One pre-training run, from recordings to a registered policy."""
+
+    name: str
+    data: DataConfig
+    mixture: MixtureConfig
+    model: ModelConfig
+    engine: EngineConfig
+    vq: StageConfig
+    stage1: StageConfig
+    stage2: StageConfig
+    eval: EvalConfig
+
+    @property
+    def model_name(self) -> str:
+        """Name in the model registry."""
+        return f"upvla-{self.model.preset}"
+
+
+class FinetuneConfig(Section):
+    """One nightly: fine-tune the champion on what has landed since, keep it only if it is better."""
+
+    name: str
+    model_name: str
+    data: DataConfig
+    mixture: MixtureConfig
+    engine: EngineConfig
+    stage: StageConfig
+    eval: EvalConfig
+    min_new_recordings: int = Field(1, gt=0)
+
+
+def configs_root() -> Path:
+    return Path(os.environ.get("UPVLA_CONFIGS", Path(__file__).parent.parent / "configs"))
+
+
+def load(name: str, kind: type[_Config], overrides: Sequence[str] = ()) -> _Config:
+    """`load("pretrain/full", RunConfig, ["stage1.steps=10"])`. Raises `ConfigError` naming file, key and next move."""
+    values = _read(name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: write it as key.path=value")
+        _assign(values, key.strip().split("."), yaml.safe_load(text))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, name)) from error
+
+
+def fingerprint(config: BaseModel) -> str:
+    """Short hash over the logical values: equal configs give equal keys on every site."""
+    return content_hash(config.model_dump(mode="json"))
+
+
+def _read(name: str, depth: int = 0) -> dict[str, Any]:
+    path = configs_root() / f"{name}.yaml"
+    if not path.is_file():
+        known = [str(p.relative_to(configs_root()).with_suffix("")) for p in configs_root().rglob("*.yaml")]
+        raise ConfigError(f"no config {name!r} under {configs_root()}{_nearest(name, known)}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    base, include = values.pop("base", None), values.pop("include", {})
+    sections = {key: _read(file, depth + 1) for key, file in include.items()}
+    if base is not None:
+        if depth > 1:
+            raise ConfigError(f"{path}: only one level of `base:` is allowed")
+        sections = _merge(_read(base, depth + 1), sections)
+    return _merge(sections, values)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {'.'.join(path)}: {key!r} is a value, not a section")
+    values[path[-1]] = value
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], name: str) -> str:
+    lines = []
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"]]
+        key, file = ".".join(where), f"configs/{name}.yaml"
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(kind, where[:-1])
+            lines.append(f"unknown key {key!r} in {file}{_nearest(where[-1], known, prefix=where[:-1])}")
+        elif problem["type"] == "missing":
+            lines.append(f"missing key {key!r} in {file}")
+        else:
+            lines.append(f"{key!r} in {file}: {problem['msg']} (got {problem['input']!r})")
+    return "; ".join(lines)
+
+
+def _fields_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        if part.isdigit():
+            continue
+        info = kind.model_fields.get(part)
+        inner = [a for a in (info.annotation, *getattr(info.annotation, "__args__", ())) if info] if info else []
+        nested = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not nested:
+            return []
+        kind = nested[0]
+    return list(kind.model_fields)
+
+
+def _nearest(word: str, known: Sequence[str], prefix: Sequence[str] = ()) -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {'.'.join([*prefix, close[0]])!r}?" if close else f"; known: {', '.join(sorted(known))}"

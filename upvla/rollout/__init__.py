@@ -1,0 +1,1 @@
+"""Policies acting in environments, and what their scores mean."""
