@@ -1,0 +1,379 @@
+"""What a model is: sizes, cameras, image codes, token ids. One dial for size: `preset: tiny | small | base`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from upvla.errors import ConfigError
+from upvla.images import Resize
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VQLossConfig(_Section):
+    """Weights of the tokenizer's training loss; they do not touch the numerics of a trained tokenizer."""
+
+    l1: float = 1.0
+    l2: float = 1.0
+    contrast: float = 4.0
+    """Extra weight of a pixel by how far it is from its neighbourhood: small objects must not be washed out."""
+    commitment: float = 0.125
+    """0.1 x (1 + 0.25) in the published quantiser."""
+    entropy: float = 0.1
+
+
+class VQConfig(_Section):
+    """MAGVIT-v2-style convolutional tokenizer with look-up-free quantisation: 2^`z_channels` codes.
+
+    Level 0 is full resolution; every further level halves it. Zero blocks at a level keep its width.
+    """
+
+    image_size: int = Field(gt=0)
+    channels: int = Field(gt=0)
+    encoder_multipliers: tuple[int, ...]
+    encoder_blocks: tuple[int, ...]
+    decoder_multipliers: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    z_channels: int = Field(gt=0, le=16)
+    loss: VQLossConfig = VQLossConfig()
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> VQConfig:
+        levels = {
+            len(v)
+            for v in (self.encoder_multipliers, self.encoder_blocks, self.decoder_multipliers, self.decoder_blocks)
+        }
+        if len(levels) != 1:
+            raise ValueError("encoder and decoder multipliers and blocks must name the same number of levels")
+        if self.image_size % self.downsampling:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {self.downsampling}")
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        return int(2 ** (len(self.encoder_multipliers) - 1))
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.downsampling
+
+    @property
+    def codebook_size(self) -> int:
+        return int(2**self.z_channels)
+
+
+class VisionConfig(_Section):
+    """The understanding encoder E1. `vit` trains here, `clip` is loaded from `folder`, `features` takes what comes.
+
+    With kind `features` the batch carries `f32[B,K,P,D]` patch features (a cache of a frozen tower, or a test's
+    stand-in) in place of frames, and `num_patches` says P.
+    """
+
+    kind: Literal["vit", "clip", "features"]
+    image_size: int = Field(gt=0)
+    width: int = Field(gt=0)
+    patch: int = 16
+    blocks: int = 0
+    heads: int = 1
+    mlp: int = 0
+    stem: tuple[int, ...] = ()
+    """Channels of the convolutional stem: the first layer divides the side by 4, each other one and the last by 2."""
+    pool: tuple[int, ...] = (1,)
+    """Per camera: average this many patches a side into one token."""
+    frozen: bool = False
+    folder: str = ""
+    num_patches: int | None = None
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch
+
+    @property
+    def patches_by_camera(self) -> tuple[int, ...]:
+        if self.num_patches is not None:
+            return (self.num_patches,) * len(self.pool)
+        return tuple((self.grid // p) ** 2 for p in self.pool)
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionConfig:
+        if self.num_patches is None and any(self.grid % p for p in self.pool):
+            raise ValueError(f"pool {self.pool} does not divide the {self.grid} x {self.grid} patch grid")
+        if self.kind == "features" and self.num_patches is None:
+            raise ValueError("vision.kind 'features' needs vision.num_patches")
+        if self.kind == "vit" and self.frozen:
+            raise ValueError("a 'vit' starts from random weights and cannot be frozen: freeze it in a later stage")
+        if self.kind == "vit" and self.patch != 2 ** (len(self.stem) + 2):
+            raise ValueError(f"a stem of {len(self.stem)} layers makes patches of {2 ** (len(self.stem) + 2)} pixels")
+        return self
+
+
+class BackboneConfig(_Section):
+    """Geometry of the causal LM, by any family of transformers that takes `inputs_embeds` and a 4-D mask."""
+
+    family: Literal["phi", "llama", "qwen2", "qwen3"] = "phi"
+    width: int = Field(gt=0)
+    blocks: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp: int = Field(gt=0)
+    rotary_fraction: float = 0.5
+    rotary_base: float = 10000.0
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class ActionHeadConfig(_Section):
+    heads: int = Field(gt=0)
+    """The published block doubles this number; 4 means 8 attention heads."""
+    gripper: Literal["mse", "bce"] = "mse"
+    """`mse` is the released code, `bce` the paper: a logit on the last dimension with target (g + 1) / 2."""
+    supervise_padding: bool = True
+    """The released code trains on a short window's padding (stand still, keep the gripper)."""
+
+
+class ModelConfig(_Section):
+    """Everything that fixes the model's numerics. `{preset: tiny, chunk: 6}` is a preset with one value replaced."""
+
+    preset: str
+    text_vocab_size: int = Field(gt=0)
+    """Ids of the text tokenizer (its end token included) are below this; the special ids start here."""
+    eot_id: int = Field(ge=0)
+    text_budget: int = Field(gt=3)
+    """T of the published prompt: a robot row's text span (task, bos, instruction, eot) has at most T + 1 tokens."""
+    qa_budget: int = Field(gt=0)
+    """Longest conversation of a question row, in tokens; what is longer is cut."""
+    system_ids: tuple[int, ...] = ()
+    """The tokenised system prompt of question rows (28 ids in the released training, none in its rollout)."""
+    vision_cameras: tuple[str, ...]
+    code_cameras: tuple[str, ...]
+    vision_prompt: bool
+    """Robot rows start with the understanding encoder's patches (paper section 4.3) or not (released code)."""
+    image_softmax: Literal["codebook", "full"]
+    """`full` is the released loss: whole vocabulary, delimiters included. `codebook` normalises over image codes."""
+    chunk: int = Field(gt=0)
+    action_dims: int = Field(gt=1)
+    trim: bool = True
+    """Cut padding columns that the whole batch shares. Results do not depend on it: positions keep their values."""
+    backbone: BackboneConfig
+    vision: VisionConfig
+    vq: VQConfig
+    action_head: ActionHeadConfig
+    vision_filter: Literal["area", "linear", "cubic", "pil_bicubic"] = "area"
+    vq_filter: Literal["area", "linear", "cubic", "pil_bicubic"] = "area"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("preset") not in PRESETS:
+            return values
+        return _merge(PRESETS[values["preset"]], values)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> ModelConfig:
+        if len(self.vision.pool) != len(self.vision_cameras):
+            raise ValueError(
+                f"vision.pool names {len(self.vision.pool)} cameras, vision_cameras {len(self.vision_cameras)}"
+            )
+        if self.eot_id >= self.text_vocab_size:
+            raise ValueError(f"eot_id {self.eot_id} must be below text_vocab_size {self.text_vocab_size}")
+        if self.backbone.width % (2 * self.action_head.heads) or self.backbone.width % self.backbone.heads:
+            raise ValueError(f"backbone.width {self.backbone.width} must divide by the attention heads")
+        longest = max(self.max_robot_length, self.max_qa_length)
+        if longest > self.backbone.max_positions:
+            raise ValueError(f"rows of {longest} tokens exceed backbone.max_positions {self.backbone.max_positions}")
+        return self
+
+    # -- the vocabulary, in the published order: text, [PAD], nine special tokens, image codes, one mask id
+
+    @property
+    def pad_id(self) -> int:
+        return self.text_vocab_size
+
+    @property
+    def soi_id(self) -> int:
+        return self.text_vocab_size + 1
+
+    @property
+    def eoi_id(self) -> int:
+        return self.text_vocab_size + 2
+
+    @property
+    def predict_id(self) -> int:
+        """`<|t2i|>` in Show-o and in the rollout, renamed `<|pre|>` by the training script: one id."""
+        return self.text_vocab_size + 5
+
+    @property
+    def mmu_id(self) -> int:
+        return self.text_vocab_size + 6
+
+    @property
+    def action_id(self) -> int:
+        """`<|lvg|>`, reused as the action query."""
+        return self.text_vocab_size + 9
+
+    @property
+    def image_offset(self) -> int:
+        return self.text_vocab_size + 10
+
+    @property
+    def mask_id(self) -> int:
+        return self.image_offset + self.vq.codebook_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.mask_id + 1
+
+    # -- lengths
+
+    @property
+    def num_views(self) -> int:
+        return len(self.code_cameras)
+
+    @property
+    def codes_per_view(self) -> int:
+        return self.vq.grid**2
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one observation, all cameras."""
+        return sum(self.vision.patches_by_camera)
+
+    @property
+    def max_robot_length(self) -> int:
+        prompt = self.num_patches + 2 if self.vision_prompt else 0
+        return prompt + self.text_budget + 1 + 2 + self.num_views * self.codes_per_view + self.chunk
+
+    @property
+    def max_qa_length(self) -> int:
+        return 3 + len(self.system_ids) + self.num_patches + self.qa_budget
+
+    @property
+    def vision_resize(self) -> Resize:
+        return Resize(size=self.vision.image_size, filter=self.vision_filter)
+
+    @property
+    def vq_resize(self) -> Resize:
+        return Resize(size=self.vq.image_size, filter=self.vq_filter)
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """`preset("tiny", chunk=6)`. Raises `ConfigError` for a name that does not exist."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return ModelConfig.model_validate({"preset": name, **changes})
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores. Sizes were chosen by benchmarks/learning_gate.py.
+    "tiny": {
+        "text_vocab_size": 2048,
+        "eot_id": 0,
+        "text_budget": 31,
+        "qa_budget": 48,
+        "vision_cameras": ("static", "gripper"),
+        "code_cameras": ("static",),
+        "vision_prompt": True,
+        "image_softmax": "codebook",
+        "chunk": 10,
+        "action_dims": 7,
+        "backbone": {"width": 128, "blocks": 4, "heads": 4, "mlp": 512, "max_positions": 512},
+        "vision": {
+            "kind": "vit",
+            "image_size": 128,
+            "width": 128,
+            "patch": 16,
+            "blocks": 2,
+            "heads": 4,
+            "mlp": 256,
+            "stem": (32, 64),
+            "pool": (1, 2),
+        },
+        "vq": {
+            "image_size": 64,
+            "channels": 16,
+            "encoder_multipliers": (1, 2, 4, 6),
+            "encoder_blocks": (0, 1, 1, 1),
+            "decoder_multipliers": (1, 2, 4, 6),
+            "decoder_blocks": (0, 1, 1, 1),
+            "z_channels": 10,
+        },
+        "action_head": {"heads": 2, "gripper": "bce"},
+    },
+    # Hours on one GPU.
+    "small": {
+        "text_vocab_size": 4096,
+        "eot_id": 0,
+        "text_budget": 63,
+        "qa_budget": 128,
+        "vision_cameras": ("static", "gripper"),
+        "code_cameras": ("static", "gripper"),
+        "vision_prompt": True,
+        "image_softmax": "codebook",
+        "chunk": 10,
+        "action_dims": 7,
+        "backbone": {"width": 512, "blocks": 12, "heads": 8, "mlp": 2048},
+        "vision": {
+            "kind": "vit",
+            "image_size": 192,
+            "width": 384,
+            "patch": 16,
+            "blocks": 8,
+            "heads": 6,
+            "mlp": 1536,
+            "stem": (64, 128),
+            "pool": (1, 2),
+        },
+        "vq": {
+            "image_size": 128,
+            "channels": 64,
+            "encoder_multipliers": (1, 2, 2, 4),
+            "encoder_blocks": (1, 2, 2, 2),
+            "decoder_multipliers": (1, 2, 2, 4),
+            "decoder_blocks": (2, 2, 2, 2),
+            "z_channels": 12,
+        },
+        "action_head": {"heads": 4, "gripper": "bce"},
+    },
+    # The published 1.5 B: Phi-1.5 geometry, 512 px, 1024 codes a view, CLIP ViT-L/14-336.
+    "base": {
+        "text_vocab_size": 50295,
+        "eot_id": 50256,
+        "text_budget": 576,
+        "qa_budget": 1006,
+        "vision_cameras": ("static",),
+        "code_cameras": ("static",),
+        "vision_prompt": False,
+        "image_softmax": "full",
+        "chunk": 10,
+        "action_dims": 7,
+        "backbone": {"width": 2048, "blocks": 24, "heads": 32, "mlp": 8192},
+        "vision": {"kind": "clip", "image_size": 336, "width": 1024, "patch": 14, "frozen": True},
+        "vq": {
+            "image_size": 512,
+            "channels": 128,
+            "encoder_multipliers": (1, 2, 2, 4, 4),
+            "encoder_blocks": (4, 3, 4, 3, 4),
+            "decoder_multipliers": (1, 1, 2, 2, 4),
+            "decoder_blocks": (4, 4, 3, 4, 3),
+            "z_channels": 13,
+        },
+        "action_head": {"heads": 4, "gripper": "mse"},
+        "vision_filter": "pil_bicubic",
+        "vq_filter": "pil_bicubic",
+    },
+}

@@ -1,0 +1,147 @@
+"""The understanding encoder E1 and its projector: frames to patch features to decoder tokens.
+
+Legend: B observations, K cameras, P patches of all cameras, g patch grid of one camera, D encoder width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from upvla.errors import ConfigError, Mismatch
+from upvla.model.config import VisionConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionEncoder(nn.Module):
+    """u8[B,K,H,W,3] -> patch features f[B,P,D]; cameras one after the other, each in raster order.
+
+    A camera's `pool` averages squares of patches. Cached features f32[B,K,P/K,D] pass through kind `features`.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tower: SmallViT | ClipTower | None = None
+        if config.kind == "vit":
+            self.tower = SmallViT(config)
+            self.camera = nn.Parameter(torch.randn(len(config.pool), config.width) * 0.02)
+        elif config.kind == "clip":
+            self.tower = ClipTower(config)
+        if config.frozen:
+            self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.tower is None:
+            return images.flatten(1, 2)
+        self._check(images)
+        frames = images.flatten(0, 1).permute(0, 3, 1, 2)
+        features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g,D]
+        cameras = []
+        for k, pool in enumerate(self.config.pool):
+            patches = features[:, k]
+            if pool > 1:
+                grid = patches.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+                patches = F.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)
+            cameras.append(patches + self.camera[k] if self.config.kind == "vit" else patches)
+        return torch.cat(cameras, dim=1)
+
+    def _check(self, images: Tensor) -> None:
+        side = self.config.image_size
+        expected = (len(self.config.pool), side, side, 3)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
+            raise Mismatch(
+                f"vision: images must be uint8 [B, {', '.join(map(str, expected))}], got {images.dtype} "
+                f"{list(images.shape)}: resize frames with the model's vision_resize"
+            )
+
+
+def make_projector(inner: int, outer: int) -> nn.Sequential:
+    """Patch features to decoder tokens: Linear, exact GELU, Linear. No position embedding is added."""
+    return nn.Sequential(nn.Linear(inner, outer), nn.GELU(), nn.Linear(outer, outer))
+
+
+class SmallViT(nn.Module):
+    """A ViT that learns from thousands of frames: early convolutions (Xiao et al. 2021), then pre-norm blocks."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        widths = (*config.stem, config.width)
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=4, padding=3)]
+        for inner, outer in zip(widths, widths[1:], strict=False):
+            layers += [nn.GroupNorm(8, inner), nn.ReLU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
+        self.stem = nn.Sequential(*layers)
+        self.position = nn.Parameter(torch.randn(config.grid**2, config.width) * 0.02)
+        self.blocks = nn.ModuleList(ViTBlock(config.width, config.heads, config.mlp) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        pixels = frames.to(self.position.dtype) / 127.5 - 1.0
+        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ClipTower(nn.Module):
+    """CLIP's vision transformer as UP-VLA reads it: the output of the last block but one, class token dropped.
+
+    Built empty; `load_clip` fills it from a local folder. Frames arrive resized by the model's `vision_resize`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.clip = transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(
+                hidden_size=config.width,
+                intermediate_size=config.mlp or 4 * config.width,
+                num_hidden_layers=config.blocks or 24,
+                num_attention_heads=config.heads if config.heads > 1 else 16,
+                image_size=config.image_size,
+                patch_size=config.patch,
+                attn_implementation="sdpa",
+            )
+        )
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        pixels = (frames.float() / 255.0 - self.mean) / self.std
+        dtype = next(self.clip.parameters()).dtype
+        states = self.clip(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states
+        return states[-2][:, 1:]
+
+
+def load_clip(encoder: VisionEncoder, folder: str) -> None:
+    """Fill a `clip` encoder from a local folder of transformers' layout (config.json + safetensors)."""
+    if not isinstance(encoder.tower, ClipTower):
+        raise ConfigError(f"vision.kind is {encoder.config.kind!r}: only 'clip' loads CLIP weights")
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"vision.folder {folder!r} holds no config.json: download openai/clip-vit-large-patch14-336")
+    source = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    encoder.tower.clip.load_state_dict(source.state_dict())
