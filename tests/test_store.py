@@ -93,7 +93,7 @@ def test_of_many_creators_one_wins(store: Store) -> None:
         except AlreadyExists:
             return None
 
-    for i in range(5):
+    for i in range(3):
         barrier = threading.Barrier(8)
         with ThreadPoolExecutor(8) as pool:
             winners = [worker for worker in pool.map(attempt, range(8)) if worker is not None]
@@ -182,6 +182,8 @@ class _hanging_up:
         self.stored: bytes | None = None
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_PUT(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if outer.stored is not None:

@@ -1,0 +1,174 @@
+"""CALVIN's raw layout, which the playtable writes too: one npz a frame, recordings as inclusive id ranges.
+
+    <split>/episode_0000000.npz ...        actions, rel_actions (7), robot_obs (15), scene_obs (24), rgb_<camera>
+            ep_start_end_ids.npy           i64[recordings, 2], both ends inclusive
+            scene_info.npy                 pickled {"calvin_scene_A": [first, last], ...}; optional
+            lang_annotations/auto_lang_ann.npy   pickled {language: {ann, task}, info: {indx: [(start, end)]}}; optional
+
+Frames that no range covers are leftovers of the public set and are ignored. Frames are encoded as they are read, so
+memory holds one recording's JPEGs, never its pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.images import encode_jpeg
+from upvla.store import content_hash, open_store
+from upvla.types import CALVIN_ACTIONS, Episode, Span
+
+RATE_HZ = 30.0
+_ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
+_MAX_MEMBER_BYTES = 64 << 20  # a frame's largest array is 0.2 MB; more is a zip bomb or no CALVIN frame
+
+log = logging.getLogger(__name__)
+
+
+class CalvinSource:
+    """The recordings of one split. `url` is the split's folder, or its parent together with `split`.
+
+    span_end: whether an annotation's second id is the last frame or the one after. CALVIN's own loader takes it as
+    exclusive (the default), the published UP-VLA code as inclusive.
+    """
+
+    format: ClassVar[str] = "calvin"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        split: str = "",
+        span_end: Literal["exclusive", "inclusive"] = "exclusive",
+        cameras: Sequence[str] = ("static", "gripper"),
+        embodiment: str = "franka_panda",
+    ):
+        if span_end not in ("exclusive", "inclusive"):
+            raise ConfigError(f"span_end is 'exclusive' or 'inclusive', not {span_end!r}")
+        self.store = open_store(url).sub(split) if split else open_store(url)
+        self.cameras, self.embodiment = tuple(cameras), embodiment
+        try:
+            ranges = _read_npy(self.store.read("ep_start_end_ids.npy"))
+        except NotFound as error:
+            raise NotFound(f"{error}: the URL must be a split's folder, such as .../training") from error
+        except ValueError as error:
+            raise Corrupt(f"{self.store.url}/ep_start_end_ids.npy: {error}; record or download it again") from error
+        self._ranges = {f"{start:07d}-{end:07d}": (int(start), int(end)) for start, end in ranges.reshape(-1, 2)}
+        self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
+        self._spans = self._read_spans(last=1 if span_end == "inclusive" else 0)
+        self._tokens: dict[str, str] | None = None
+
+    def keys(self) -> Sequence[str]:
+        return list(self._ranges)
+
+    def token(self, key: str) -> str:
+        if self._tokens is None:
+            self._tokens = self.store.tokens("episode_")
+        frames = [self._tokens.get(_frame_key(i), "") for i in self._frame_ids(key)]
+        spans = [[span.start, span.end, span.text, span.task] for span in self._spans[key]]
+        return content_hash([frames, spans, self._scene(key), self.cameras, self.embodiment])
+
+    def read(self, key: str) -> Episode:
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+        images: dict[str, list[bytes]] = {camera: [] for camera in self.cameras}
+        for i in self._frame_ids(key):
+            frame = self._read_frame(_frame_key(i))
+            for name, rows in columns.items():
+                rows.append(frame[name].astype(np.float32))
+            for camera, encoded in images.items():
+                encoded.append(encode_jpeg(frame[f"rgb_{camera}"]))
+        return Episode(
+            id=key,
+            source=self.format,
+            embodiment=self.embodiment,
+            scene=self._scene(key),
+            action_space=CALVIN_ACTIONS,
+            rate_hz=RATE_HZ,
+            timestamps=np.arange(len(columns["actions"])) / RATE_HZ,
+            images=images,
+            state=np.stack(columns["robot_obs"]),
+            actions=np.stack(columns["rel_actions"]),
+            spans=self._spans[key],
+            absolute_actions=np.stack(columns["actions"]),
+            scene_state=np.stack(columns["scene_obs"]),
+        )
+
+    def _frame_ids(self, key: str) -> range:
+        start, end = self._ranges[key]
+        return range(start, end + 1)
+
+    def _scene(self, key: str) -> str:
+        first = self._ranges[key][0]
+        names = [name for name, (low, high) in self._scenes.items() if int(low) <= first <= int(high)]
+        return names[0] if names else "unknown"
+
+    def _pickled(self, key: str) -> dict[str, Any]:
+        from upvla.data.sources.pickles import read_object_npy
+
+        try:
+            value = read_object_npy(self.store.read(key), f"{self.store.url}/{key}")
+        except NotFound:
+            return {}
+        if not isinstance(value, dict):
+            raise Corrupt(f"{self.store.url}/{key} holds a {type(value).__name__}, not a dict")
+        return value
+
+    def _read_spans(self, last: int) -> dict[str, tuple[Span, ...]]:
+        """Annotations by recording, in its own steps; `last` is added to each end."""
+        spans: dict[str, list[Span]] = {key: [] for key in self._ranges}
+        annotations = self._pickled("lang_annotations/auto_lang_ann.npy")
+        homeless = 0
+        if annotations:
+            language, where = annotations["language"], annotations["info"]["indx"]
+            for text, task, (start, end) in zip(language["ann"], language["task"], where, strict=True):
+                key = next((key for key, (low, high) in self._ranges.items() if low <= start <= high), None)
+                if key is None:
+                    homeless += 1
+                else:
+                    low = self._ranges[key][0]
+                    spans[key].append(Span(int(start) - low, int(end) - low + last, str(text), str(task)))
+        if homeless:
+            log.warning("%s: %d annotations lie outside every recording and are ignored", self.store.url, homeless)
+        return {key: tuple(found) for key, found in spans.items()}
+
+    def _read_frame(self, key: str) -> dict[str, np.ndarray]:
+        """The arrays of one npz, CRC-checked. `BadEpisode` names the file and what is wrong with it."""
+        where = f"{self.store.url}/{key}"
+        try:
+            data = self.store.read(key)
+        except NotFound as error:
+            raise BadEpisode("missing_frame", str(error)) from error
+        frame: dict[str, np.ndarray] = {}
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for name in (*_ARRAYS, *(f"rgb_{camera}" for camera in self.cameras)):
+                    member = archive.getinfo(f"{name}.npy")
+                    if member.file_size > _MAX_MEMBER_BYTES:
+                        raise BadEpisode("zip_bomb", f"{where}: {name} claims {member.file_size} bytes")
+                    frame[name] = _read_npy(archive.read(member))
+        except KeyError as error:
+            raise BadEpisode("missing_array", f"{where}: {error.args[0]}") from error
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise BadEpisode("unreadable_frame", f"{where}: {error}") from error
+        for name, array in frame.items():
+            expected = _ARRAYS.get(name)
+            if expected and (array.shape != expected or array.dtype.kind not in "fiu"):
+                raise BadEpisode("shape", f"{where}: {name} is {array.dtype}{array.shape}, must be numbers{expected}")
+            if not expected and (array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3):
+                raise BadEpisode("shape", f"{where}: {name} is {array.dtype}{array.shape}, must be uint8(H, W, 3)")
+        return frame
+
+
+def _frame_key(i: int) -> str:
+    return f"episode_{i:07d}.npz"
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
