@@ -22,10 +22,12 @@ CHUNK, DIMS = 3, 2
 class ToyVLA(nn.Module):
     """Instruction ids -> actions (`act`, padded steps ignored); questions -> next id (`mmu`, -100 ignored)."""
 
-    def __init__(self, vocabulary: int = 16, width: int = 12) -> None:
+    def __init__(self, vocabulary: int = 16, width: int = 12, dropout: float = 0.0) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, width)
-        self.body = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width))
+        self.body = nn.Sequential(
+            nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width), nn.Dropout(dropout)
+        )
         self.latents = nn.Parameter(torch.randn(1, width) * 0.1)
         self.action_head = nn.Linear(width, CHUNK * DIMS)
         self.word_head = nn.Linear(width, vocabulary)
@@ -88,10 +90,10 @@ def batches(rank: int, world_size: int, accumulation: int = 1, start_step: int =
         step += 1
 
 
-def toy() -> ToyVLA:
+def toy(dropout: float = 0.0) -> ToyVLA:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return ToyVLA()
+        return ToyVLA(dropout=dropout)
 
 
 class Workers:
@@ -110,9 +112,9 @@ class Workers:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((fn, args))
+            pipe.send((fn, args, kwargs))
         answers = [pipe.recv() if pipe.poll(120) else ("failed", "no answer in 120 s") for pipe in self._pipes]
         for status, value in answers:
             if status == "raised":
@@ -139,9 +141,9 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     from upvla.errors import UpvlaError
 
     while (task := pipe.recv()) is not None:
-        fn, args = task
+        fn, args, kwargs = task
         try:
-            pipe.send(("done", fn(*args)))
+            pipe.send(("done", fn(*args, **kwargs)))
         except UpvlaError as error:
             pipe.send(("raised", error))
         except Exception:

@@ -14,11 +14,13 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0, description="for matrices only: no norm, bias, embedding or latent decays")
-    warmup_steps: int = Field(0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="for matrices only: no norm, bias, embedding or latent decays"
+    )
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
 
 
@@ -27,14 +29,16 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_workers: int = Field(1, gt=0)
+    num_workers: int = Field(default=1, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: products in bfloat16 (autocast); weights, gradients and moments stay float32"
     )
-    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
+    gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
     use_gpu: bool = False
-    max_failures: int = Field(3, ge=-1, description="worker failures that are retried from the last resume point")
+    max_failures: int = Field(
+        default=3, ge=-1, description="worker failures that are retried from the last resume point"
+    )
 
 
 class StageConfig(BaseModel):
@@ -53,10 +57,12 @@ class StageConfig(BaseModel):
     micro_batch: int = Field(gt=0, description="rows a worker pushes through the model at once")
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: tuple[str, ...] = ()
-    log_every: int = Field(10, gt=0)
-    eval_every: int = Field(200, gt=0)
-    eval_batches: int = Field(4, gt=0, description="global batches of held-out samples, the same ones every time")
-    save_every: int = Field(200, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    eval_every: int = Field(default=200, gt=0)
+    eval_batches: int = Field(
+        default=4, gt=0, description="global batches of held-out samples, the same ones every time"
+    )
+    save_every: int = Field(default=200, gt=0)
 
     @model_validator(mode="after")
     def _weights_and_warmup(self) -> StageConfig:

@@ -68,7 +68,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], weights: Mapping[str,
             "build loader and engine from the same global_batch, num_workers and micro_batch"
         )
     objectives = sorted(name for name, weight in weights.items() if weight > 0)
-    counts = _global_counts(engine, micro_batches, objectives)
+    counts = _global_counts(engine, micro_batches, objectives, step)
     sums = _Sums()
     for i, batch in enumerate(micro_batches):
         losses = engine.forward(batch)
@@ -164,13 +164,25 @@ class _Sums:
         ]
 
 
-def _global_counts(engine: Engine, micro_batches: list[Batch], objectives: Sequence[str]) -> dict[str, float]:
-    local = [engine.counts(batch) for batch in micro_batches]
-    for name in objectives:
-        if name not in local[0]:
-            raise Mismatch(f"objective {name!r} is weighted but the module counts only {sorted(local[0])}")
-    totals = engine.sum_over_workers([sum(float(counts[name]) for counts in local) for name in objectives])
-    return dict(zip(objectives, totals, strict=True))
+def _global_counts(
+    engine: Engine, micro_batches: list[Batch], objectives: Sequence[str], step: int
+) -> dict[str, float]:
+    """Also where a batch that the module refuses stops all workers together, instead of leaving the others waiting."""
+    local = dict.fromkeys(objectives, 0.0)
+    refused = ""
+    try:
+        for batch in micro_batches:
+            counts = engine.counts(batch)
+            if unknown := sorted(set(objectives) - set(counts)):
+                raise Mismatch(f"objective {unknown[0]!r} is weighted but the module counts only {sorted(counts)}")
+            local = {name: local[name] + float(counts[name]) for name in objectives}
+    except Mismatch as error:
+        refused = f"worker {engine.rank}: {error}"
+    totals = engine.sum_over_workers([*local.values(), float(bool(refused))])
+    if totals[-1]:
+        reasons = "; ".join(reason for reason in engine.gather(refused) if reason)
+        raise BadStep(f"step {step}: the optimiser was not moved, the batch is refused: {reasons}")
+    return dict(zip(objectives, totals, strict=False))
 
 
 def _weighted(losses: Losses, weights: Mapping[str, float], counts: Mapping[str, float]) -> torch.Tensor:
