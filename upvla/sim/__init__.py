@@ -1,0 +1,1 @@
+"""Simulated worlds behind the `Env` protocol, and the task contract that they share."""
