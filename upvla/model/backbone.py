@@ -82,7 +82,7 @@ def _lm_config(config: BackboneConfig, vocab_size: int) -> transformers.Pretrain
     rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": config.rotary_base}
     if config.family == "phi":
         rope["partial_rotary_factor"] = config.rotary_fraction
-        values |= {"hidden_act": "gelu_new", "qk_layernorm": True, "layer_norm_eps": config.norm_eps}
+        values |= {"hidden_act": "gelu_pytorch_tanh", "qk_layernorm": True, "layer_norm_eps": config.norm_eps}
     else:
         values |= {"rms_norm_eps": config.norm_eps, "head_dim": config.width // config.heads}
     return transformers.AutoConfig.for_model(config.family, rope_parameters=rope, **values)

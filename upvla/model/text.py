@@ -49,9 +49,9 @@ class TextTokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        # An instruction is met at the start of a row, an answer after a blank: learn both spellings of its first word.
+        # A text is met bare (instructions) and inside of the conversation template: learn both.
         unique = sorted(set(texts))
-        tokenizer.train_from_iterator([*unique, *(f" {text}" for text in unique)], trainer)
+        tokenizer.train_from_iterator([*unique, *(f"USER: {text} ASSISTANT: {text}" for text in unique)], trainer)
         return TextTokenizer(tokenizer.to_str(), vocab_size)
 
     def encode(self, text: str) -> list[int]:

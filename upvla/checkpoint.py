@@ -1,0 +1,179 @@
+"""An exported model: a folder of safetensors and JSON that stands alone, complete once its marker exists.
+
+    <url>/model-<sha>.safetensors   decoder, vision encoder, projector, action head
+    <url>/vq-<sha>.safetensors      image tokenizer
+    <url>/config-<sha>.json         ModelConfig, every value spelt out
+    <url>/text-<sha>.json           text tokenizer
+    <url>/action_space-<sha>.json   what the actions mean
+    <url>/stats-<sha>.json          statistics of the data that the weights were trained on
+    <url>/meta-<sha>.json           where it came from: run, step, data versions, scores; no part of the identity
+    <url>/CHECKPOINT.json           the marker, written last: size and sha256 of every file, and the model id
+
+Files are named by content, so a second, different export can never be read under the first one's marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+
+from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound
+from upvla.model.config import ModelConfig
+from upvla.model.text import TextTokenizer
+from upvla.model.upvla import UPVLA
+from upvla.model.vq import VQTokenizer
+from upvla.store import Store, content_hash, open_store
+from upvla.types import ActionSpace, Checkpoint
+
+MARKER = "CHECKPOINT.json"
+_FORMAT = 1
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model and all that it cannot be used without. Parts that contradict each other raise `Mismatch`."""
+
+    config: ModelConfig
+    model: UPVLA
+    vq: VQTokenizer
+    text: TextTokenizer
+    action_space: ActionSpace
+    stats: Mapping[str, Any]
+    meta: Mapping[str, Any] = field(default_factory=dict)  # `step` and `run` become the reference's
+
+    def __post_init__(self) -> None:
+        pairs = {
+            "text vocabulary": (self.config.text_vocab_size, self.text.vocab_size),
+            "end token id": (self.config.eot_id, self.text.eot_id),
+            "image codes": (self.config.vq.codebook_size, self.vq.config.codebook_size),
+            "action dimensions": (self.config.action_dims, len(self.action_space)),
+        }
+        for name, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise Mismatch(f"bundle: the model is configured for {name} {ours}, its part brings {theirs}")
+
+
+def export(store: Store, prefix: str, bundle: Bundle) -> Checkpoint:
+    """Write `bundle` under `prefix`, marker last. The same content again is a no-op, other content `AlreadyExists`."""
+    target = store.sub(prefix)
+    contents = {
+        "model.safetensors": _tensors(bundle.model),
+        "vq.safetensors": _tensors(bundle.vq),
+        "config.json": _json(bundle.config.model_dump(mode="json")),
+        "text.json": bundle.text.to_json().encode(),
+        "action_space.json": _json(bundle.action_space.to_json()),
+        "stats.json": _json(bundle.stats),
+        "meta.json": _json(bundle.meta),
+    }
+    files = {}
+    for name, data in contents.items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        stem, _, suffix = name.rpartition(".")
+        files[name] = {"key": f"{stem}-{sha256[:16]}.{suffix}", "bytes": len(data), "sha256": sha256}
+    model_id = content_hash({name: file["sha256"] for name, file in files.items() if name != "meta.json"})
+    checkpoint = Checkpoint(target.url, model_id, int(bundle.meta.get("step", 0)), str(bundle.meta.get("run", "")))
+    marker = {"format": _FORMAT, "model_id": model_id, "step": checkpoint.step, "run": checkpoint.run, "files": files}
+    if not target.exists(MARKER):
+        for name, data in contents.items():
+            target.write(str(files[name]["key"]), data)
+        try:
+            target.create_json(MARKER, marker)
+        except AlreadyExists:
+            pass  # another attempt finished first: what it wrote decides, below
+        else:
+            return checkpoint
+    found = read_marker(target)
+    if found.model_id != model_id:
+        raise AlreadyExists(f"{target.url} holds model {found.model_id}, not {model_id}: export to another prefix")
+    return found
+
+
+def read_marker(store: Store) -> Checkpoint:
+    """The reference of the checkpoint that lies at `store`, from its marker alone."""
+    marker = _marker(store)
+    return Checkpoint(store.url, marker["model_id"], marker["step"], marker["run"])
+
+
+def load_bundle(url: str) -> Bundle:
+    """Read a checkpoint onto the CPU, in evaluation mode. Hashes are verified before anything is parsed.
+
+    Raises `NotFound` where there is no finished checkpoint, `Corrupt` naming the file whose bytes are not what the
+    marker says, `Mismatch` naming the weight or part that does not fit its config.
+    """
+    store = open_store(url)
+    marker = _marker(store)
+    data = {name: _verified(store, file) for name, file in marker["files"].items()}
+
+    def part(name: str, parse: Callable[[bytes], _Value]) -> _Value:
+        if name not in data:
+            raise Corrupt(f"{url}: its marker names no {name}")
+        try:
+            return parse(data[name])
+        except (ValueError, KeyError, TypeError, ValidationError, safetensors.SafetensorError) as error:
+            raise Mismatch(f"{url}/{name}: this version cannot read it: {error}") from error
+
+    config = part("config.json", ModelConfig.model_validate_json)
+    model, vq = UPVLA(config), VQTokenizer(config.vq)
+    for module, name in ((model, "model.safetensors"), (vq, "vq.safetensors")):
+        _fill(module, part(name, safetensors.torch.load), f"{url}/{name}")
+    return Bundle(
+        config=config,
+        model=model.eval(),
+        vq=vq.eval(),
+        text=part("text.json", lambda raw: TextTokenizer.from_json(raw.decode())),
+        action_space=part("action_space.json", lambda raw: ActionSpace.from_json(json.loads(raw))),
+        stats=part("stats.json", json.loads),
+        meta=part("meta.json", json.loads),
+    )
+
+
+def _marker(store: Store) -> dict[str, Any]:
+    try:
+        marker = store.read_json(MARKER)
+    except NotFound as error:
+        raise NotFound(f"{store.url} holds no finished checkpoint ({MARKER} is missing): was its export cut?") from error
+    except ValueError as error:
+        raise Corrupt(f"{store.url}/{MARKER} is not JSON: {error}") from error
+    if not isinstance(marker, dict) or marker.get("format") != _FORMAT:
+        raise Mismatch(f"{store.url}/{MARKER}: not a checkpoint of format {_FORMAT}; use the version that wrote it")
+    return marker
+
+
+def _verified(store: Store, file: Mapping[str, Any]) -> bytes:
+    try:
+        data = store.read(file["key"])
+    except NotFound as error:
+        raise Corrupt(f"{store.url}/{file['key']} is missing though the marker names it: use another one") from error
+    if len(data) != file["bytes"]:
+        raise Corrupt(f"{store.url}/{file['key']}: {len(data)} bytes, the marker says {file['bytes']}")
+    if hashlib.sha256(data).hexdigest() != file["sha256"]:
+        raise Corrupt(f"{store.url}/{file['key']}: its sha256 is not the marker's: use the previous good checkpoint")
+    return data
+
+
+def _fill(module: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            raise Mismatch(f"{where}: weight {name!r} is {'missing' if name in expected else 'unexpected'}")
+        if state[name].shape != expected[name].shape:
+            raise Mismatch(
+                f"{where}: weight {name!r} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+def _tensors(module: torch.nn.Module) -> bytes:
+    return safetensors.torch.save({name: value.cpu().contiguous() for name, value in module.state_dict().items()})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
