@@ -68,18 +68,6 @@ class ActionSpace:
         return ActionSpace(value["name"], tuple(ActionDim(**d) for d in value["dims"]), value["dt_s"])
 
 
-# CALVIN's `rel_actions`, which the playtable speaks too: one unit is 0.02 m or 0.05 rad, clipped to one unit a step.
-CALVIN_ACTIONS = ActionSpace(
-    "calvin_relative",
-    (
-        *(ActionDim(axis, "m", "world", "relative", scale=0.02) for axis in "xyz"),
-        *(ActionDim(f"r{axis}", "rad", "world", "relative", scale=0.05, convention="euler_xyz") for axis in "xyz"),
-        ActionDim("gripper", "gripper", "none", "absolute", convention="+1=open,-1=close"),
-    ),
-    dt_s=1 / 30,
-)
-
-
 CALVIN_RELATIVE = ActionSpace(
     "calvin_relative",
     (

@@ -23,7 +23,7 @@ import numpy as np
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import content_hash, open_store
-from upvla.types import CALVIN_ACTIONS, Episode, Span
+from upvla.types import CALVIN_RELATIVE, Episode, Span
 
 RATE_HZ = 30.0
 _ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
@@ -89,7 +89,7 @@ class CalvinSource:
             source=self.format,
             embodiment=self.embodiment,
             scene=self._scene(key),
-            action_space=CALVIN_ACTIONS,
+            action_space=CALVIN_RELATIVE,
             rate_hz=RATE_HZ,
             timestamps=np.arange(len(columns["actions"])) / RATE_HZ,
             images=images,

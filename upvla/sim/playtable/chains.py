@@ -84,3 +84,20 @@ def sample_chains(
 def sample_starts(scene: str, task: str, num: int, seed: int) -> list[Chain]:
     """`num` one-task chains from initial states in which `task` applies."""
     return list(_chains(scene, num, seed, [(task,)], (task,), 1))
+
+
+def sample_shared_starts(scene: str, tasks: Sequence[str], num: int, seed: int) -> list[Chain]:
+    """`num` initial states in each of which as many of `tasks` apply as can together; `tasks` of a chain lists them.
+
+    They are alternatives, not a sequence: what is to be done there only an instruction tells.
+    """
+    starts = []
+    for index in range(num):
+        rng = np.random.default_rng((seed, index, sum(scene.encode()), 1))
+        drawn = [symbols_at_random(rng) for _ in range(200)]
+        counts = [sum(c.next_symbols(task, symbols) is not None for task in tasks) for symbols in drawn]
+        symbols = drawn[int(np.argmax(counts))]
+        robot, state = state_at_random(scene, symbols, rng)
+        applicable = tuple(task for task in tasks if c.next_symbols(task, symbols) is not None)
+        starts.append(Chain(scene, robot, state, applicable, seed))
+    return starts

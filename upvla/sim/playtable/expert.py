@@ -148,12 +148,17 @@ class Expert:
             motion += self.noise * self._rng.standard_normal(6)
         return np.array((*np.clip(motion, -1, 1), plan.gripper))
 
-    def actions(self, task: str, max_steps: int = c.MAX_STEPS) -> Iterator[np.ndarray]:
-        """Actions until the oracle sees success or `max_steps` are spent; the caller steps the environment with each."""
+    def actions(self, task: str, max_steps: int = c.MAX_STEPS, follow_through: int = 0) -> Iterator[np.ndarray]:
+        """Actions until the oracle sees success or `max_steps` are spent, and `follow_through` more after success.
+
+        The caller steps the environment with each.
+        """
         start: Mapping[str, Any] = self.env.info()
         for _ in range(max_steps):
             yield self.action(task)
             if succeeded(task, start, self.env.info()):
+                for _ in range(follow_through):
+                    yield self.action(task)
                 return
 
 
