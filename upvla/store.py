@@ -204,7 +204,7 @@ class LocalStore(Store):
         from pyarrow.parquet import ParquetFile
 
         with self._translated(key):
-            return ParquetFile(self._path(key), metadata=metadata, pre_buffer=True)
+            return ParquetFile(self._path(key), metadata=metadata, pre_buffer=True, page_checksum_verification=True)
 
     def _path(self, key: str) -> Path:
         return Path(self.url, _checked(key))
@@ -323,7 +323,7 @@ class S3Store(Store):
 
         with self._translated(key):
             handle = _arrow_s3(os.getpid(), *_s3_environment()).open_input_file(f"{self.bucket}/{self.prefix}{key}")
-            return ParquetFile(handle, metadata=metadata, pre_buffer=True)
+            return ParquetFile(handle, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + _checked(key)}

@@ -16,10 +16,11 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from upvla.data.sources.pickles import read_object_npy
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import content_hash, open_store
@@ -39,7 +40,7 @@ class CalvinSource:
     exclusive (the default), the published UP-VLA code as inclusive.
     """
 
-    format: ClassVar[str] = "calvin"
+    format = "calvin"
 
     def __init__(
         self,
@@ -60,7 +61,8 @@ class CalvinSource:
             raise NotFound(f"{error}: the URL must be a split's folder, such as .../training") from error
         except ValueError as error:
             raise Corrupt(f"{self.store.url}/ep_start_end_ids.npy: {error}; record or download it again") from error
-        self._ranges = {f"{start:07d}-{end:07d}": (int(start), int(end)) for start, end in ranges.reshape(-1, 2)}
+        ordered = sorted((int(start), int(end)) for start, end in ranges.reshape(-1, 2))
+        self._ranges = {f"{start:07d}-{end:07d}": (start, end) for start, end in ordered}
         self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
         self._spans = self._read_spans(last=1 if span_end == "inclusive" else 0)
         self._tokens: dict[str, str] | None = None
@@ -110,8 +112,6 @@ class CalvinSource:
         return names[0] if names else "unknown"
 
     def _pickled(self, key: str) -> dict[str, Any]:
-        from upvla.data.sources.pickles import read_object_npy
-
         try:
             value = read_object_npy(self.store.read(key), f"{self.store.url}/{key}")
         except NotFound:
@@ -125,15 +125,17 @@ class CalvinSource:
         spans: dict[str, list[Span]] = {key: [] for key in self._ranges}
         annotations = self._pickled("lang_annotations/auto_lang_ann.npy")
         homeless = 0
+        keys = list(self._ranges)
+        starts = np.array([start for start, _ in self._ranges.values()])
         if annotations:
             language, where = annotations["language"], annotations["info"]["indx"]
             for text, task, (start, end) in zip(language["ann"], language["task"], where, strict=True):
-                key = next((key for key, (low, high) in self._ranges.items() if low <= start <= high), None)
-                if key is None:
+                place = int(np.searchsorted(starts, start, side="right")) - 1
+                low, high = self._ranges[keys[place]]
+                if place < 0 or start > high:
                     homeless += 1
                 else:
-                    low = self._ranges[key][0]
-                    spans[key].append(Span(int(start) - low, int(end) - low + last, str(text), str(task)))
+                    spans[keys[place]].append(Span(int(start) - low, int(end) - low + last, str(text), str(task)))
         if homeless:
             log.warning("%s: %d annotations lie outside every recording and are ignored", self.store.url, homeless)
         return {key: tuple(found) for key, found in spans.items()}

@@ -1,0 +1,151 @@
+"""From recordings at a URL to a version of a dataset: what to read, in which portions, and what came of it.
+
+Each portion is a pure function of its recordings, so portions may run anywhere, twice, or be killed; `commit` is the
+only step that shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from upvla.data.quality import QualityLimits, check
+from upvla.data.report import render_report
+from upvla.data.shards import Layout, Rejection, Staged, stage
+from upvla.data.sources import open_source
+from upvla.data.table import Dataset, commit, dataset_root, newest_manifest
+from upvla.errors import BadEpisode
+from upvla.store import Store, content_hash
+from upvla.types import Episode, Manifest
+
+Progress = Callable[[int, int], None]  # recordings done, recordings in all
+
+
+class IngestConfig(BaseModel):
+    """How recordings become a dataset. `options` are the format's own (`upvla/data/sources`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    options: dict[str, str | int | float | bool | list[str]] = {}
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    min_accept_ratio: float = Field(default=0.5, ge=0, le=1)
+    qa_per_episode: int = Field(default=16, ge=0)
+    recordings_per_task: int = Field(default=32, gt=0)
+    quality: QualityLimits = QualityLimits()
+    layout: Layout = Layout()
+
+    def recorded(self) -> dict[str, Any]:
+        """What later versions of the same dataset must agree on."""
+        return self.model_dump(mode="json", include={"format", "options", "qa_per_episode", "quality"})
+
+
+class Portion(NamedTuple):
+    """Recordings that one worker stages: (key, source token) each. Everything in it can be pickled."""
+
+    store: Store
+    config: IngestConfig
+    source_url: str
+    recordings: tuple[tuple[str, str], ...]
+
+
+FanOut = Callable[[Sequence[Portion], Progress], Sequence[Staged]]  # results in the order of the portions
+
+
+def ingest(
+    store: Store,
+    config: IngestConfig,
+    source_url: str,
+    *,
+    fan_out: FanOut | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Add what is new at `source_url` to the dataset; nothing new, no work and the same version.
+
+    Returns {version, content_id, recordings, segments, steps, quarantined {reason: n}, report, seconds}.
+    """
+    started = time.monotonic()
+    report = progress or (lambda done, total: None)
+    source = open_source(config.format, source_url, **config.options)
+    parent = newest_manifest(store, config.dataset)
+    known = _known(store, parent)
+    keys = source.keys()
+    fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
+    size = config.recordings_per_task
+    portions = [
+        Portion(store, config, source_url, tuple(fresh[start : start + size])) for start in range(0, len(fresh), size)
+    ]
+    manifest = commit(
+        store,
+        config.dataset,
+        (fan_out or stage_here)(portions, report),
+        validation_fraction=config.validation_fraction,
+        options=config.recorded(),
+        min_accept_ratio=config.min_accept_ratio,
+    )
+    return {
+        "version": manifest.version,
+        "content_id": manifest.content_id,
+        "recordings": manifest.num_episodes,
+        "segments": manifest.num_spans,
+        "steps": manifest.num_steps,
+        "quarantined": dict(manifest.quarantined),
+        "report": _write_report(store, manifest),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def stage_here(portions: Sequence[Portion], progress: Progress) -> list[Staged]:
+    """Stage in this process, one after the other."""
+    done, staged = 0, []
+    for portion in portions:
+        staged.append(stage_portion(portion))
+        done += len(portion.recordings)
+        progress(done, sum(len(portion.recordings) for portion in portions))
+    return staged
+
+
+def stage_portion(portion: Portion) -> Staged:
+    """Read, judge and write one portion. A receipt makes repeating a finished one cheap."""
+    root = dataset_root(portion.store, portion.config.dataset)
+    meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
+    receipt = f"staging/{content_hash([meaning, portion.recordings])}.json"
+    if root.exists(receipt):
+        return Staged.from_json(root.read_json(receipt))
+    config = portion.config
+    staged = stage(root, _judged(portion), qa_per_episode=config.qa_per_episode, layout=config.layout)
+    root.write_json(receipt, staged.to_json())
+    return staged
+
+
+def _judged(portion: Portion) -> Iterator[tuple[Episode, str] | Rejection]:
+    source = open_source(portion.config.format, portion.source_url, **portion.config.options)
+    for key, token in portion.recordings:
+        try:
+            episode = source.read(key)
+            check(episode, portion.config.quality)
+        except BadEpisode as error:
+            yield Rejection(key, error.reason, error.detail, token)
+        else:
+            yield episode, token
+
+
+def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
+    """(key, token) of every recording that the newest version has accepted or rejected."""
+    if manifest is None:
+        return set()
+    dataset = Dataset(store, manifest)
+    accepted = {(episode.source_key, episode.source_token) for episode in dataset.episodes}
+    return accepted | {(row.key, row.token) for row in dataset.quarantine}
+
+
+def _write_report(store: Store, manifest: Manifest) -> str:
+    root = dataset_root(store, manifest.dataset)
+    key = f"reports/v{manifest.version:08d}-{manifest.content_id}.html"
+    if not root.exists(key):
+        root.write(key, render_report(Dataset(store, manifest)).encode())
+    return f"{root.url}/{key}"

@@ -1,0 +1,159 @@
+"""Questions and answers about a scene, made from the object poses that simulators record: no picture is copied.
+
+Every topic states a fact that is true or false at a step ("the drawer is open", "the red block is left of the blue
+block"). Equal numbers of steps are kept for which it is true and false, so no answer can be guessed from the topic.
+Left and right follow the task language (larger x is right); behind is larger y, away from the robot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+BLOCKS = ("red", "blue", "pink")
+_BLOCK_COLUMN = {"red": 6, "blue": 12, "pink": 18}  # of the scene state: x, y, z follow
+_MIN_DISTANCE_M = 0.05  # one block's width: closer than that nobody could tell
+_TABLE_Z_M = 0.43  # lower lies in the drawer, out of sight
+
+
+class Templates(NamedTuple):
+    """Wordings of one question. `{a}`, `{b}` are objects, `{word}` one of the two states."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+class State(NamedTuple):
+    """A device whose reading is clearly one of two words, or in between and then not asked about."""
+
+    column: int
+    low: float  # at or below: words[0]
+    high: float  # at or above: words[1]
+    words: tuple[str, str]
+    name: str
+
+
+STATES = {
+    "drawer": State(1, 0.04, 0.12, ("closed", "open"), "drawer"),
+    "slider": State(0, 0.08, 0.2, ("right", "left"), "sliding door"),
+    "bulb": State(4, 0.5, 0.5001, ("off", "on"), "light bulb"),
+    "led": State(5, 0.5, 0.5001, ("off", "on"), "led"),
+}
+RELATIONS = {0: ("to the left of", "to the right of"), 1: ("in front of", "behind")}
+
+_WHICH = Templates(
+    (
+        "is the {a} {x} or {y}?",
+        "what is the state of the {a}, {x} or {y}?",
+        "tell me whether the {a} is {x} or {y}.",
+        "look at the {a}. is it {x} or {y}?",
+    ),
+    ("would you say the {a} is {x} or {y}?", "the {a}: {x} or {y}?"),
+)
+_WHETHER = Templates(
+    ("is the {a} {word}?", "can you see that the {a} is {word}?", "is it true that the {a} is {word}?"),
+    ("would you say the {a} is {word}?", "the {a} is {word}, right?"),
+)
+_RELATED = Templates(
+    (
+        "is the {a} block {word} the {b} block?",
+        "does the {a} block lie {word} the {b} block?",
+        "is it true that the {a} block is {word} the {b} block?",
+    ),
+    ("would you say the {a} block is {word} the {b} block?", "the {a} block is {word} the {b} block, right?"),
+)
+
+
+class Question(NamedTuple):
+    """One row of the question table."""
+
+    episode_id: str
+    step: int
+    topic: str
+    question: str
+    answer: str
+    split: Literal["train", "held_out"]  # of the wording, not of the recording
+
+
+class _Fact(NamedTuple):
+    episode_id: str
+    step: int
+    truth: bool
+
+
+def questions(scenes: Sequence[tuple[str, np.ndarray]], per_episode: int) -> list[Question]:
+    """(episode id, scene state f32[T,24]) of a set of recordings -> at most `per_episode` facts each on average, every
+    fact asked once in a wording for training and once in a held-out one. A function of its arguments only."""
+    topics: dict[str, list[_Fact]] = {}
+    for episode_id, scene in scenes:
+        for topic, truth in _truths(scene):
+            topics.setdefault(topic, []).extend(_pick(episode_id, topic, truth, per_episode))
+    rows = []
+    pairs = -(-per_episode * len(scenes) // (2 * max(len(topics), 1)))
+    for topic, facts in sorted(topics.items()):
+        order = sorted(facts, key=lambda fact: _digest(topic, fact.episode_id, fact.step))
+        true, false = ([fact for fact in order if fact.truth is wanted] for wanted in (True, False))
+        keep = min(len(true), len(false), pairs)
+        for fact in true[:keep] + false[:keep]:
+            rows += [_ask(topic, fact, split) for split in ("train", "held_out")]
+    return sorted(rows)
+
+
+def _truths(scene: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    """(topic, i8[T]): 1 true, 0 false, -1 not to be asked about."""
+    for topic, state in STATES.items():
+        reading = scene[:, state.column]
+        yield topic, np.where(reading >= state.high, 1, np.where(reading <= state.low, 0, -1))
+    for a, b in combinations(BLOCKS, 2):
+        first, second = (scene[:, _BLOCK_COLUMN[block] : _BLOCK_COLUMN[block] + 3] for block in (a, b))
+        visible = (first[:, 2] > _TABLE_Z_M) & (second[:, 2] > _TABLE_Z_M)
+        for axis in RELATIONS:
+            distance = first[:, axis] - second[:, axis]
+            clear = visible & (np.abs(distance) >= _MIN_DISTANCE_M)
+            yield f"{a}-{b}-{axis}", np.where(clear, (distance < 0).astype(int), -1)
+
+
+def _pick(episode_id: str, topic: str, truth: np.ndarray, per_episode: int) -> list[_Fact]:
+    """Up to a few steps of each truth value, spread by hash."""
+    limit = max(1, per_episode // 4)
+    facts = []
+    for wanted in (0, 1):
+        steps = np.flatnonzero(truth == wanted).tolist()
+        steps.sort(key=lambda step: _digest(topic, episode_id, step))
+        facts += [_Fact(episode_id, step, bool(wanted)) for step in steps[:limit]]
+    return facts
+
+
+def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"]) -> Question:
+    coin = _digest("wording", split, topic, fact.episode_id, fact.step)
+    polarity, which, choice = bool(coin & 1), bool(coin & 2), coin >> 2
+    if topic in STATES:
+        state = STATES[topic]
+        truth = state.words[fact.truth]
+        templates = _WHICH if which else _WHETHER
+        word = truth if polarity else state.words[not fact.truth]
+        first, second = state.words if polarity else state.words[::-1]
+        wordings = templates.train if split == "train" else templates.held_out
+        text = wordings[choice % len(wordings)].format(a=state.name, word=word, x=first, y=second)
+        return Question(fact.episode_id, fact.step, topic, text, truth if which else _yes(polarity), split)
+    a, b, axis = topic.split("-")
+    smaller, larger = RELATIONS[int(axis)]
+    if which:
+        a, b = b, a
+    holds = smaller if fact.truth is not which else larger  # between `a` and `b` in the order they are now in
+    word = holds if polarity else (larger if holds == smaller else smaller)
+    wordings = _RELATED.train if split == "train" else _RELATED.held_out
+    text = wordings[choice % len(wordings)].format(a=a, b=b, word=word)
+    return Question(fact.episode_id, fact.step, topic, text, _yes(polarity), split)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _digest(*parts: str | int) -> int:
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")

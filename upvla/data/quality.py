@@ -1,0 +1,111 @@
+"""What a usable recording is. Every rejection has a reason code; the recording goes to quarantine under it."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from upvla.errors import BadEpisode
+from upvla.images import decode_image
+from upvla.types import Episode
+
+REASONS = {
+    "missing_frame": "a frame of the recording is not there",
+    "missing_array": "a frame lacks an array",
+    "unreadable_frame": "a frame's file is damaged",
+    "unreadable_image": "an encoded image does not decode",
+    "zip_bomb": "an archive claims to unpack to more than any frame holds",
+    "shape": "an array has another shape or type than its format says",
+    "frame_count": "the arrays of one recording differ in length",
+    "too_short": "fewer steps than the limit",
+    "non_finite": "NaN or infinity among the numbers",
+    "action_bounds": "an action outside its declared range",
+    "gripper_value": "a gripper command that is neither open nor close",
+    "time": "timestamps that do not increase, or that jump",
+    "frozen_camera": "a camera that shows one picture all the time",
+    "span_range": "a language span that is empty or leaves the recording",
+    "empty_language": "a language span without words",
+    "duplicate": "the same content under another key",
+}
+
+
+class QualityLimits(BaseModel):
+    """Where `check` draws its lines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_steps: int = Field(default=2, gt=0)
+    action_tolerance: float = 1e-3
+    max_gap: float = 1.5  # of one period, between neighbouring timestamps
+    frozen_steps: int = Field(default=60, gt=1)  # recordings at least this long must not show one picture only
+
+
+def check(episode: Episode, limits: QualityLimits) -> None:
+    """Raise `BadEpisode` with the first reason found; its detail names the step and the dimension."""
+    steps = len(episode)
+    if steps < limits.min_steps:
+        raise BadEpisode("too_short", f"{episode.id}: {steps} steps, the limit is {limits.min_steps}")
+    _check_numbers(episode, limits)
+    _check_time(episode, limits)
+    for span in episode.spans:
+        if not 0 <= span.start < span.end <= steps:
+            raise BadEpisode("span_range", f"{episode.id}: span [{span.start}, {span.end}) of {steps} steps")
+        if not span.text.strip():
+            raise BadEpisode("empty_language", f"{episode.id}: span [{span.start}, {span.end}) has no words")
+    for camera, frames in episode.images.items():
+        _check_camera(episode, camera, limits, frames)
+
+
+def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
+    numbers = {
+        "actions": episode.actions,
+        "absolute_actions": episode.absolute_actions,
+        "state": episode.state,
+        "scene_state": episode.scene_state,
+    }
+    for name, values in numbers.items():
+        if values is None:
+            continue
+        if values.dtype != np.float32 or values.ndim != 2:
+            raise BadEpisode("shape", f"{episode.id}: {name} is {values.dtype}{values.shape}, must be float32(T, D)")
+        if not np.isfinite(values).all():
+            step, dim = np.argwhere(~np.isfinite(values))[0]
+            raise BadEpisode("non_finite", f"{episode.id}: {name} at step {step}, dimension {dim}")
+    dims = episode.action_space.dims
+    if episode.actions.shape[1] != len(dims):
+        raise BadEpisode("shape", f"{episode.id}: {episode.actions.shape[1]} action dimensions, declared {len(dims)}")
+    for i, dim in enumerate(dims):
+        column = episode.actions[:, i]
+        outside = (column < dim.low - limits.action_tolerance) | (column > dim.high + limits.action_tolerance)
+        if outside.any():
+            step = int(np.argmax(outside))
+            detail = f"{dim.name} = {column[step]:g} at step {step}, declared [{dim.low:g}, {dim.high:g}]"
+            raise BadEpisode("action_bounds", f"{episode.id}: {detail}")
+        if dim.unit == "gripper":
+            between = np.minimum(abs(column - dim.low), abs(column - dim.high)) > limits.action_tolerance
+            if between.any():
+                step = int(np.argmax(between))
+                raise BadEpisode("gripper_value", f"{episode.id}: {dim.name} = {column[step]:g} at step {step}")
+
+
+def _check_time(episode: Episode, limits: QualityLimits) -> None:
+    gaps = np.diff(episode.timestamps)
+    wrong = ~((gaps > 0) & (gaps * episode.rate_hz <= limits.max_gap))
+    if wrong.any():
+        step = int(np.argmax(wrong))
+        detail = f"{gaps[step]:g} s after step {step} at {episode.rate_hz:g} Hz"
+        raise BadEpisode("time", f"{episode.id}: {detail}")
+
+
+def _check_camera(episode: Episode, camera: str, limits: QualityLimits, frames: object) -> None:
+    """Encoded frames: the first and the last are decoded, so that whole recordings need not be."""
+    shown = episode.images[camera]
+    if isinstance(frames, np.ndarray):
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise BadEpisode("shape", f"{episode.id}: {camera} is {frames.dtype}{frames.shape}, not uint8(T, H, W, 3)")
+    else:
+        first, last = decode_image(bytes(shown[0])), decode_image(bytes(shown[-1]))
+        if first.shape != last.shape:
+            raise BadEpisode("shape", f"{episode.id}: {camera} changes from {first.shape} to {last.shape}")
+    if len(shown) >= limits.frozen_steps and all(np.array_equal(shown[0], frame) for frame in shown[1:]):
+        raise BadEpisode("frozen_camera", f"{episode.id}: {camera} shows one picture in all {len(shown)} steps")

@@ -1,0 +1,313 @@
+"""Recordings into content-named Parquet objects that no version refers to yet; columns in docs/data-format.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from upvla.data.language import Question, questions
+from upvla.data.stats import Summary
+from upvla.errors import Mismatch
+from upvla.images import encode_jpeg
+from upvla.store import Store, content_hash
+from upvla.types import ActionSpace, Episode, ShardRef
+
+_FEATURES = ("action", "state")  # whose statistics are kept
+
+SPAN_TYPE = pa.list_(
+    pa.struct([("start", pa.int32()), ("end", pa.int32()), ("text", pa.string()), ("task", pa.string())])
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        ("episode_id", pa.binary(16)),
+        ("source_key", pa.string()),
+        ("source_token", pa.string()),
+        ("source", pa.string()),
+        ("embodiment", pa.string()),
+        ("scene", pa.string()),
+        ("rate_hz", pa.float64()),
+        ("length", pa.int32()),
+        ("row0", pa.int64()),
+        ("spans", SPAN_TYPE),
+        ("summary", pa.string()),
+    ]
+)
+QA_SCHEMA = pa.schema(
+    [
+        ("episode_id", pa.binary(16)),
+        ("step", pa.int32()),
+        ("topic", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("template_split", pa.string()),
+    ]
+)
+
+
+class Rejection(NamedTuple):
+    """A recording that is not in the table, and why. `token` is the source's, to notice a repair."""
+
+    key: str
+    reason: str
+    detail: str
+    token: str
+
+
+class Layout(BaseModel):
+    """Target sizes of what is written: row groups are the unit of reading, shards of storing and encoding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row_group_bytes: int = Field(default=1 << 20, gt=0)
+    max_row_group_bytes: int = Field(default=4 << 20, gt=0)
+    shard_bytes: int = Field(default=128 << 20, gt=0)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Objects that lie in the store and belong to no version yet; JSON, so that it can travel and be a receipt."""
+
+    shards: tuple[ShardRef, ...]
+    index: tuple[ShardRef, ...]
+    qa: tuple[ShardRef, ...]
+    rejected: tuple[Rejection, ...]
+    action_space: ActionSpace | None
+    columns: Mapping[str, int]  # numeric column -> width
+    cameras: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"rejected": [row._asdict() for row in self.rejected]}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Staged:
+        space = value["action_space"]
+        return Staged(
+            shards=refs(value["shards"]),
+            index=refs(value["index"]),
+            qa=refs(value["qa"]),
+            rejected=tuple(Rejection(**row) for row in value["rejected"]),
+            action_space=ActionSpace.from_json(space) if space else None,
+            columns=dict(value["columns"]),
+            cameras=tuple(value["cameras"]),
+        )
+
+
+def episode_id(episode: Episode) -> str:
+    """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from."""
+    spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
+    head = [episode.embodiment, episode.scene, episode.action_space.to_json(), episode.rate_hz, spans]
+    digest = hashlib.blake2b(content_hash(head).encode(), digest_size=16)
+    for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
+        digest.update(f"{name}{values.dtype}{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    for camera, frames in sorted(episode.images.items()):
+        digest.update(f"{camera}{len(frames)}".encode())
+        for frame in frames:
+            digest.update(frame)
+    return digest.hexdigest()
+
+
+def stage(
+    root: Store,
+    episodes: Iterable[tuple[Episode, str] | Rejection],
+    *,
+    qa_per_episode: int = 0,
+    layout: Layout | None = None,
+) -> Staged:
+    """Write checked recordings (each with its source token) as shards under a dataset's `root`; nothing becomes
+    visible. Memory holds one recording, whatever the number. Equal input gives equal objects under equal names."""
+    writer = _ShardWriter(root, layout or Layout())
+    rejected, scenes = [], []
+    for item in episodes:
+        if isinstance(item, Rejection):
+            rejected.append(item)
+            continue
+        episode, token = item
+        images = {
+            camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
+            for camera, frames in episode.images.items()
+        }
+        episode = replace(episode, images=images)
+        identity = episode_id(episode)
+        writer.add(episode, identity, token)
+        if episode.scene_state is not None:
+            scenes.append((identity, episode.scene_state))
+    writer.close()
+    asked = questions(scenes, qa_per_episode) if qa_per_episode else []
+    return Staged(
+        shards=tuple(writer.shards),
+        index=tuple(writer.index),
+        qa=(put_table(writer.root, "qa", _qa_table(asked)),) if asked else (),
+        rejected=tuple(rejected),
+        action_space=writer.action_space,
+        columns=writer.columns,
+        cameras=writer.cameras,
+    )
+
+
+class _ShardWriter:
+    """Rolls shards at whole recordings and packs row groups; an oversized recording spans several row groups."""
+
+    def __init__(self, root: Store, layout: Layout):
+        self.root, self._layout = root, layout
+        self.shards: list[ShardRef] = []
+        self.index: list[ShardRef] = []
+        self.action_space: ActionSpace | None = None
+        self.columns: dict[str, int] = {}
+        self.cameras: tuple[str, ...] = ()
+        self._folder = tempfile.TemporaryDirectory(prefix="upvla-shard-")
+        self._path = Path(self._folder.name, "shard.parquet")
+        self._writer: pq.ParquetWriter | None = None
+        self._pending: list[pa.Table] = []
+        self._pending_bytes = self._shard_bytes = self._row = 0
+        self._index_rows: list[dict[str, Any]] = []
+
+    def add(self, episode: Episode, identity: str, token: str) -> None:
+        table = self._table(episode, identity)
+        size = sum(sum(map(len, frames)) for frames in episode.images.values())
+        size += sum(values.nbytes for values in _numbers(episode).values())
+        if self._pending_bytes + size > self._layout.max_row_group_bytes:
+            self._flush()
+        pieces = -(-size // self._layout.max_row_group_bytes)
+        rows = -(-len(table) // pieces)
+        for start in range(0, len(table), rows):
+            if start:
+                self._flush()
+            self._pending.append(table.slice(start, rows))
+        self._pending_bytes += size // pieces
+        self._shard_bytes += size
+        self._index_rows.append(
+            {
+                "episode_id": bytes.fromhex(identity),
+                "source_key": episode.id,
+                "source_token": token,
+                "source": episode.source,
+                "embodiment": episode.embodiment,
+                "scene": episode.scene,
+                "rate_hz": episode.rate_hz,
+                "length": len(episode),
+                "row0": self._row,
+                "spans": [asdict(span) for span in episode.spans],
+                "summary": json.dumps(
+                    {name: Summary.of(_numbers(episode)[name]).to_json() for name in _FEATURES}, separators=(",", ":")
+                ),
+            }
+        )
+        self._row += len(episode)
+        if self._pending_bytes >= self._layout.row_group_bytes:
+            self._flush()
+        if self._shard_bytes >= self._layout.shard_bytes:
+            self._finish_shard()
+
+    def close(self) -> None:
+        if self._index_rows:
+            self._finish_shard()
+        self._folder.cleanup()
+
+    def _table(self, episode: Episode, identity: str) -> pa.Table:
+        numbers, steps = _numbers(episode), len(episode)
+        columns = {name: int(values.shape[1]) for name, values in numbers.items()}
+        if self.action_space is None:
+            self.action_space, self.columns, self.cameras = episode.action_space, columns, tuple(episode.images)
+        self.action_space.require_equal(episode.action_space, ours="the dataset", theirs=episode.id)
+        if (columns, tuple(episode.images)) != (self.columns, self.cameras):
+            raise Mismatch(
+                f"{episode.id} has {columns} and cameras {list(episode.images)}, recordings before it had "
+                f"{self.columns} and {list(self.cameras)}; import them as another dataset"
+            )
+        arrays: dict[str, pa.Array] = {
+            "episode_id": pa.array([bytes.fromhex(identity)] * steps, pa.binary(16)),
+            "step": pa.array(np.arange(steps, dtype=np.int32)),
+            "timestamp": pa.array(episode.timestamps.astype(np.float64)),
+        }
+        for name, values in numbers.items():
+            flat = pa.array(np.ascontiguousarray(values).ravel())
+            kind = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
+            arrays[name] = pa.FixedSizeListArray.from_arrays(flat, type=kind)
+        for camera, frames in episode.images.items():
+            arrays[f"image_{camera}"] = pa.array(list(frames), pa.binary())
+        fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
+        metadata = {"action_space": json.dumps(episode.action_space.to_json(), sort_keys=True)}
+        return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, metadata))
+
+    def _flush(self) -> None:
+        if self._pending:
+            group = pa.concat_tables(self._pending)
+            if self._writer is None:
+                self._writer = _parquet_writer(self._path, group.schema)
+            self._writer.write_table(group, row_group_size=len(group))
+        self._pending, self._pending_bytes = [], 0
+
+    def _finish_shard(self) -> None:
+        self._flush()
+        assert self._writer is not None
+        self._writer.close()
+        self.shards.append(put_file(self.root, "data", self._path, self._row))
+        self.index.append(put_table(self.root, "index", pa.Table.from_pylist(self._index_rows, INDEX_SCHEMA)))
+        self._writer, self._index_rows, self._row, self._shard_bytes = None, [], 0, 0
+
+
+def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Images plain and uncompressed (they are compressed), numbers byte-split and zstd, statistics only of scalars."""
+    names = schema.names
+    images = [name for name in names if name.startswith("image_")]
+    lists = [f"{field.name}.list.element" for field in schema if pa.types.is_fixed_size_list(field.type)]
+    scalars = ["step", "timestamp"]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        version="2.6",
+        data_page_size=1 << 20,
+        write_page_checksum=True,
+        use_dictionary=["episode_id"],
+        column_encoding={"step": "DELTA_BINARY_PACKED"}
+        | dict.fromkeys(lists, "BYTE_STREAM_SPLIT")
+        | dict.fromkeys(images, "PLAIN"),
+        compression=dict.fromkeys(images, "none") | dict.fromkeys([*lists, *scalars, "episode_id"], "zstd"),
+        write_statistics=scalars,
+        store_schema=True,
+    )
+
+
+def _numbers(episode: Episode) -> dict[str, np.ndarray]:
+    optional = {"absolute_action": episode.absolute_actions, "scene_state": episode.scene_state}
+    present = {name: values for name, values in optional.items() if values is not None}
+    return {"action": episode.actions, "state": episode.state, **present}
+
+
+def _qa_table(rows: Sequence[Question]) -> pa.Table:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    columns[0] = [bytes.fromhex(identity) for identity in columns[0]]
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, QA_SCHEMA, strict=True)], schema=QA_SCHEMA
+    )
+
+
+def put_table(root: Store, folder: str, table: pa.Table) -> ShardRef:
+    with tempfile.TemporaryDirectory(prefix="upvla-table-") as name:
+        path = Path(name, "table.parquet")
+        pq.write_table(table, path, compression="zstd")
+        return put_file(root, folder, path, len(table))
+
+
+def put_file(root: Store, folder: str, path: Path, rows: int) -> ShardRef:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
+    if not root.exists(ref.key):
+        root.upload(path, ref.key)
+    return ref
+
+
+def refs(values: Iterable[Mapping[str, Any]]) -> tuple[ShardRef, ...]:
+    return tuple(ShardRef(**value) for value in values)
