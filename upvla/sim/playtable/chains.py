@@ -47,7 +47,7 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
         if place == "table":
             low, high = layout.blocks_x
             if block == "blue":
-                high -= 0.12  # room to be pushed right
+                low, high = low + 0.02, high - 0.13  # room for the gripper on its left, and to be pushed right
             x, y = rng.uniform(low, high), rows.pop() + rng.uniform(-0.012, 0.012)
         else:
             x = layout.cabinet_x + (0.15 if place == "slider_right" else -0.15) + rng.uniform(-0.06, 0.06)

@@ -20,7 +20,7 @@ from upvla.sim.playtable.tasks import succeeded
 from upvla.sim.playtable.tasks import task as task_row
 
 TRAVEL_Z = 0.60  # gripper height that clears blocks, button, switch and door handle
-_GAIN, _SPEED = 0.4, 0.75  # of the distance a step; cap in action units (0.02 m)
+_GAIN, _SPEED = 0.4, 0.8  # of the distance a step; cap in action units (0.02 m)
 _OPEN, _CLOSE = 1.0, -1.0
 _SIDES = (("right", 1.0), ("left", -1.0))
 
@@ -32,18 +32,18 @@ class Plan(NamedTuple):
     gripper: float
 
 
-def _towards(position: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    motion = _GAIN * (goal - position) / 0.02
+def _towards(error: np.ndarray) -> np.ndarray:
+    """Proportional motion (action units) that closes `error` (m), capped in length."""
+    motion = _GAIN * error / 0.02
     return motion * min(1.0, _SPEED / max(1e-9, float(np.linalg.norm(motion))))
 
 
 def _reach(position: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Motion towards `point` through the funnel above it."""
-    aside = float(np.linalg.norm(point[:2] - position[:2]))
-    height = point[2] + (TRAVEL_Z - point[2]) * np.clip((aside - 0.012) / 0.05, 0, 1)
-    motion = _towards(position, np.array((*point[:2], height)))
-    motion[:2] *= np.clip(1 - (height - position[2] - 0.008) / 0.02, 0, 1)
-    return motion
+    """Motion towards `point` through the funnel above it; sideways only as far as the height is right."""
+    aside = point[:2] - position[:2]
+    height = point[2] + (TRAVEL_Z - point[2]) * np.clip((np.linalg.norm(aside) - 0.012) / 0.05, 0, 1)
+    clear = np.clip((position[2] - height + 0.035) / 0.03, 0, 1)
+    return np.concatenate([clear * _towards(aside), _towards(np.array([height - position[2]]))])
 
 
 def _along(position: np.ndarray, point: np.ndarray, direction: tuple[float, float, float], speed: float) -> np.ndarray:
@@ -78,7 +78,7 @@ def _close_drawer(v: _View) -> Plan:
 
 def _slide(direction: float, v: _View) -> Plan:
     point = np.array((v.layout.handle_x - v.state[c.SLIDER], 0.014, s.DESK_Z + 0.098))
-    around = abs(v.tcp[0] - point[0]) < 0.035 and abs(v.tcp[1] - point[1]) < 0.02 and v.tcp[2] < point[2] + 0.015
+    around = abs(v.tcp[0] - point[0]) < 0.045 and abs(v.tcp[1] - point[1]) < 0.02 and v.tcp[2] < point[2] + 0.015
     return Plan(_along(v.tcp, point, (direction, 0, 0), 0.6) if around else _reach(v.tcp, point), _OPEN)
 
 
@@ -110,7 +110,7 @@ def _lift_block(block: str, v: _View) -> Plan:
     if not inside:
         return Plan(_reach(v.tcp, point), _OPEN)
     held = v.width < 0.060
-    return Plan(np.array((0, 0, 0.6)) if held else _towards(v.tcp, point), _CLOSE)
+    return Plan(np.array((0, 0, 0.6)) if held else _towards(point - v.tcp), _CLOSE)
 
 
 _EXPERTS: Mapping[str, Callable[[_View], Plan]] = {
