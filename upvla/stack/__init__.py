@@ -1,0 +1,168 @@
+"""The local stack: S3 (SeaweedFS), MLflow, Prefect server and worker, Ray head, as real servers on loopback.
+
+    config = load_site("local"); up(config); os.environ.update(environment(config)); ...; down(config)
+
+All state lies under `config.home`: data, logs/<part>.log, secrets/ (mode 0600), stack.json (what runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from upvla.errors import StackError
+from upvla.stack import processes
+from upvla.stack.servers import Part, Ports, StackConfig, environment, load_site, parts, ray_dir, server_environment
+
+__all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "status", "up"]
+
+_HUNG_S = 20.0  # a process that was there before us and has not answered for so long is replaced
+_REMIND_S = 15.0
+
+Progress = Callable[[str], None]
+
+
+def up(config: StackConfig, progress: Progress = print) -> None:
+    """Start what does not run and return when everything answers; healthy parts are left alone.
+
+    Raises `StackError` in one sentence: which part and where its log is, or who holds its port. Whatever this call
+    started is stopped again when it fails or is interrupted.
+    """
+    with _lock(config, progress):
+        _prepare(config)
+        listing = parts(config)
+        for part in listing:
+            if _process(config, part) is None:
+                if part.owns_children:
+                    processes.stop(processes.marked(config.home, part.name))
+                processes.require_free(part.name, part.ports)
+        started: dict[str, float] = {}
+        try:
+            _converge(config, listing, started, progress)
+        except BaseException:
+            processes.stop([process for name in started for process in processes.marked(config.home, name)])
+            raise
+
+
+def down(config: StackConfig, progress: Progress = print) -> None:
+    """Stop every process of this home, with everything it started; no error when nothing runs."""
+    with _lock(config, progress):
+        # The worker goes first: a flow run that is told to end still reports to the server.
+        for name, part in (("the worker and its flow runs", "worker"), ("the servers", None)):
+            if running := processes.marked(config.home, part):
+                progress(f"stopping {name}: {len(running)} processes")
+                processes.stop(running)
+        processes.stop(processes.marked(config.home))  # what was being started meanwhile
+        if left := processes.marked(config.home):
+            raise StackError(f"still alive after SIGKILL: {', '.join(map(processes.describe, left))}; run it again")
+        config.record.unlink(missing_ok=True)
+        if (link := ray_dir(config.home)).is_symlink():
+            link.unlink()
+
+
+def status(config: StackConfig) -> list[dict[str, Any]]:
+    """Every part as {name, healthy (it answered just now), address, pid (None: does not run), log}."""
+    listing = []
+    for part in parts(config):
+        process = _process(config, part)
+        healthy, pid = process is not None and part.answers(process), process.pid if process else None
+        about = {"name": part.name, "healthy": healthy, "address": part.address, "pid": pid, "log": str(part.log)}
+        listing.append(about)
+    return listing
+
+
+def _process(config: StackConfig, part: Part) -> Any:
+    return processes.main_process(config.home, part.name, part.command)
+
+
+def _converge(config: StackConfig, listing: Sequence[Part], started: dict[str, float], progress: Progress) -> None:
+    """Drive every part to health, side by side. `started` gets the parts started here, with the time of it."""
+    waiting = {part.name: part for part in listing}
+    since = dict.fromkeys(waiting, time.monotonic())
+    reminded = dict(since)
+    while waiting:
+        for part in [part for part in waiting.values() if part.needs not in waiting]:
+            name, process, now = part.name, _process(config, part), time.monotonic()
+            waited = now - since[name]
+            if process is not None and part.answers(process):
+                del waiting[name]
+                state = f"healthy after {waited:.1f} s" if name in started else "already runs"
+                progress(f"{name}: {state} at {part.address}")
+            elif name in started and process is None:
+                raise StackError(f"{name} ended while starting: {_last_line(part.log)}; the whole log is {part.log}")
+            elif name in started and waited > config.timeout_s:
+                raise StackError(f"{name} does not answer after {waited:.0f} s; its log is {part.log}")
+            elif name not in started and (process is None or waited > _HUNG_S):
+                if process is not None:
+                    progress(f"{name}: process {process.pid} does not answer, replacing it")
+                    processes.stop(processes.marked(config.home, name) if part.owns_children else [process])
+                processes.require_free(name, part.ports)
+                started[name] = since[name] = reminded[name] = now
+                processes.start(config.home, name, part.command, server_environment(config), part.log)
+            elif now - reminded[name] > _REMIND_S:
+                reminded[name] = now
+                progress(f"{name}: still waiting after {waited:.0f} s, log {part.log}")
+        time.sleep(0.2)
+
+
+def _prepare(config: StackConfig) -> None:
+    """Room on the disk, folders, secrets and the record, before anything is started."""
+    home = config.home
+    free_mb = shutil.disk_usage(home).free >> 20
+    if free_mb < config.min_free_mb:
+        raise StackError(
+            f"only {free_mb} MB are free under {home}, the stack needs {config.min_free_mb}: "
+            "free some, or set UPVLA_HOME to a folder on another disk"
+        )
+    if processes.marked(home) and _recorded(config) != config:
+        raise StackError(f"the stack in {home} runs with another configuration: run `upvla down` first")
+    for folder in ("logs", "ray", "s3", "mlflow", "prefect", "secrets"):
+        (home / folder).mkdir(exist_ok=True, mode=0o700)
+    keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    s3 = {"identities": [{"name": "upvla", "credentials": [keys], "actions": actions}]}
+    for name, text in (("s3.json", json.dumps(s3)), ("ray_token", secrets.token_hex(32))):
+        if not (home / "secrets" / name).exists():
+            draft = home / "secrets" / f"{name}.new"
+            draft.touch(mode=0o600)
+            draft.write_text(text)
+            draft.rename(home / "secrets" / name)
+    for old in sorted((home / "ray").glob("session_2*"))[:-3]:  # Ray itself never deletes the logs of a session
+        shutil.rmtree(old, ignore_errors=True)
+    if (link := ray_dir(home)) != home / "ray":
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(home / "ray")
+        if not link.is_symlink() or link.readlink() != home / "ray":
+            raise StackError(f"{link} is not our link to {home}/ray: remove it, or set UPVLA_HOME to a shorter path")
+    config.record.write_text(config.model_dump_json(indent=2))
+
+
+def _recorded(config: StackConfig) -> StackConfig | None:
+    try:
+        return StackConfig.model_validate_json(config.record.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300]
+
+
+@contextlib.contextmanager
+def _lock(config: StackConfig, progress: Progress) -> Iterator[None]:
+    config.home.mkdir(parents=True, exist_ok=True)
+    with (config.home / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("another `upvla up` or `upvla down` is at work here, waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,106 @@
+"""Processes that belong to one home folder: started detached, found by their mark, stopped without remains.
+
+The process table is the only record of what runs: every server, and every process that it ever starts, carries
+`UPVLA_STACK=<home>` in its environment. So a foreign process is never stopped, not even when it has inherited an old
+number, and nothing of ours is left behind, not even when the home folder was deleted under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+from upvla.errors import StackError
+
+_TERM_S = 15.0  # SeaweedFS takes 4 s, Ray drains for 1 s; under load more
+_KILL_S = 5.0
+
+
+def start(home: Path, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    """Start `command` in a session of its own (Ctrl-C in the terminal is not for it), marked as ours."""
+    marks = {
+        "UPVLA_STACK": str(home),
+        "UPVLA_PART": name,
+        "SPT_NOENV": "1",  # else setproctitle, which Ray uses, writes over the environment in the process table
+    }
+    with log.open("ab") as output:
+        output.write(f"\n--- {datetime.now().astimezone().isoformat(timespec='seconds')} {name} starts\n".encode())
+        output.flush()
+        subprocess.Popen(
+            command,
+            env={**environment, **marks},
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def marked(home: Path, name: str | None = None) -> list[psutil.Process]:
+    """Living processes of this home (of one part), except the caller."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            marks = process.environ()
+            if marks.get("UPVLA_STACK") == str(home) and name in (None, marks.get("UPVLA_PART")):
+                found.append(process)
+    return found
+
+
+def main_process(home: Path, name: str, command: Sequence[str]) -> psutil.Process | None:
+    """The process that `start` started: that exact command; a forked child of it is younger."""
+    same = []
+    for process in marked(home, name):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:] == list(command[1:]):
+                same.append(process)
+    return min(same, key=psutil.Process.create_time, default=None)
+
+
+def stop(processes: Sequence[psutil.Process]) -> None:
+    """Ask all of them to end, and after a grace end those that did not."""
+    for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)  # psutil compares start times: a reused number is never hit
+        _, processes = psutil.wait_procs(processes, timeout=patience_s)
+
+
+def require_free(name: str, ports: Mapping[int, str]) -> None:
+    """Raise `StackError` naming the first port that cannot be bound, who holds it, and the setting that moves it."""
+    for port, setting in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise StackError(
+                    f"port {port}, which {name} needs, is held by {_holder(port)}: stop that, or move ours with "
+                    f"UPVLA_PORTS={setting}=NUMBER or `stack.ports.{setting}` in configs/site/local.yaml"
+                ) from error
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()} (pid {process.pid})"
+    except psutil.Error:
+        return f"pid {process.pid}"
+
+
+def _holder(port: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                return describe(psutil.Process(connection.pid))
+    return "a process that this user may not see"

@@ -1,0 +1,263 @@
+"""What the local stack is made of: its configuration, the servers (command, ports, health), the clients' variables."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import urllib.request
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from upvla.errors import ConfigError, StackError
+
+HOST = "127.0.0.1"
+STORE_BUCKET, ARTIFACT_BUCKET = "upvla", "mlflow"
+WORK_POOL = "local"
+_RAY_DIR_LIMIT = 36  # Ray appends up to 67 characters; the path of a Unix socket holds 107
+
+
+class Ports(BaseModel):
+    """One number a server. SeaweedFS takes s3..s3+4 and the same +10000 (gRPC); Ray also takes ray+1 (its client)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    s3: int = Field(default=8333, ge=1024, le=22763)  # +4 +10000 stays below the ephemeral range (32768)
+    mlflow: int = Field(default=5000, ge=1024, le=65535)
+    prefect: int = Field(default=4200, ge=1024, le=65535)
+    ray: int = Field(default=6379, ge=1024, le=65534)
+    dashboard: int = Field(default=8265, ge=1024, le=65535)
+
+
+class StackConfig(BaseModel):
+    """Where the local stack keeps its state and how big it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path = Field(default_factory=lambda: Path(os.environ.get("UPVLA_HOME") or ".upvla"), validate_default=True)
+    ports: Ports = Ports()
+    num_cpus: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), gt=0)
+    """What Ray may hand out; at least two, so that two training workers find a place on one core too."""
+    object_store_mb: int = Field(default=512, ge=80)
+    worker_limit: int = Field(default=4, ge=3)
+    """Flow runs at a time: `pretrain/full` waits for `evaluate/chains`, so one slot would be a deadlock."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    min_free_mb: int = 2048
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @property
+    def record(self) -> Path:
+        """What the running stack was started with."""
+        return self.home / "stack.json"
+
+
+class Part(NamedTuple):
+    """One server. `answers` asks whether the given process of it does its work now."""
+
+    name: str
+    command: list[str]
+    address: str
+    ports: dict[int, str]  # each with the field of `Ports` that moves it
+    answers: Callable[[psutil.Process], bool]
+    log: Path
+    needs: str = ""
+    owns_children: bool = True  # False: what it started outlives it, and is not stopped when it is restarted
+
+
+def load_site(site: str = "local") -> StackConfig:
+    """The `stack` section of `configs/site/<site>.yaml`; over it what a running stack was started with; over that
+    the ports in UPVLA_PORTS (`mlflow=5001,s3=9333`)."""
+    root = os.environ.get("UPVLA_CONFIGS")
+    path = (Path(root) if root else Path(__file__).parents[2] / "configs") / f"site/{site}.yaml"
+    try:
+        section = (yaml.safe_load(path.read_text()) or {}).get("stack")
+        if section is None:
+            raise ConfigError(f"{path} has no `stack` section: its servers run elsewhere and `upvla up` is not for it")
+        config = StackConfig.model_validate(section)
+        with contextlib.suppress(FileNotFoundError):
+            config = StackConfig.model_validate_json(config.record.read_bytes())
+        ports: dict[str, Any] = config.ports.model_dump()
+        moved = filter(None, os.environ.get("UPVLA_PORTS", "").split(","))
+        ports |= {name.strip(): number for name, _, number in (pair.partition("=") for pair in moved)}
+        return config.model_copy(update={"ports": Ports.model_validate(ports)})
+    except FileNotFoundError as error:
+        raise ConfigError(f"no site {site!r}: {path} does not exist") from error
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"the stack's configuration ({path}, UPVLA_PORTS) is wrong: {error}") from error
+
+
+def environment(config: StackConfig) -> dict[str, str]:
+    """Every variable that a client of the stack needs. Raises `StackError` before the first `up`."""
+    home, ports = config.home, config.ports
+    try:
+        keys = json.loads((home / "secrets/s3.json").read_bytes())["identities"][0]["credentials"][0]
+    except FileNotFoundError as error:
+        raise StackError(f"no stack was ever started in {home}: run `upvla up`, or set UPVLA_HOME") from error
+    no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost")))
+    return {
+        "UPVLA_HOME": str(home),
+        "UPVLA_STORE_URL": f"s3://{STORE_BUCKET}",
+        "UPVLA_RAY_JOBS_URL": f"http://{HOST}:{ports.dashboard}",
+        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports.s3}",
+        "AWS_ACCESS_KEY_ID": keys["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
+        "AWS_SESSION_TOKEN": "",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports.mlflow}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": f"http://{HOST}:{ports.prefect}/api",
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "prefect/results"),
+        "RAY_ADDRESS": f"{HOST}:{ports.ray}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / "secrets/ray_token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: keeps Ray on loopback on every system
+        "TORCH_EXTENSIONS_DIR": str(home / "torch_extensions"),
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu"),
+        "DO_NOT_TRACK": "1",
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))),  # ninja
+    }
+
+
+def server_environment(config: StackConfig) -> dict[str, str]:
+    """What the servers themselves get: a client's variables and their own settings, nobody else's credentials."""
+    foreign = ("AWS_PROFILE", "PREFECT_API_KEY", "PREFECT_PROFILE", "RAY_AUTH_TOKEN")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in foreign},
+        **environment(config),
+        "PYTHONUNBUFFERED": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # seconds; SQLite on a busy machine
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(config.home / "prefect/ui"),  # else inside the installed package
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+    }
+
+
+def parts(config: StackConfig) -> list[Part]:
+    """The servers, in the order in which they are reported."""
+    home, ports = config.home, config.ports
+    _, master, volume, filer, admin = s3 = range(ports.s3, ports.s3 + 5)
+    prefect, mlflow, ray = (f"http://{HOST}:{port}" for port in (ports.prefect, ports.mlflow, ports.dashboard))
+
+    def buckets_exist(_: psutil.Process) -> bool:
+        folders = [f"http://{HOST}:{filer}/buckets/{name}/?limit=1" for name in (STORE_BUCKET, ARTIFACT_BUCKET)]
+        return all(_get(url) is not None for url in (f"http://{HOST}:{ports.s3}/healthz", *folders))
+
+    def node_alive(_: psutil.Process) -> bool:
+        token = (home / "secrets/ray_token").read_text()
+        return b'"ALIVE"' in (_get(f"{ray}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}) or b"")
+
+    def worker_online(process: psutil.Process) -> bool:
+        workers = json.loads(_get(f"{prefect}/api/work_pools/{WORK_POOL}/workers/filter", body=b"{}") or b"[]")
+        beats = [w["last_heartbeat_time"] for w in workers if w["name"] == "upvla" and w["status"] == "ONLINE"]
+        return any(datetime.fromisoformat(beat).timestamp() >= process.create_time() - 1 for beat in beats if beat)
+
+    names: dict[str, Any] = {f"{name}_port": number for name, number in ports.model_dump().items()}
+    names |= {"master": master, "volume": volume, "filer": filer, "admin": admin, "client": ports.ray + 1}
+    names |= {"store": STORE_BUCKET, "artifacts": ARTIFACT_BUCKET, "pool": WORK_POOL, "limit": config.worker_limit}
+    names |= {"cpus": config.num_cpus, "memory": config.object_store_mb << 20}
+    names |= {"home": home, "ray_dir": ray_dir(home), "host": HOST}
+
+    def part(name: str, command: str, address: str, ports: dict[int, str], answers: Any, **more: Any) -> Part:
+        program, *arguments = command.split()  # split first: a home with a space in it stays one argument
+        start = [_program(program)] if program == "weed" else [sys.executable, "-m", program]
+        start += [argument.format(**names) for argument in arguments]
+        return Part(name, start, address, ports, answers, home / f"logs/{name}.log", **more)
+
+    return [
+        part(
+            "s3",
+            "weed -logtostderr=true mini -dir={home}/s3 -ip={host} -ip.bind={host} -s3.port={s3_port}"
+            " -master.port={master} -volume.port={volume} -filer.port={filer} -admin.port={admin} -admin.ui=false"
+            " -webdav=false -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false"
+            " -master.volumeSizeLimitMB=1024 -bucket={store},{artifacts} -s3.config={home}/secrets/s3.json",
+            f"http://{HOST}:{ports.s3}",
+            dict.fromkeys([*s3, *(port + 10000 for port in s3)], "s3"),
+            buckets_exist,
+        ),
+        part(
+            "mlflow",
+            "mlflow server --host {host} --port {mlflow_port} --workers 1 --serve-artifacts"
+            " --backend-store-uri sqlite:///{home}/mlflow/mlflow.db --artifacts-destination s3://{artifacts}",
+            mlflow,
+            {ports.mlflow: "mlflow"},
+            lambda _: _get(f"{mlflow}/health") is not None,
+        ),
+        part(
+            "prefect",
+            "prefect server start --host {host} --port {prefect_port}",
+            prefect,
+            {ports.prefect: "prefect"},
+            lambda _: _get(f"{prefect}/api/ready") is not None,
+        ),
+        part(
+            "ray",
+            "ray.scripts.scripts start --head --block --disable-usage-stats --log-style=record"
+            " --node-ip-address={host} --port={ray_port} --ray-client-server-port={client} --temp-dir={ray_dir}"
+            " --dashboard-host={host} --dashboard-port={dashboard_port} --include-dashboard=true"
+            " --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
+            " --num-cpus={cpus} --object-store-memory={memory}",
+            ray,
+            {ports.ray: "ray", ports.ray + 1: "ray", ports.dashboard: "dashboard"},
+            node_alive,
+        ),
+        part(
+            "worker",
+            "prefect worker start --pool {pool} --type process --name upvla --limit {limit} --install-policy never",
+            f"{prefect}/work-pools/work-pool/{WORK_POOL}",
+            {},
+            worker_online,
+            needs="prefect",
+            owns_children=False,
+        ),
+    ]
+
+
+def ray_dir(home: Path) -> Path:
+    """Ray's folder, which holds Unix sockets: where `home` is too long for one, a link from /tmp stands for it."""
+    folder = home / "ray"
+    if len(str(folder)) <= _RAY_DIR_LIMIT:
+        return folder
+    return Path("/tmp") / f"upvla-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+
+
+def _program(name: str) -> str:
+    path = shutil.which(name, path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
+    if path is None:
+        raise StackError(f"the program {name!r} is not installed: run `make setup`")
+    return path
+
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never behind a proxy
+
+
+def _get(url: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes | None:
+    """The reply's body, or None when nobody answers well."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
+    try:
+        with _direct.open(request, timeout=5) as reply:
+            return bytes(reply.read())
+    except (OSError, http.client.HTTPException):
+        return None
