@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError, Mismatch, UpvlaError
 from upvla.sim import contract as c
 from upvla.sim.playtable import scene as s
 from upvla.types import CALVIN_RELATIVE, Observation
@@ -92,7 +93,7 @@ class PlaytableEnv:
         """The 15-dim robot state with the open gripper at this pose. Raises `ConfigError` when out of reach."""
         joints = HOME.copy()
         for _ in range(60):
-            joints = self._solve(joints, position, euler, 1)
+            joints = self._solve(joints, position, euler)
         place, turn = self._tcp_pose(joints)
         if np.linalg.norm(place - position) > 1e-3:
             raise ConfigError(f"the arm cannot reach {np.round(position, 3).tolist()}; choose a point over the desk")
@@ -155,17 +156,19 @@ class PlaytableEnv:
         """One 30 Hz step of f[7]: motion clipped to +-1, gripper open from 0 up. `Mismatch` for NaN or a wrong shape."""
         action = _checked("action", action, 7)
         mj, model, data = self._mj, self.model, self.data
-        motion = np.clip(action[:6], -1, 1)
+        motion = np.maximum(np.minimum(action[:6], 1.0), -1.0)
         here, turn = data.site_xpos[self._tcp], _to_euler(data.site_xmat[self._tcp])
         ahead = self._pos + 0.02 * motion[:3] - here
         self._pos = here + ahead * min(1.0, _LEASH_M / max(1e-9, float(np.linalg.norm(ahead))))
         turned = _wrapped(self._euler + 0.05 * motion[3:] - turn)
-        self._euler = turn + np.clip(turned, -_LEASH_RAD, _LEASH_RAD)
+        self._euler = turn + np.maximum(np.minimum(turned, _LEASH_RAD), -_LEASH_RAD)
         self._gripper = 1.0 if action[6] >= 0 else -1.0
-        data.ctrl[:7] = self._solve(data.ctrl[:7], self._pos, self._euler, 2)
+        data.ctrl[:7] = self._solve(data.ctrl[:7], self._pos, self._euler)
         data.ctrl[7:9] = FINGER_OPEN if self._gripper > 0 else 0.0
         for _ in range(SUBSTEPS):
             mj.mj_step(model, data)
+        if data.warning[mj.mjtWarning.mjWARN_BADQACC].number:
+            raise UpvlaError(f"{self.name}: physics became unstable at {data.time:.2f} s; reset to go on")
         mj.mj_fwdPosition(model, data)  # poses and contacts of the state just reached
         self._switch_lamps()
 
@@ -188,24 +191,22 @@ class PlaytableEnv:
         self._mj.mj_kinematics(self.model, k)
         return k.site_xpos[self._tcp].copy(), _to_euler(k.site_xmat[self._tcp])
 
-    def _solve(self, joints: np.ndarray, position: np.ndarray, euler: np.ndarray, iterations: int) -> np.ndarray:
-        """Damped least squares from `joints` towards the pose, drawn to HOME where the pose leaves freedom."""
-        mj, k, joints = self._mj, self._kinematics, np.array(joints)
-        goal = _to_quat(euler)
-        current, error, jacobian = np.zeros(4), np.zeros(6), self._jacobian
-        for _ in range(iterations):
-            k.qpos[:7] = joints
-            mj.mj_kinematics(self.model, k)
-            mj.mj_comPos(self.model, k)
-            mj.mj_jacSite(self.model, k, jacobian[:3], jacobian[3:], self._tcp)
-            error[:3] = position - k.site_xpos[self._tcp]
-            mj.mju_mat2Quat(current, k.site_xmat[self._tcp])
-            error[3:] = _rotation_between(current, goal)
-            j = jacobian[:, :7]
-            pull = 0.1 * (HOME - joints)
-            gain = np.linalg.solve(j @ j.T + 1e-4 * np.eye(6), error - j @ pull)
-            joints = np.clip(joints + np.clip(pull + j.T @ gain, -0.15, 0.15), *_ARM_RANGE)
-        return joints
+    def _solve(self, joints: np.ndarray, position: np.ndarray, euler: np.ndarray) -> np.ndarray:
+        """One damped least-squares step from `joints` towards the pose, drawn to HOME where the pose leaves freedom."""
+        mj, k, jacobian = self._mj, self._kinematics, self._jacobian
+        k.qpos[:7] = joints
+        mj.mj_kinematics(self.model, k)
+        mj.mj_comPos(self.model, k)
+        mj.mj_jacSite(self.model, k, jacobian[:3], jacobian[3:], self._tcp)
+        error, current = np.empty(6), np.empty(4)
+        error[:3] = position - k.site_xpos[self._tcp]
+        mj.mju_mat2Quat(current, k.site_xmat[self._tcp])
+        error[3:] = _rotation_between(current, _to_quat(euler))
+        j = jacobian[:, :7]
+        pull = 0.1 * (HOME - joints)
+        change = pull + j.T @ np.linalg.solve(j @ j.T + _DAMPING, error - j @ pull)
+        joints = joints + np.maximum(np.minimum(change, 0.15), -0.15)
+        return np.maximum(np.minimum(joints, _ARM_RANGE[1]), _ARM_RANGE[0])
 
     # ------------------------------------------------------------------------------------------------- looking
 
@@ -260,9 +261,15 @@ class _Renderer:
 
     def __init__(self, mj: ModuleType, model: Any) -> None:
         self._mj, self._model = mj, model
-        self._gl = mj.GLContext(s.STATIC_SIZE, s.STATIC_SIZE)
-        self._gl.make_current()
-        self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_50.value)
+        try:
+            self._gl = mj.GLContext(s.STATIC_SIZE, s.STATIC_SIZE)
+            self._gl.make_current()
+            self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_50.value)
+        except Exception as error:
+            raise ConfigError(
+                f"MuJoCo cannot render ({error}): it was imported before MUJOCO_GL was set; "
+                "set MUJOCO_GL=osmesa in the environment"
+            ) from error
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene, self._option = mj.MjvScene(model, maxgeom=200), mj.MjvOption()
         self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = self._scene.flags[mj.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -299,6 +306,7 @@ class _Renderer:
 # ------------------------------------------------------------------------------------------------------ geometry
 
 _ARM_RANGE = np.array(s.ARM_LIMITS).T
+_DAMPING = 1e-4 * np.eye(6)
 
 
 def _checked(what: str, value: np.ndarray, size: int) -> np.ndarray:
@@ -323,7 +331,8 @@ def _wrapped(angle: np.ndarray) -> np.ndarray:
 
 def _to_quat(euler: np.ndarray) -> np.ndarray:
     """Euler xyz about fixed axes -> unit quaternion, w first."""
-    (sx, sy, sz), (cx, cy, cz) = np.sin(np.asarray(euler) / 2), np.cos(np.asarray(euler) / 2)
+    halves = [float(angle) / 2 for angle in euler]
+    (sx, sy, sz), (cx, cy, cz) = map(math.sin, halves), map(math.cos, halves)
     return np.array((
         cx * cy * cz + sx * sy * sz, sx * cy * cz - cx * sy * sz,
         cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz,
@@ -332,14 +341,17 @@ def _to_quat(euler: np.ndarray) -> np.ndarray:
 
 def _to_euler(matrix: np.ndarray) -> np.ndarray:
     """f64[9] rotation, row major -> euler xyz about fixed axes."""
-    m = np.asarray(matrix).ravel()
-    pitch = np.arctan2(-m[6], np.hypot(m[0], m[3]))
-    return np.array((np.arctan2(m[7], m[8]), pitch, np.arctan2(m[3], m[0])))
+    m = matrix.tolist()
+    return np.array((math.atan2(m[7], m[8]), math.atan2(-m[6], math.hypot(m[0], m[3])), math.atan2(m[3], m[0])))
 
 
 def _rotation_between(current: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Rotation vector in the world frame that takes one quaternion to the other."""
-    w = float(goal @ current)
-    vector = current[0] * goal[1:] - goal[0] * current[1:] - np.cross(goal[1:], current[1:])
-    norm = float(np.linalg.norm(vector))
-    return vector * (2 * np.arctan2(norm, abs(w)) * np.sign(w) / norm if norm > 1e-12 else 0.0)
+    """Rotation vector in the world frame that takes one unit quaternion to the other, the short way."""
+    (cw, cx, cy, cz), (gw, gx, gy, gz) = current.tolist(), goal.tolist()
+    w = gw * cw + gx * cx + gy * cy + gz * cz
+    x = cw * gx - gw * cx - gy * cz + gz * cy
+    y = cw * gy - gw * cy - gz * cx + gx * cz
+    z = cw * gz - gw * cz - gx * cy + gy * cx
+    norm = math.sqrt(x * x + y * y + z * z)
+    scale = math.copysign(2 * math.atan2(norm, abs(w)), w) / norm if norm > 1e-12 else 0.0
+    return np.array((x * scale, y * scale, z * scale))

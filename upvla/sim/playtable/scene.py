@@ -109,14 +109,6 @@ def _wood(rng: np.random.Generator, light: Rgb, dark: Rgb, size: int = 256) -> n
     return image.astype(np.uint8)
 
 
-def _tiles(rng: np.random.Generator, colour: Rgb, size: int = 256) -> np.ndarray:
-    """Four by four floor tiles with dark joints, u8[size,size,3]."""
-    shade = np.kron(rng.uniform(0.92, 1.0, (4, 4)), np.ones((size // 4, size // 4))).astype(np.float32)
-    shade += 0.05 * (_noise(rng, (40, 40), size) - 0.5)
-    shade[:: size // 4] = shade[:, :: size // 4] = 0.78
-    return _mix((0, 0, 0), colour, shade)
-
-
 def textures(scene: str) -> dict[str, bytes]:
     """PNG files that the MJCF of this scene names, made from a seed of its own."""
     spec = layout(scene)
@@ -124,7 +116,6 @@ def textures(scene: str) -> dict[str, bytes]:
     images = {
         "desk.png": _wood(rng, *spec.desk),
         "front.png": _wood(rng, *spec.front),
-        "floor.png": _tiles(rng, spec.floor),
     }
     return {name: cv2.imencode(".png", image[..., ::-1])[1].tobytes() for name, image in images.items()}
 
@@ -178,7 +169,7 @@ def _robot() -> str:
         + _box((0, 0, 0.032), (0.026, 0.092, 0.030), "shell", 'class="robot" mass="0.4"')
         + _box((0, 0, 0.012), (0.029, 0.060, 0.012), "accent", 'class="robot" mass="0.1"')
         + f'<site name="tcp" pos="0 0 {TCP_OFFSET}" size="0.002" rgba="0 0 0 0"/>'
-        '<camera name="gripper" pos="-0.085 0 0.045" xyaxes="0 1 0 0.92 0 -0.39" fovy="75"/>'
+        '<camera name="gripper" pos="-0.09 0 0.035" xyaxes="0 1 0 0.84 0 -0.545" fovy="75"/>'
     )
     for side, sign in (("left", 1), ("right", -1)):
         text += (
@@ -189,6 +180,16 @@ def _robot() -> str:
             + "</body>"
         )
     return text + "</body>" * 9
+
+
+def _floor() -> str:
+    """Tiles: flat colour and thin lines, which render three times as fast as a texture that fills the background."""
+    lines = "".join(
+        _box((x, 0.5, 0), (0.006, 2.5, 0.001), "joint_line", 'class="picture"')
+        + _box((-0.5, x + 0.3, 0), (2.5, 0.006, 0.001), "joint_line", 'class="picture"')
+        for x in np.arange(-2.2, 2.0, 0.6)
+    )
+    return f'<geom class="picture" type="plane" size="4 4 0.1" material="floor"/>{lines}'
 
 
 def _furniture(spec: Layout) -> str:
@@ -271,7 +272,7 @@ def mjcf(scene: str) -> str:
     """The whole scene; `textures(scene)` are its files. Contact bits: 1 furniture, 2 robot, 4 blocks."""
     spec = layout(scene)
     flat = {
-        "shell": (0.93, 0.93, 0.92), "joint": (0.32, 0.34, 0.38), "accent": (0.10, 0.55, 0.62),
+        "floor": spec.floor, "joint_line": tuple(0.85 * c for c in spec.floor), "shell": (0.93, 0.93, 0.92), "joint": (0.32, 0.34, 0.38), "accent": (0.10, 0.55, 0.62),
         "finger": (0.12, 0.12, 0.13), "handle": spec.handle, "metal": (0.55, 0.56, 0.58),
         "plank": tuple(0.5 * c for c in spec.desk[1]), "button": (0.85, 0.42, 0.10), "switch": (0.48, 0.20, 0.62),
         "red": (0.85, 0.08, 0.08), "blue": (0.08, 0.20, 0.85), "pink": (0.96, 0.45, 0.68),
@@ -288,8 +289,9 @@ def mjcf(scene: str) -> str:
     return f"""<mujoco model="playtable_{scene}">
 <compiler angle="radian" eulerseq="xyz"/>
 <option timestep="{1 / 240:.12f}" integrator="implicitfast" cone="elliptic" impratio="2" iterations="100"
- ls_iterations="50"/>
-<visual><global offwidth="{STATIC_SIZE}" offheight="{STATIC_SIZE}"/><quality offsamples="0"/>
+ ls_iterations="50"><flag autoreset="disable"/></option>
+<visual><global offwidth="{STATIC_SIZE}" offheight="{STATIC_SIZE}"/><quality offsamples="0" numslices="16" numstacks="8"
+ numquads="1"/>
 <headlight ambient="0.38 0.38 0.38" diffuse="0.25 0.25 0.25" specular="0 0 0"/><map znear="0.01" zfar="20"/></visual>
 <default><geom contype="1" conaffinity="0" friction="0.6 0.01 0.001"/>
 <default class="robot"><geom contype="2" conaffinity="1" friction="0.8 0.02 0.001"/>
@@ -299,9 +301,7 @@ def mjcf(scene: str) -> str:
 <default class="picture"><geom contype="0" conaffinity="0"/></default></default>
 <asset>
 <texture name="desk" type="cube" file="desk.png"/><texture name="front" type="cube" file="front.png"/>
-<texture name="floor" type="2d" file="floor.png"/>
 <material name="desk" texture="desk"/><material name="front" texture="front"/>
-<material name="floor" texture="floor" texrepeat="3 3"/>
 <material name="light_off" rgba="0.82 0.82 0.80 1"/>
 <material name="lightbulb_on" rgba="1 0.92 0.05 1" emission="0.9"/><material name="led_on" rgba="0.05 1 0.15 1" emission="0.9"/>
 {materials}</asset>
@@ -309,8 +309,7 @@ def mjcf(scene: str) -> str:
 <light pos="{_v(spec.light_from)}" dir="{_v(-np.array(spec.light_from) + (0, 0, 0.4))}" diffuse="{_v(spec.light)}"
  specular="0.1 0.1 0.1" directional="true"/>
 <camera name="static" {_STATIC_CAMERA}/>
-<geom class="picture" type="plane" size="4 4 0.1" material="floor"/>
-{_robot()}{_furniture(spec)}{_blocks(spec)}
+{_floor()}{_robot()}{_furniture(spec)}{_blocks(spec)}
 </worldbody>
 <equality><joint joint1="finger_left" joint2="finger_right" polycoef="0 1 0 0 0"/></equality>
 <actuator>{actuators}</actuator>
