@@ -34,7 +34,6 @@ from upvla.types import ActionSpace, Manifest, ShardRef, Span
 Split = Literal["train", "validation"]
 
 _COMMIT_ATTEMPTS = 40
-_FEATURES = ("action", "state")  # whose statistics are kept
 
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "reason", "detail", "token")])
 

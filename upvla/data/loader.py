@@ -1,0 +1,110 @@
+"""Mixture positions -> this rank's batches, decoded by threads ahead of time, in an order that is nobody's state.
+
+Global batch k is the positions [k * G, (k + 1) * G); rank r of W takes those with position % W == r. So the same global
+batches come in the same order for any world size, number of threads and micro-batch, and resuming needs one integer.
+Threads suffice because decoding and resizing release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from upvla.data.mixture import Mixture
+from upvla.data.samples import SampleReader
+from upvla.errors import ConfigError
+from upvla.types import Sample
+
+_Batch = TypeVar("_Batch")
+
+
+class Loader(Generic[_Batch]):
+    """Endless iterator over this rank's micro-batches of each global step, `list[Batch]`.
+
+    `step` counts the global batches handed out; it is the whole state. Memory is bounded by `prefetch_steps`. An
+    unreadable sample raises at its own step. `data_wait_s` is how long the consumer stood waiting.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        reader: SampleReader,
+        collate: Callable[[Sequence[Sample]], _Batch],
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        start_step: int = 0,
+        threads: int = 2,
+        prefetch_steps: int = 2,
+    ):
+        rows, rest = divmod(mixture.plan.global_batch, world_size)
+        if rest or rows % micro_batch:
+            raise ConfigError(
+                f"a global batch of {mixture.plan.global_batch} rows cannot be dealt to {world_size} ranks in "
+                f"micro-batches of {micro_batch}; world_size * micro_batch must divide it"
+            )
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of a world of {world_size}")
+        self._mixture, self._reader, self._collate = mixture, reader, collate
+        self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
+        self._threads, self._prefetch_steps = threads, prefetch_steps
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[list[Future[_Batch]]] = deque()
+        self.step = start_step
+        self.data_wait_s = 0.0
+
+    def positions(self, step: int) -> list[range]:
+        """This rank's mixture positions of one global step, a range a micro-batch."""
+        size, stride = self._mixture.plan.global_batch, self._world_size
+        first = step * size + self._rank  # the world size divides a global batch
+        span = self._micro_batch * stride
+        return [range(start, start + span, stride) for start in range(first, (step + 1) * size, span)]
+
+    def __iter__(self) -> Iterator[list[_Batch]]:
+        return self
+
+    def __next__(self) -> list[_Batch]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="upvla-loader")
+        while len(self._ahead) <= self._prefetch_steps:
+            step = self.step + len(self._ahead)
+            self._ahead.append([self._pool.submit(self._load, positions) for positions in self.positions(step)])
+        started = time.perf_counter()
+        batches = [future.result() for future in self._ahead[0]]
+        self.data_wait_s += time.perf_counter() - started
+        self._ahead.popleft()
+        self.step += 1
+        return batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after `step` global batches, whoever consumed them, at whatever world size."""
+        self._forget()
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        self._forget()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> Loader[_Batch]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, positions: range) -> _Batch:
+        return self._collate([self._reader.read(self._mixture.sample_at(p), p) for p in positions])
+
+    def _forget(self) -> None:
+        for futures in self._ahead:
+            for future in futures:
+                future.cancel()
+        self._ahead.clear()

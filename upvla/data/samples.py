@@ -1,0 +1,218 @@
+"""A mixture position -> one decoded row, and rows -> a batch.
+
+A robot row at step t of a span [start, end) with chunk C: the frame at t, the frame at min(t + C, end - 1), and the
+actions from t on; where the span ends early the chunk is filled by standing still with the last gripper value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from upvla.data.derived import CodeTable
+from upvla.data.mixture import Mixture
+from upvla.data.table import Dataset
+from upvla.errors import ConfigError
+from upvla.images import Resize, decode_image, resize
+from upvla.types import ActionSpace, Batch, Sample, SampleRef
+
+IGNORED = -100  # label of an unsupervised token
+
+
+class Window(NamedTuple):
+    """Steps of a recording that make one robot row: actions of `[step, action_end)`, frames at `step` and `future`."""
+
+    step: int
+    action_end: int
+    future: int
+
+
+def window(start: int, end: int, t: int, chunk: int, *, published: bool = False) -> Window:
+    """The window at step `t` of the span `[start, end)`.
+
+    `published` reproduces the reference code, whose chunk stops before the future frame: the last action of a span
+    is used only by the window at the last step (method, section 4.2).
+    """
+    if not start <= t < end:
+        raise IndexError(f"step {t} lies outside of the span [{start}, {end})")
+    future = min(t + chunk, end - 1)
+    return Window(t, max(future, t + 1) if published else min(t + chunk, end), future)
+
+
+def fill_chunk(actions: np.ndarray, chunk: int, space: ActionSpace) -> tuple[np.ndarray, np.ndarray]:
+    """f32[n,A], 1 <= n <= C -> (f32[C,A], bool[C] is padding). Relative dimensions stand still, absolute ones hold."""
+    filled = np.repeat(actions[-1:], chunk, axis=0)
+    filled[:, [dim.mode == "relative" for dim in space.dims]] = 0.0
+    filled[: len(actions)] = actions
+    return filled, np.arange(chunk) >= len(actions)
+
+
+class RowShape(NamedTuple):
+    """Sizes of every row of a batch, known before any row is."""
+
+    num_cameras: int
+    image_size: int
+    num_views: int
+    num_codes: int
+    chunk: int
+    action_dim: int
+
+
+class SampleReader:
+    """Reads and decodes samples; threads may share it.
+
+    cameras, resize: frames of the understanding encoder. codes, code_cameras: tables of image codes by dataset name
+    and the views taken from them; without tables rows carry no codes. paraphrases: other wordings by task name, one of
+    which is drawn by position.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        chunk: int,
+        cameras: Sequence[str],
+        resize: Resize,
+        codes: Mapping[str, CodeTable] | None = None,
+        code_cameras: Sequence[str] = (),
+        paraphrases: Mapping[str, Sequence[str]] | None = None,
+        published_windows: bool = False,
+    ):
+        self.mixture, self.chunk, self.cameras, self.resize = mixture, chunk, tuple(cameras), resize
+        self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
+        self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
+        names = dict.fromkeys(source.dataset for source in mixture.plan.sources)
+        manifests = [mixture.datasets[name].manifest for name in names]
+        self.action_space = manifests[0].action_space
+        for manifest in manifests:
+            self.action_space.require_equal(
+                manifest.action_space, ours=f"dataset {manifests[0].dataset}", theirs=f"dataset {manifest.dataset}"
+            )
+            missing = sorted({*self.cameras, *self.code_cameras} - set(manifest.cameras))
+            if missing:
+                raise ConfigError(f"dataset {manifest.dataset} has no camera {missing}; it has {manifest.cameras}")
+            if self.codes and manifest.dataset not in self.codes:
+                raise ConfigError(f"dataset {manifest.dataset} has no table of image codes; encode it first")
+        if bool(self.codes) != bool(self.code_cameras):
+            raise ConfigError("image codes need both their tables and the cameras to take (codes, code_cameras)")
+
+    @property
+    def shape(self) -> RowShape:
+        num_codes = next(iter(self.codes.values())).num_codes if self.codes else 0
+        return RowShape(
+            len(self.cameras),
+            self.resize.size,
+            len(self.code_cameras),
+            num_codes,
+            self.chunk,
+            len(self.action_space),
+        )
+
+    def read(self, ref: SampleRef, position: int) -> Sample:
+        name = self.mixture.plan.sources[ref.source].dataset
+        dataset = self.mixture.datasets[name]
+        if ref.kind == "qa":
+            row = dataset.qa[ref.qa]
+            images = self._frames(dataset, ref)
+            return Sample(position, "qa", images, None, None, None, None, "", ((row.question, row.answer),))
+        span = dataset.episodes[ref.episode].spans[ref.span]
+        steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
+        moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]
+        actions, is_pad = fill_chunk(moves, self.chunk, self.action_space)
+        codes = future_codes = None
+        if self.codes:
+            table = self.codes[name]
+            codes, future_codes = (
+                np.concatenate([table.get(ref.episode, [step], camera) for camera in self.code_cameras])
+                for step in (steps.step, steps.future)
+            )
+        return Sample(
+            position=position,
+            kind="robot",
+            images=self._frames(dataset, ref),
+            codes=codes,
+            future_codes=future_codes,
+            actions=actions,
+            action_is_pad=is_pad,
+            text=self._wording(span.task, span.text, position),
+            turns=(),
+        )
+
+    def _frames(self, dataset: Dataset, ref: SampleRef) -> dict[str, np.ndarray]:
+        found = dataset.read(ref.episode, [ref.step], [f"image_{camera}" for camera in self.cameras])
+        return {camera: resize(decode_image(found[f"image_{camera}"][0]), self.resize) for camera in self.cameras}
+
+    def _wording(self, task: str, text: str, position: int) -> str:
+        wordings = self.paraphrases.get(task)
+        if not wordings:
+            return text
+        key = f"paraphrase/{self.mixture.plan.seed}/{position}".encode()
+        return wordings[int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(wordings)]
+
+
+class Collator:
+    """Samples -> `Batch` of numpy arrays. The tokenizer comes as two functions, so this room needs none of its own.
+
+    encode_text: text -> ids. encode_turns: rounds of (question, answer) -> (ids, labels), labels -100 where not
+    supervised.
+    """
+
+    def __init__(
+        self,
+        shape: RowShape,
+        encode_text: Callable[[str], Sequence[int]],
+        encode_turns: Callable[[Sequence[tuple[str, str]]], tuple[Sequence[int], Sequence[int]]],
+        pad_id: int,
+    ):
+        self._shape, self._encode_text, self._encode_turns = shape, encode_text, encode_turns
+        self._pad_id = pad_id
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        robot = [sample for sample in samples if sample.kind == "robot"]
+        asked = [sample for sample in samples if sample.kind == "qa"]
+        shape = self._shape
+        texts = [self._encode_text(sample.text) for sample in robot]
+        turns = [self._encode_turns(sample.turns) for sample in asked]
+        codes = (shape.num_views, shape.num_codes)
+        return Batch(
+            text_ids=_padded(texts, self._pad_id),
+            text_len=np.array([len(ids) for ids in texts], np.int64),
+            images=self._images(robot),
+            codes=_stacked([s.codes for s in robot], codes, np.int64),
+            future_codes=_stacked([s.future_codes for s in robot], codes, np.int64),
+            actions=_stacked([s.actions for s in robot], (shape.chunk, shape.action_dim), np.float32),
+            action_is_pad=_stacked([s.action_is_pad for s in robot], (shape.chunk,), np.bool_),
+            qa_images=self._images(asked),
+            qa_ids=_padded([ids for ids, _ in turns], self._pad_id),
+            qa_labels=_padded([labels for _, labels in turns], IGNORED),
+            positions=np.array([sample.position for sample in (*robot, *asked)], np.int64),
+        )
+
+    def _images(self, samples: Sequence[Sample]) -> np.ndarray:
+        size = self._shape.image_size
+        images = np.empty((len(samples), self._shape.num_cameras, size, size, 3), np.uint8)
+        for row, sample in zip(images, samples, strict=True):
+            for view, frame in zip(row, sample.images.values(), strict=True):
+                view[:] = frame
+        return images
+
+
+def stack_frames(samples: Sequence[Sample]) -> np.ndarray:
+    """The collate of tokenizer training: every camera's frame of every sample -> u8[B*K,H,W,3]."""
+    return np.stack([frame for sample in samples for frame in sample.images.values()])
+
+
+def _stacked(rows: Sequence[np.ndarray | None], shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """[n, *shape]; rows without the value (no code tables) become empty ones."""
+    present = [row for row in rows if row is not None]
+    return np.stack(present).astype(dtype) if present else np.zeros((len(rows), *shape), dtype)
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    filled = np.full((len(rows), max(map(len, rows), default=0)), value, np.int64)
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row)] = row
+    return filled
