@@ -1,0 +1,245 @@
+"""Against a real MLflow: its SQLite store, and its server where being away is the point."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+import numpy as np
+import pytest
+
+from tests.conftest import free_ports
+from upvla.checkpoint import Bundle, export
+from upvla.errors import Mismatch, StackError
+from upvla.model.config import preset
+from upvla.model.text import TextTokenizer
+from upvla.model.upvla import UPVLA
+from upvla.model.vq import VQTokenizer
+from upvla.rollout.policy import UPVLAPolicy
+from upvla.store import open_store
+from upvla.tracking import CHAMPION, Registry, Tracker, flatten
+from upvla.types import CALVIN_RELATIVE, Checkpoint, Observation
+
+pytestmark = pytest.mark.seam
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    folder = tmp_path_factory.mktemp("mlflow")
+    made = Tracker(f"sqlite:///{folder}/mlflow.db", "tests")
+    made.client.create_experiment("tests", artifact_location=f"{folder}/artifacts")
+    return made
+
+
+def history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in tracker.client.get_metric_history(run_id, name)]
+
+
+def test_a_run_is_found_by_its_key_and_nests(tracker: Tracker) -> None:
+    parent = tracker.run_id("k-parent", "pipeline")
+    child = tracker.start("k-child", "stage1", parent=parent, params={"model": {"chunk": 10}}, tags={"plan": "p"})
+    child.log({"loss/pre": 2.0, "loss/act": math.nan}, 1)
+    child.close()
+    assert tracker.run_id("k-parent", "pipeline") == parent
+    assert tracker.run_id("k-child", "stage1") == child.run_id
+    run = tracker.client.get_run(child.run_id)
+    assert run.data.params == {"model.chunk": "10"}
+    assert run.data.tags["plan"] == "p"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss/pre": 2.0}
+
+
+def test_attaching_again_continues_curves_without_doubles(tracker: Tracker) -> None:
+    first = tracker.start("k-resume", "stage1", params={"a": 1})
+    for step in range(1, 6):
+        first.log({"loss/pre": float(step)}, step)
+    first.close("KILLED")
+    second = tracker.start("k-resume", "stage1", params={"a": 1, "b": 2})
+    for step in range(4, 9):  # resumed from step 3
+        second.log({"loss/pre": float(step), "loss/act": 0.5}, step)
+    second.close()
+    assert history(tracker, first.run_id, "loss/pre") == [(step, float(step)) for step in range(1, 9)]
+    assert len(history(tracker, first.run_id, "loss/act")) == 5
+    assert tracker.client.get_run(first.run_id).data.params == {"a": "1", "b": "2"}
+
+
+def test_artifacts_and_pictures(tracker: Tracker, tmp_path: Path) -> None:
+    (tmp_path / "rollout.mp4").write_bytes(b"video")
+    run = tracker.start("k-artifacts", "evaluate")
+    run.artifact(tmp_path / "rollout.mp4", "videos")
+    run.picture(np.zeros((8, 8, 3), np.uint8), "strips/one.png")
+    run.record({"scores": [1, 2]}, "report.json")
+    run.close()
+    listed = {item.path for item in tracker.client.list_artifacts(run.run_id)}
+    assert {"videos", "strips", "report.json"} <= listed
+
+
+def test_params_are_flat() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [1]}, "e": None}) == {"a.b.c": 1, "a.d": [1], "e": None}
+
+
+# ------------------------------------------------------------------------------------------------------ registry
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Checkpoint, Bundle]]:
+    """Two small exported policies."""
+    store = open_store(str(tmp_path_factory.mktemp("models")))
+    text = TextTokenizer.train(["open the drawer", "turn on the light"], 300)
+    config = preset("tiny", text_vocab_size=300, eot_id=text.eot_id)
+    made = []
+    for name in ("a", "b"):
+        bundle = Bundle(
+            config,
+            UPVLA(config).eval(),
+            VQTokenizer(config.vq).eval(),
+            text,
+            CALVIN_RELATIVE,
+            {},
+            {"step": 7, "run": name},
+        )
+        made.append((export(store, name, bundle), bundle))
+    return made
+
+
+def observation() -> Observation:
+    rng = np.random.Generator(np.random.Philox(1))
+    images = {
+        "static": rng.integers(0, 255, (200, 200, 3), np.uint8),
+        "gripper": rng.integers(0, 255, (84, 84, 3), np.uint8),
+    }
+    return Observation(images, np.zeros(15, np.float32))
+
+
+def test_a_registered_champion_predicts_what_the_policy_does(
+    tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
+) -> None:
+    (first, bundle), (second, _) = checkpoints
+    registry, run_id = Registry(tracker), tracker.run_id("k-register", "evaluate")
+    cameras = ("static", "gripper")
+    assert registry.by_alias("upvla-test") is None
+    one = registry.register(
+        "upvla-test", first, run_id, cameras=cameras, metrics={"chains/avg_len": 1.5}, tags={"stats": "s1"}
+    )
+    again = registry.register("upvla-test", first, run_id, cameras=cameras, metrics={}, tags={})
+    two = registry.register("upvla-test", second, run_id, cameras=cameras, metrics={}, tags={})
+    assert (one.version, again.version, two.version) == ("1", "1", "2")
+    assert one.checkpoint == first
+    assert one.tags["stats"] == "s1"
+    registry.set_alias("upvla-test", CHAMPION, "2")
+    registry.set_alias("upvla-test", CHAMPION, "1")
+    champion = registry.by_alias("upvla-test")
+    assert champion is not None
+    assert (champion.version, champion.alias, champion.checkpoint) == ("1", CHAMPION, first)
+
+    mlflow.set_tracking_uri(tracker.uri)
+    model = mlflow.pyfunc.load_model("models:/upvla-test@champion")
+    seen = observation()
+    answer = model.predict(
+        {f"image_{camera}": frame[None] for camera, frame in seen.images.items()}
+        | {"state": seen.state[None], "instruction": np.array(["open the drawer"])}
+    )
+    policy = UPVLAPolicy(bundle)
+    policy.reset("open the drawer")
+    np.testing.assert_allclose(answer["actions"][0], policy.act(seen).actions, atol=1e-6)
+    assert tracker.client.get_logged_model(model.metadata.model_id).metrics[0].key == "chains/avg_len"
+
+
+def test_a_reference_whose_checkpoint_was_replaced_is_refused(
+    tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
+) -> None:
+    (first, _), (second, _) = checkpoints
+    moved = Checkpoint(second.url, first.model_id[::-1], 7, "a")
+    run_id = tracker.run_id("k-register", "evaluate")
+    version = Registry(tracker).register("upvla-moved", moved, run_id, cameras=("static",), metrics={}, tags={})
+    mlflow.set_tracking_uri(tracker.uri)
+    with pytest.raises(Mismatch, match="register the new checkpoint as a version of its own"):
+        mlflow.pyfunc.load_model(f"models:/upvla-moved/{version.version}")
+
+
+# ------------------------------------------------------------------------------------------------- being away
+
+
+class Server(NamedTuple):
+    uri: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_healthy(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise RuntimeError(self.log.read_text()[-2000:])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server, started before the other tests of this file because it needs half a minute."""
+    (port,), folder = free_ports(1), tmp_path_factory.mktemp("server")
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+    yield Server(f"http://127.0.0.1:{port}", process, folder / "log")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr("upvla.tracking.runs._RETRY_S", 0.2)
+
+
+def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(f"http://127.0.0.1:{free_ports(1)[0]}", "away")
+    with pytest.raises(StackError, match="is it up"):
+        tracker.run_id("k", "n")
+    began = time.monotonic()
+    run = tracker.start("k", "stage1", params={"a": 1})
+    for step in range(200):
+        run.log({"loss/pre": float(step)}, step)
+    assert time.monotonic() - began < 0.5
+    run.record({}, "lost.json")
+    run.close(timeout_s=1.0)
+    messages = [record.message for record in caplog.records]
+    assert sum("going on without it" in message for message in messages) == 1
+    assert any("200 metric points were never sent" in message for message in messages)
+
+
+def test_what_is_measured_while_the_server_hangs_arrives_once(server: Server) -> None:
+    """A frozen server accepts a request and carries it out when thawed, long after the client gave up on the reply."""
+    server.wait_healthy()
+    tracker = Tracker(server.uri, "away")
+    run = tracker.start("k", "stage1", params={"a": 1})
+    for step in range(1, 30):
+        run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
+    while not history(tracker, run.run_id, "loss/act"):
+        time.sleep(0.05)
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    for step in range(30, 60):
+        run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
+    time.sleep(4.0)
+    os.killpg(server.process.pid, signal.SIGCONT)
+    for step in range(60, 90):
+        run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
+    run.close()
+    assert history(tracker, run.run_id, "loss/pre") == [(step, float(step)) for step in range(1, 90)]
+    assert len(history(tracker, run.run_id, "loss/act")) == 89
+    assert tracker.client.get_run(run.run_id).data.params == {"a": "1"}

@@ -1,0 +1,121 @@
+"""The registry: versions of a model that point at exported checkpoints, and the aliases that say which one is used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+import upvla.rollout
+from upvla.tracking.runs import Tracker, translated
+from upvla.types import Checkpoint, ModelVersion
+
+CHAMPION = "champion"
+
+
+class Registry:
+    """Registered models on a tracker's server. Methods raise `StackError` if it is down."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._uri, self._client = tracker, tracker.uri, tracker.client
+
+    def register(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        run_id: str,
+        *,
+        cameras: Sequence[str],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> ModelVersion:
+        """A version of `name` that points at `checkpoint`; registering the same checkpoint again returns its version.
+
+        What is registered is code (`rollout/pyfunc.py`) and a JSON reference: weights stay where they were exported,
+        and are hash-checked when the model is loaded. `metrics` are attached to the logged model.
+        """
+        for known in self.versions(name):
+            if known.checkpoint.model_id == checkpoint.model_id:
+                return known
+        reference = {
+            "checkpoint_url": checkpoint.url,
+            "model_id": checkpoint.model_id,
+            "checkpoint_step": str(checkpoint.step),
+            "checkpoint_run": checkpoint.run,
+        }
+        experiment_id = self._tracker.experiment_id()
+        with translated(self._uri), tempfile.TemporaryDirectory() as folder:
+            model = self._client.create_logged_model(
+                experiment_id, name, run_id, tags=dict(tags), params=reference, model_type="policy"
+            )
+            path = Path(folder, "checkpoint.json")
+            path.write_text(json.dumps(reference, indent=1))
+            with warnings.catch_warnings():  # MLflow would rather infer the signature than be given one
+                warnings.simplefilter("ignore", UserWarning)
+                mlflow.pyfunc.save_model(
+                    path=Path(folder, "model"),
+                    python_model=Path(upvla.rollout.__file__).with_name("pyfunc.py"),
+                    artifacts={"checkpoint": str(path)},
+                    signature=_signature(cameras),
+                    pip_requirements=["upvla"],
+                    mlflow_model=Model(run_id=run_id, model_id=model.model_id),
+                )
+            self._client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
+            self._client.finalize_logged_model(model.model_id, "READY")
+            for metric, value in sorted(metrics.items()):
+                self._client.log_metric(run_id, metric, value, step=checkpoint.step, model_id=model.model_id)
+            with contextlib.suppress(MlflowException):  # it exists already, or creating the version says what is wrong
+                self._client.create_registered_model(name)
+            made = self._client.create_model_version(
+                name, model.artifact_location, run_id, tags=dict(tags) | reference, model_id=model.model_id
+            )
+            return _version(made)
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a registered model, newest first; none if the name is unknown."""
+        with translated(self._uri):
+            found = self._client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
+            return [_version(each) for each in found]
+
+    def by_alias(self, name: str, alias: str = CHAMPION) -> ModelVersion | None:
+        """The version that `alias` points at, or None."""
+        with translated(self._uri):
+            registered = self._client.search_registered_models(f"name = '{name}'")
+            version = registered[0].aliases.get(alias) if registered else None
+            return None if version is None else _version(self._client.get_model_version(name, version), alias)
+
+    def set_alias(self, name: str, alias: str, version: str) -> ModelVersion:
+        """Point `alias` at `version`, atomically; what it pointed at before is only not called so any more."""
+        with translated(self._uri):
+            self._client.set_registered_model_alias(name, alias, version)
+            return _version(self._client.get_model_version(name, version), alias)
+
+
+def _signature(cameras: Sequence[str]) -> ModelSignature:
+    """B observations to B action chunks: what `rollout/pyfunc.py` takes and gives."""
+    frames = [TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), f"image_{camera}") for camera in cameras]
+    state = TensorSpec(np.dtype(np.float32), (-1, -1), "state")
+    instruction = TensorSpec(np.dtype(str), (-1,), "instruction")
+    actions = TensorSpec(np.dtype(np.float32), (-1, -1, -1), "actions")
+    return ModelSignature(inputs=Schema([*frames, state, instruction]), outputs=Schema([actions]))
+
+
+def _version(version: Any, alias: str = "") -> ModelVersion:
+    tags = dict(version.tags)
+    checkpoint = Checkpoint(
+        url=tags.get("checkpoint_url", ""),
+        model_id=tags.get("model_id", ""),
+        step=int(tags.get("checkpoint_step", 0)),
+        run=tags.get("checkpoint_run", ""),
+    )
+    return ModelVersion(version.name, str(version.version), alias, checkpoint, tags)

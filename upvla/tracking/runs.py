@@ -1,0 +1,230 @@
+"""Runs and their metrics.
+
+Runs are found by a deterministic key (a tag), so that logging a run twice attaches to it instead of making a second
+one. Metrics are sent by a thread: training never waits for MLflow, and a server that is down costs one warning; what
+was measured meanwhile is kept (up to a limit) and sent once when it is back. A metric point is its (name, step):
+points that the server already has are not sent again, so a resumed run continues its curves without doubles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from upvla.errors import NotFound, StackError
+
+log = logging.getLogger(__name__)
+
+_KEY = "upvla.key"
+_FLUSH_S = 1.0
+_RETRY_S = 10.0
+_SPOOL = 200_000  # metric points kept while the server is away; the oldest go first
+_BATCH = 900  # MLflow takes at most 1000 entries a request
+
+
+class Tracker:
+    """One experiment on one tracking server. Making one contacts nobody; methods raise `StackError` if it is down."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        self.uri = uri
+        self.experiment = experiment
+        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def experiment_id(self) -> str:
+        with translated(self.uri):
+            with contextlib.suppress(MlflowException):  # it exists, or somebody was faster: the look-up decides
+                if self.client.get_experiment_by_name(self.experiment) is None:
+                    self.client.create_experiment(self.experiment)
+            found = self.client.get_experiment_by_name(self.experiment)
+            if found is None:
+                raise StackError(
+                    f"MLflow at {self.uri} cannot make experiment {self.experiment!r}: restore or rename it"
+                )
+            return str(found.experiment_id)
+
+    def run_id(self, key: str, name: str, parent: str | None = None) -> str:
+        """Id of the run with this key, created if there is none; `parent` is the id of the run it nests under."""
+        experiment_id = self.experiment_id()
+        with translated(self.uri):
+            if found := self._find(experiment_id, key):
+                return found[0]
+            tags = {_KEY: key} | ({"mlflow.parentRunId": parent} if parent else {})
+            made = str(self.client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+            first = self._find(experiment_id, key)[0]
+            if first != made:  # two creators at once: the earlier run stays
+                self.client.delete_run(made)
+            return first
+
+    def start(
+        self,
+        key: str,
+        name: str,
+        *,
+        parent: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Run:
+        """Attach to the run `key` or begin it, in the background: returns at once, whether the server is up or not."""
+        return Run(self, key, name, parent, params or {}, tags or {})
+
+    def _find(self, experiment_id: str, key: str) -> list[str]:
+        runs = self.client.search_runs(
+            [experiment_id], f"tags.`{_KEY}` = '{key}'", order_by=["attributes.start_time ASC", "attributes.run_id ASC"]
+        )
+        return [str(run.info.run_id) for run in runs]
+
+
+class _Point(NamedTuple):
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Run:
+    """One MLflow run. Nothing here raises because MLflow is away, except `run_id`."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        key: str,
+        name: str,
+        parent: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        self._tracker, self._client = tracker, tracker.client
+        self._identity = (key, name, parent)
+        self._head: tuple[dict[str, Any], Mapping[str, str]] | None = (flatten(params), tags)
+        self._spool: deque[_Point] = deque(maxlen=_SPOOL)
+        self._newest: dict[str, int] = {}  # metric -> newest step that the server has
+        self._run_id: str | None = None
+        self._warned = False
+        self._closing = threading.Event()
+        self._sender = threading.Thread(target=self._send_forever, name=f"mlflow-{name}", daemon=True)
+        self._sender.start()
+
+    @property
+    def run_id(self) -> str:
+        """Raises `StackError` when MLflow cannot be reached."""
+        if self._run_id is None:
+            self._run_id = self._tracker.run_id(*self._identity)
+        return self._run_id
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Queue points; never blocks. Values that are not finite are left out: MLflow cannot draw them."""
+        now_ms = int(time.time() * 1000)
+        self._spool.extend(_Point(n, float(v), step, now_ms) for n, v in metrics.items() if math.isfinite(v))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file: a video, a picture, a report."""
+        self._quietly(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
+
+    def picture(self, image: np.ndarray, name: str) -> None:
+        """u8[H,W,3] as an image artifact called `name` (with its suffix)."""
+        self._quietly(lambda: self._client.log_image(self.run_id, image, name))
+
+    def record(self, value: Any, name: str) -> None:
+        """A JSON artifact."""
+        self._quietly(lambda: self._client.log_dict(self.run_id, value, name))
+
+    def close(self, status: str = "FINISHED", timeout_s: float = 15.0) -> None:
+        """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`."""
+        self._closing.set()
+        self._sender.join(timeout_s)
+        if self._spool:
+            log.warning("MLflow at %s: %d metric points were never sent", self._tracker.uri, len(self._spool))
+        self._quietly(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _send_forever(self) -> None:
+        while not self._closing.is_set():
+            self._closing.wait(_FLUSH_S if self._send_all() else _RETRY_S)
+        self._send_all()
+
+    def _send_all(self) -> bool:
+        points: list[_Point] = []
+        try:
+            with translated(self._tracker.uri):
+                self._send_head()
+                while self._spool:
+                    points = [self._spool.popleft() for _ in range(min(_BATCH, len(self._spool)))]
+                    self._send(points)
+                    points = []
+        except StackError as error:
+            self._spool.extendleft(reversed(points))
+            self._newest.clear()  # whether the last batch arrived is unknown: ask before sending it again
+            self._warn_once(error)
+            return False
+        if self._warned:
+            log.warning("MLflow at %s is back; what was measured meanwhile has been sent", self._tracker.uri)
+        self._warned = False
+        return True
+
+    def _send_head(self) -> None:
+        if self._head is None:
+            return
+        params, tags = self._head
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)[:6000]) for name, value in params.items() if name not in known]
+        self._client.update_run(self.run_id, status="RUNNING")
+        self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+        for i in range(0, len(new), 100):  # MLflow takes at most 100 params a request
+            self._client.log_batch(self.run_id, params=new[i : i + 100])
+        self._head = None
+
+    def _send(self, points: Sequence[_Point]) -> None:
+        fresh = [Metric(p.name, p.value, p.time_ms, p.step) for p in points if p.step > self._newest_step(p.name)]
+        if fresh:
+            self._client.log_batch(self.run_id, metrics=fresh)
+        self._newest |= {metric.key: metric.step for metric in fresh}
+
+    def _newest_step(self, name: str) -> int:
+        if name not in self._newest:
+            history = self._client.get_metric_history(self.run_id, name)
+            self._newest[name] = max((point.step for point in history), default=-1)
+        return self._newest[name]
+
+    def _quietly(self, send: Callable[[], object]) -> None:
+        try:
+            with translated(self._tracker.uri):
+                send()
+        except (StackError, OSError) as error:
+            self._warn_once(error)
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._warned:
+            log.warning("%s; going on without it, metrics are kept until it is back", error)
+        self._warned = True
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `a.b.c` keys: what MLflow shows as params."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+    return flat
+
+
+@contextlib.contextmanager
+def translated(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            raise NotFound(f"MLflow at {uri}: {error.message}") from error
+        raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from error
