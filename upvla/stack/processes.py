@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ def marked(home: Path, name: str | None = None) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            if process.pid == os.getpid() or not _alive(process):
                 continue
             marks = process.environ()
             if marks.get("UPVLA_STACK") == str(home) and name in (None, marks.get("UPVLA_PART")):
@@ -69,12 +69,31 @@ def main_process(home: Path, name: str, command: Sequence[str]) -> psutil.Proces
 
 
 def stop(processes: Sequence[psutil.Process]) -> None:
-    """Ask all of them to end, and after a grace end those that did not."""
-    for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+    """Ask them to end, parents first (Ray drains for 30 s when its agents are gone before it); then make them."""
+    asked: set[int] = set()
+    deadline = time.monotonic() + _TERM_S
+    while (processes := [p for p in processes if _alive(p)]) and time.monotonic() < deadline:
+        numbers = {process.pid for process in processes}
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)  # psutil compares start times: a reused number is never hit
-        _, processes = psutil.wait_procs(processes, timeout=patience_s)
+                if process.pid not in asked and process.ppid() not in numbers:
+                    process.terminate()  # psutil compares start times: a reused number is never hit
+                    asked.add(process.pid)
+        time.sleep(0.05)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + _KILL_S
+    while any(map(_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _alive(process: psutil.Process) -> bool:
+    """A zombie is not: in a container whose first process reaps nobody it stays in the table for ever."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def require_free(name: str, ports: Mapping[int, str]) -> None:

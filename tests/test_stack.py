@@ -1,0 +1,220 @@
+"""The real servers on free ports in a temporary home: healthy, idempotent, repairable, and gone after `down`."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from botocore.exceptions import ClientError
+
+from upvla import stack
+from upvla.errors import ConfigError, StackError
+from upvla.stack import Ports, StackConfig, processes
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_ports() -> Ports:
+    while True:
+        base = random.Random(os.urandom(8)).randrange(11000, 20000)
+        if all(_is_free(port) for port in (*range(base, base + 10), *range(base + 10000, base + 10005))):
+            return Ports(s3=base, mlflow=base + 5, prefect=base + 6, ray=base + 7, dashboard=base + 9)
+
+
+def _config(home: Path, **more: int) -> StackConfig:
+    return StackConfig(home=home, ports=_free_ports(), num_cpus=2, object_store_mb=100, **more)
+
+
+def _s3(environment: dict[str, str], secret: str | None = None):
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=secret or environment["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+
+
+def _fetch(url: str, data: bytes | None = None, method: str = "GET", **headers: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=20) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackConfig]:
+    # A space, and a path far too long for Ray's sockets.
+    config = _config(tmp_path_factory.mktemp("stack") / "a home" / "with-a-rather-long-name-below-it")
+    stack.up(config)
+    yield config
+    stack.down(config)
+
+
+@pytest.mark.seam
+def test_every_part_is_healthy_and_says_where_it_is(running: StackConfig) -> None:
+    parts = stack.status(running)
+    assert [part["name"] for part in parts] == ["s3", "mlflow", "prefect", "ray", "worker"]
+    assert all(part["healthy"] and psutil.pid_exists(part["pid"]) and Path(part["log"]).is_file() for part in parts)
+    assert {oct((running.home / "secrets" / name).stat().st_mode)[-3:] for name in ("s3.json", "ray_token")} == {"600"}
+
+
+@pytest.mark.seam
+def test_only_loopback_is_listened_on(running: StackConfig) -> None:
+    ours = {process.pid for process in processes.marked(running.home)}
+    open_to = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours}
+    assert open_to
+    assert open_to <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+@pytest.mark.seam
+def test_object_store_knows_the_generated_keys_and_no_others(running: StackConfig) -> None:
+    environment = stack.environment(running)
+    client = _s3(environment)
+    client.put_object(Bucket="upvla", Key="a/b", Body=b"bytes")
+    assert client.get_object(Bucket="upvla", Key="a/b")["Body"].read() == b"bytes"
+    with pytest.raises(ClientError, match=r"SignatureDoesNotMatch|Forbidden|AccessDenied"):
+        _s3(environment, secret="wrong").get_object(Bucket="upvla", Key="a/b")
+
+
+@pytest.mark.seam
+def test_mlflow_keeps_artifacts_in_the_object_store(running: StackConfig) -> None:
+    environment = stack.environment(running)
+    url = f"{environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow-artifacts/artifacts/folder/picture.png"
+    assert _fetch(url, b"pixels", "PUT")[0] == 200
+    assert _s3(environment).get_object(Bucket="mlflow", Key="folder/picture.png")["Body"].read() == b"pixels"
+
+
+@pytest.mark.seam
+def test_ray_wants_its_token(running: StackConfig) -> None:
+    environment = stack.environment(running)
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    jobs = f"{environment['UPVLA_RAY_JOBS_URL']}/api/jobs/"
+    assert _fetch(jobs)[0] == 401
+    assert _fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
+
+
+@pytest.mark.seam
+def test_up_again_repairs_what_died_and_touches_nothing_else(running: StackConfig) -> None:
+    _s3(stack.environment(running)).put_object(Bucket="upvla", Key="kept", Body=b"kept")
+    before = {part["name"]: part["pid"] for part in stack.status(running)}
+    os.kill(before["s3"], signal.SIGKILL)
+    while psutil.pid_exists(before["s3"]) and psutil.Process(before["s3"]).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    assert [part["name"] for part in stack.status(running) if not part["healthy"]] == ["s3"]
+
+    for expected in ("healthy after", "already runs"):
+        said: list[str] = []
+        stack.up(running, said.append)
+        assert [line for line in said if line.startswith(f"s3: {expected}")], said
+    after = {part["name"]: part["pid"] for part in stack.status(running) if part["healthy"]}
+    assert {name for name in before if before[name] != after[name]} == {"s3"}
+    assert _s3(stack.environment(running)).get_object(Bucket="upvla", Key="kept")["Body"].read() == b"kept"
+
+
+@pytest.mark.seam
+def test_another_configuration_is_refused_while_it_runs(running: StackConfig) -> None:
+    with pytest.raises(StackError, match="upvla down"):
+        stack.up(running.model_copy(update={"num_cpus": 5}))
+
+
+@pytest.mark.seam
+def test_down_leaves_nothing_of_ours_and_stops_nothing_else(running: StackConfig) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    left_behind = subprocess.Popen(sleep, env={**os.environ, "UPVLA_STACK": str(running.home), "UPVLA_PART": "worker"})
+    foreign = subprocess.Popen(sleep, env={**os.environ, **stack.environment(running)})
+    try:
+        _wait(lambda: any(process.pid == left_behind.pid for process in processes.marked(running.home)))
+        stack.down(running)
+        assert left_behind.poll() is not None
+        assert foreign.poll() is None
+        assert processes.marked(running.home) == []
+        assert not any(part["healthy"] for part in stack.status(running))
+        stack.down(running)  # nothing to do is no error
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
+@pytest.mark.seam
+def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    code = "import sys; from upvla import stack; stack.up(stack.StackConfig.model_validate_json(sys.argv[1]))"
+    starting = subprocess.Popen([sys.executable, "-c", code, config.model_dump_json()], stdout=subprocess.PIPE)
+    assert starting.stdout is not None
+    assert starting.stdout.readline().startswith(b"s3: healthy")  # and the others are on their way
+    starting.send_signal(signal.SIGINT)
+    assert starting.wait(timeout=60) != 0
+    starting.stdout.close()
+    assert processes.marked(tmp_path) == []
+
+
+def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", config.ports.mlflow))
+        taken.listen()
+        with pytest.raises(StackError) as caught:
+            stack.up(config)
+    message = str(caught.value)
+    assert f"port {config.ports.mlflow}, which mlflow needs" in message
+    assert f"(pid {os.getpid()})" in message
+    assert "UPVLA_PORTS=mlflow=NUMBER" in message
+    assert processes.marked(tmp_path) == []
+
+
+def test_a_full_disk_is_seen_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="MB are free under"):
+        stack.up(_config(tmp_path, min_free_mb=10**12))
+    assert processes.marked(tmp_path) == []
+
+
+def test_clients_are_sent_to_up_before_the_first_start(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="run `upvla up`"):
+        stack.environment(_config(tmp_path))
+
+
+def test_ports_come_from_the_shell_then_the_running_stack_then_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    monkeypatch.delenv("UPVLA_PORTS", raising=False)
+    assert stack.load_site("local").ports == Ports()
+    recorded = StackConfig(home=tmp_path, ports=Ports(s3=9333, mlflow=5001))
+    recorded.record.write_text(recorded.model_dump_json())
+    assert stack.load_site("local") == recorded
+    monkeypatch.setenv("UPVLA_PORTS", "mlflow=5002,ray=7000")
+    assert stack.load_site("local").ports == Ports(s3=9333, mlflow=5002, ray=7000)
+    for wrong in ("mlflow=high", "mlfow=5002", "mlflow", "s3=30000"):
+        monkeypatch.setenv("UPVLA_PORTS", wrong)
+        with pytest.raises(ConfigError, match="UPVLA_PORTS"):
+            stack.load_site("local")
+    with pytest.raises(ConfigError, match="no site 'moon'"):
+        stack.load_site("moon")
+
+
+def _wait(happened: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
