@@ -75,3 +75,9 @@ class BadStep(UpvlaError):
     """A training step gave numbers that are not finite; the weights were not moved, the message names the samples."""
 
     code = "bad_step"
+
+
+class JobFailed(UpvlaError):
+    """A long job ended without its result: the message says why; run it again to go on from where it was."""
+
+    code = "job_failed"

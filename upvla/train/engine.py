@@ -232,7 +232,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 def _import_deepspeed(use_gpu: bool) -> ModuleType:
     """Late, because importing it takes seconds, reads the environment and configures logging."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,34 @@
+"""Being connected to Ray: the running cluster, or one for the time being."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import ray
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Inside, `ray` is connected: to the cluster that RAY_ADDRESS names or that runs here, else to one of our own.
+
+    A connection that was there before stays when the context ends; one that was made here is closed.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _connect()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        ray.init(address="local", include_dashboard=False, log_to_driver=True)
