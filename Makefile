@@ -1,0 +1,46 @@
+# Each target is a thin line over one real command. PYTHON names the interpreter, DEMO the size of the demo (full, ci).
+PYTHON ?= python3.11
+DEMO ?= full
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint up down status bench
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## .venv from the lock, system packages where missing; instant when nothing changed
+
+$(STAMP): constraints.txt pyproject.toml infra/setup.sh
+	infra/setup.sh
+	@touch $@
+
+demo: setup ## the whole line, from recordings to a registered policy
+	$(BIN)/upvla demo --size $(DEMO)
+
+test: setup ## fast tests and tests against real engines
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: setup ## the long tests
+	$(BIN)/pytest -m slow
+
+lint: setup ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: setup ## start the local stack and wait until it is healthy
+	$(BIN)/upvla up
+
+down: setup ## stop everything that `make up` or `make demo` started
+	$(BIN)/upvla down
+
+status: setup ## what runs, where, and where its log is
+	$(BIN)/upvla status
+
+bench: setup ## every published figure, one after the other
+	@set -e; for figure in benchmarks/[a-z]*.py; do echo "== $$figure"; $(BIN)/python $$figure; done
