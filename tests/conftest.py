@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from upvla.store import Store, open_store
+
 ROOT = Path(__file__).resolve().parent.parent
 S3_START_TIMEOUT_S = 60
 
@@ -109,6 +111,14 @@ def _wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"the S3 server did not come up; its log ends:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.seam)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store: the same test body must hold for a folder and for a real S3 server."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "store"))
+    return open_store(request.getfixturevalue("s3_server").url())
 
 
 @pytest.fixture(scope="session")

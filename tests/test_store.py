@@ -18,13 +18,6 @@ from upvla.errors import AlreadyExists, ConfigError, Corrupt, NotFound, OutcomeU
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.seam)])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "local":
-        return open_store(str(tmp_path / "store"))
-    return open_store(request.getfixturevalue("s3_server").url())
-
-
 def test_objects_come_back_as_they_were_put(store: Store, tmp_path: Path) -> None:
     store.write("a/one", b"first")
     store.write("a/one", b"0123456789")

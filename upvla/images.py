@@ -34,6 +34,11 @@ def resize(frame: np.ndarray, spec: Resize) -> np.ndarray:
     return np.ascontiguousarray(frame[top : top + spec.size, left : left + spec.size])
 
 
+def use_one_thread() -> None:
+    """Keep cv2 from starting threads of its own, for a process that already decodes on all its cores."""
+    cv2.setNumThreads(1)
+
+
 def _scale(frame: np.ndarray, target: tuple[int, int], name: str) -> np.ndarray:
     if name == "pil_bicubic":
         from PIL import Image

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +81,7 @@ class CodeTable:
 
 
 def _sidecar(tokenizer_id: str, shard: str) -> str:
-    return f"derived/codes-{tokenizer_id}/{PurePosixPath(shard).name}"
+    return f"derived/codes-{tokenizer_id}/{shard.rpartition('/')[2]}"
 
 
 def _encode_shard(

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from upvla.data.mixture import Mixture
 from upvla.data.samples import SampleReader
 from upvla.errors import ConfigError
+from upvla.images import use_one_thread
 from upvla.types import Sample
 
 _Batch = TypeVar("_Batch")
@@ -69,6 +70,7 @@ class Loader(Generic[_Batch]):
 
     def __next__(self) -> list[_Batch]:
         if self._pool is None:
+            use_one_thread()
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="upvla-loader")
         while len(self._ahead) <= self._prefetch_steps:
             step = self.step + len(self._ahead)
