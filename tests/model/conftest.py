@@ -23,7 +23,9 @@ MINI: dict[str, Any] = {
 
 
 def mini_config(**changes: Any) -> ModelConfig:
-    return preset("tiny", **{**MINI, **changes})
+    """MINI with changes; a nested section is changed key by key."""
+    nested = {k: {**MINI[k], **v} if isinstance(v, dict) and k in MINI else v for k, v in changes.items()}
+    return preset("tiny", **MINI | nested)
 
 
 def mini_model(seed: int = 0, **changes: Any) -> UPVLA:

@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = transformers.AutoModel.from_config(_lm_config(config, vocab_size))
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.lm_head = SlicedHead(config.width, vocab_size, bias=config.family == "phi")
         nn.init.normal_(self.lm_head.weight, std=config.init_std)
         if self.lm_head.bias is not None:

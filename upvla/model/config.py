@@ -50,6 +50,9 @@ class VQConfig(_Section):
         }
         if len(levels) != 1:
             raise ValueError("encoder and decoder multipliers and blocks must name the same number of levels")
+        for multiplier in (1, *self.encoder_multipliers, *self.decoder_multipliers):
+            if (width := self.channels * multiplier) > 32 and width % 32:
+                raise ValueError(f"a level of {width} channels cannot be normalised in 32 groups")
         if self.image_size % self.downsampling:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.downsampling}")
         return self
@@ -306,10 +309,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vq": {
             "image_size": 64,
             "channels": 16,
-            "encoder_multipliers": (1, 2, 4, 6),
+            "encoder_multipliers": (1, 2, 4, 4),
             "encoder_blocks": (0, 1, 1, 1),
-            "decoder_multipliers": (1, 2, 4, 6),
-            "decoder_blocks": (0, 1, 1, 1),
+            "decoder_multipliers": (1, 1, 2, 4),
+            "decoder_blocks": (0, 1, 2, 2),
             "z_channels": 10,
         },
         "action_head": {"heads": 2, "gripper": "bce"},

@@ -161,15 +161,15 @@ class UPVLA(nn.Module):
     # --------------------------------------------------------------------------------------------------- acting
 
     @torch.no_grad()
-    def predict(
-        self, images: Tensor, codes: Tensor, text_ids: Tensor, text_len: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, codes: Tensor, text_ids: Tensor, text_len: Tensor) -> tuple[Tensor, Tensor]:
         """One forward a chunk: u8[B,K,H,W,3], i64[B,V,N], i64[B,L], i64[B] -> actions f32[B,C,A], codes i64[B,V,N].
 
         Pose is clipped to [-1, 1]; the gripper is -1 or +1 by the sign of the head's last dimension, which is both
         the regression's nearest target and the logit's threshold. The codes are the future frame's, by argmax.
         """
         _expect("codes", codes, (None, self.config.num_views, self.config.codes_per_view))
+        if self.config.vision_prompt:
+            _expect("images", images, (len(codes), *self.vision.input_shape))
         rows = robot_rows(self.config, text_ids, text_len, codes)
         embeds = self.showo.embed(rows.ids)
         if self.config.vision_prompt:
@@ -187,6 +187,7 @@ class UPVLA(nn.Module):
         An answer ends with eot; what follows it is padding. Keys and values are cached: the prompt is read once, then
         one token a step. Only ids of the text vocabulary are generated.
         """
+        _expect("images", images, (len(question_ids), *self.vision.input_shape))
         rows = qa_rows(self.config, question_ids)
         embeds = _replace(
             self.showo.embed(rows.ids), rows.at["patches"], self.mm_projector(self.vision(images))
@@ -274,12 +275,11 @@ class UPVLA(nn.Module):
             _expect("actions", batch.actions, (rows, c.chunk, c.action_dims))
             _expect("action_is_pad", batch.action_is_pad, (rows, c.chunk))
             _expect("text_ids", batch.text_ids, (rows, None))
-            if c.vision_prompt and len(batch.images) != rows:
-                raise Mismatch(f"images: {len(batch.images)} for {rows} robot rows")
+            if c.vision_prompt:
+                _expect("images", batch.images, (rows, *self.vision.input_shape))
         if questions:
             _expect("qa_labels", batch.qa_labels, tuple(batch.qa_ids.shape))
-            if len(batch.qa_images) != questions:
-                raise Mismatch(f"qa_images: {len(batch.qa_images)} for {questions} question rows")
+            _expect("qa_images", batch.qa_images, (questions, *self.vision.input_shape))
 
     def _check_range(self, name: str, ids: Tensor, limit: int) -> None:
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= limit):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError
 from upvla.model.config import VisionConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,7 +40,6 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.tower is None:
             return images.flatten(1, 2)
-        self._check(images)
         frames = images.flatten(0, 1).permute(0, 3, 1, 2)
         features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g,D]
         cameras = []
@@ -52,14 +51,13 @@ class VisionEncoder(nn.Module):
             cameras.append(patches + self.camera[k] if self.config.kind == "vit" else patches)
         return torch.cat(cameras, dim=1)
 
-    def _check(self, images: Tensor) -> None:
-        side = self.config.image_size
-        expected = (len(self.config.pool), side, side, 3)
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
-            raise Mismatch(
-                f"vision: images must be uint8 [B, {', '.join(map(str, expected))}], got {images.dtype} "
-                f"{list(images.shape)}: resize frames with the model's vision_resize"
-            )
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one observation: frames [K,H,W,3], or with kind `features` [K,P/K,D]."""
+        cameras = len(self.config.pool)
+        if self.tower is None:
+            return (cameras, self.config.patches_by_camera[0], self.config.width)
+        return (cameras, self.config.image_size, self.config.image_size, 3)
 
 
 def make_projector(inner: int, outer: int) -> nn.Sequential:
