@@ -97,6 +97,8 @@ def _break(path: Path, how: str) -> None:
         np.savez(path, **{**np.load(path), "rel_actions": np.zeros(6)})
     elif how == "grey":
         np.savez(path, **{**np.load(path), "rgb_static": np.zeros((200, 200), np.uint8)})
+    elif how == "other size":
+        np.savez(path, **{**np.load(path), "rgb_static": np.zeros((32, 32, 3), np.uint8)})
     elif how == "pickled":
         np.savez(path, **{**np.load(path), "rel_actions": np.array([_Bomb(path.parent / "fired")], object)})
     elif how == "bomb":
@@ -114,6 +116,7 @@ def _break(path: Path, how: str) -> None:
         ("array gone", "missing_array"),
         ("short vector", "shape"),
         ("grey", "shape"),
+        ("other size", "shape"),
         ("pickled", "unreadable_frame"),
         ("bomb", "zip_bomb"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,7 +55,7 @@ def check(episode: Episode, limits: QualityLimits) -> None:
         if not span.text.strip():
             raise BadEpisode("empty_language", f"{episode.id}: span [{span.start}, {span.end}) has no words")
     for camera, frames in episode.images.items():
-        _check_camera(episode, camera, limits, frames)
+        _check_camera(episode.id, camera, frames, limits)
 
 
 def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
@@ -97,15 +99,17 @@ def _check_time(episode: Episode, limits: QualityLimits) -> None:
         raise BadEpisode("time", f"{episode.id}: {detail}")
 
 
-def _check_camera(episode: Episode, camera: str, limits: QualityLimits, frames: object) -> None:
-    """Encoded frames: the first and the last are decoded, so that whole recordings need not be."""
-    shown = episode.images[camera]
+def _check_camera(key: str, camera: str, frames: np.ndarray | Sequence[bytes], limits: QualityLimits) -> None:
+    """Of encoded frames the first and the last are decoded: what a source encodes itself it has seen whole."""
     if isinstance(frames, np.ndarray):
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-            raise BadEpisode("shape", f"{episode.id}: {camera} is {frames.dtype}{frames.shape}, not uint8(T, H, W, 3)")
+            raise BadEpisode("shape", f"{key}: {camera} is {frames.dtype}{frames.shape}, not uint8(T, H, W, 3)")
     else:
-        first, last = decode_image(bytes(shown[0])), decode_image(bytes(shown[-1]))
+        try:
+            first, last = decode_image(bytes(frames[0])), decode_image(bytes(frames[-1]))
+        except BadEpisode as error:
+            raise BadEpisode(error.reason, f"{key}: {camera}: {error.detail}") from error
         if first.shape != last.shape:
-            raise BadEpisode("shape", f"{episode.id}: {camera} changes from {first.shape} to {last.shape}")
-    if len(shown) >= limits.frozen_steps and all(np.array_equal(shown[0], frame) for frame in shown[1:]):
-        raise BadEpisode("frozen_camera", f"{episode.id}: {camera} shows one picture in all {len(shown)} steps")
+            raise BadEpisode("shape", f"{key}: {camera} changes from {first.shape} to {last.shape}")
+    if len(frames) >= limits.frozen_steps and all(np.array_equal(frames[0], frame) for frame in frames[1:]):
+        raise BadEpisode("frozen_camera", f"{key}: {camera} shows one picture in all {len(frames)} steps")

@@ -80,12 +80,17 @@ class CalvinSource:
     def read(self, key: str) -> Episode:
         columns: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
         images: dict[str, list[bytes]] = {camera: [] for camera in self.cameras}
+        sizes: dict[str, tuple[int, ...]] = {}
         for i in self._frame_ids(key):
             frame = self._read_frame(_frame_key(i))
             for name, rows in columns.items():
                 rows.append(frame[name].astype(np.float32))
             for camera, encoded in images.items():
-                encoded.append(encode_jpeg(frame[f"rgb_{camera}"]))
+                picture = frame[f"rgb_{camera}"]
+                if sizes.setdefault(camera, picture.shape) != picture.shape:
+                    where = f"{self.store.url}/{_frame_key(i)}"
+                    raise BadEpisode("shape", f"{where}: {camera} is {picture.shape}, before it {sizes[camera]}")
+                encoded.append(encode_jpeg(picture))
         return Episode(
             id=key,
             source=self.format,

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from upvla.data.language import BLOCKS, Question, questions
+
+
+def _scenes(count: int = 30, steps: int = 40) -> list[tuple[str, np.ndarray]]:
+    """Random but clear states: devices jump, blocks drift, some lie in the drawer."""
+    scenes = []
+    for number in range(count):
+        rng = np.random.Generator(np.random.Philox(number))
+        scene = np.zeros((steps, 24), np.float32)
+        scene[:, 0] = rng.choice([0.0, 0.28], steps)
+        scene[:, 1] = rng.choice([0.0, 0.08, 0.22], steps)
+        scene[:, 4:6] = rng.random((steps, 2)) < 0.2  # lamps are mostly off: balance must come from us
+        for block in range(3):
+            scene[:, 6 + 6 * block : 9 + 6 * block] = rng.uniform((-0.3, -0.1, 0.46), (0.3, 0.1, 0.46), (steps, 3))
+        scene[:, 8] = rng.choice([0.46, 0.38], steps)
+        scenes.append((f"{number:032x}", scene))
+    return scenes
+
+
+def _holds(question: Question, scene: np.ndarray) -> str:
+    """Answer the question again, from its words alone."""
+    text = question.question
+    devices = {"drawer": ("closed", "open", scene[1] > 0.1), "led": ("off", "on", scene[5] > 0.5)}
+    devices |= {"sliding door": ("right", "left", scene[0] > 0.1), "light bulb": ("off", "on", scene[4] > 0.5)}
+    blocks = re.findall("|".join(BLOCKS), text)
+    if "block" in text:
+        place = {colour: scene[6 + 6 * i : 9 + 6 * i] for i, colour in enumerate(BLOCKS)}
+        first, second = (place[block] for block in blocks)
+        relation = next(r for r in ("left", "right", "in front", "behind") if r in text.replace(", right?", ""))
+        axis, sign = {"left": (0, 1), "right": (0, -1), "in front": (1, 1), "behind": (1, -1)}[relation]
+        assert abs(first[axis] - second[axis]) >= 0.05 and min(first[2], second[2]) > 0.43
+        return "yes" if sign * (second[axis] - first[axis]) > 0 else "no"
+    name = next(name for name in devices if name in text)
+    low, high, reading = devices[name]
+    rest = text.replace(name, "").replace(", right?", "")
+    named = [word for word in (low, high) if re.search(rf"\b{word}\b", rest)]
+    truth = high if reading else low
+    return truth if len(named) == 2 else ("yes" if named == [truth] else "no")
+
+
+def test_every_answer_is_true() -> None:
+    scenes = _scenes()
+    rows = questions(scenes, 16)
+    found = dict(scenes)
+    assert len(rows) > 300
+    for row in rows:
+        assert row.answer == _holds(row, found[row.episode_id][row.step]), row
+
+
+def test_no_topic_and_no_wording_gives_its_answer_away() -> None:
+    rows = questions(_scenes(80), 16)
+    by_topic: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        by_topic[f"{row.topic} {row.answer in ('yes', 'no')}"][row.answer] += 1
+        by_topic[f"{row.split} {row.answer in ('yes', 'no')} {row.topic in ('led', 'bulb')}"][row.answer] += 1
+    assert len(by_topic) > 12
+    for topic, answers in by_topic.items():
+        if answers.total() >= 100:
+            assert answers.most_common(1)[0][1] <= 0.6 * answers.total(), (topic, answers)
+
+
+def test_held_out_wordings_are_never_trained_on() -> None:
+    def shapes(split: str) -> set[str]:
+        words = "|".join(
+            (*BLOCKS, "open", "closed", "on", "off", "left", "right", "in front", "behind", "drawer", "led")
+        )
+        return {re.sub(rf"\b({words})\b", "_", row.question) for row in rows if row.split == split}
+
+    rows = questions(_scenes(), 16)
+    assert shapes("train") and shapes("held_out")
+    assert not shapes("train") & shapes("held_out")
+    assert Counter(row.split for row in rows)["train"] == len(rows) / 2
+
+
+def test_the_same_scenes_give_the_same_questions() -> None:
+    scenes = _scenes(6)
+    assert questions(scenes, 8) == questions(scenes, 8)
+    assert questions(scenes, 0) == [] == questions([], 8)

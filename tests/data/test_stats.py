@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upvla.data.stats import Normalizer, Statistics, Summary
+from upvla.errors import Mismatch
+
+
+def _statistics(*parts: np.ndarray) -> Statistics:
+    return Statistics.merged({"x": Summary.of(part)} for part in parts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 1000))
+def test_merged_figures_are_those_of_the_whole(lengths: list[int], seed: int) -> None:
+    rng = np.random.Generator(np.random.Philox(seed))
+    parts = [rng.normal((0, 50, -3), (1, 20, 0.1), (length, 3)).astype(np.float32) for length in lengths]
+    whole = np.concatenate(parts).astype(np.float64)
+    figures = _statistics(*parts).features["x"]
+    assert figures.count == len(whole)
+    for name, expected in (
+        ("mean", whole.mean(0)),
+        ("std", whole.std(0)),
+        ("low", whole.min(0)),
+        ("high", whole.max(0)),
+    ):
+        assert np.allclose(getattr(figures, name), expected, rtol=1e-5, atol=1e-5), name
+    assert _statistics(*parts).features["x"].q01 == _statistics(*reversed(parts)).features["x"].q01
+
+
+def test_quantiles_are_within_one_per_cent() -> None:
+    values = np.random.Generator(np.random.Philox(1)).normal((0, 5), (1, 0.5), (20000, 2)).astype(np.float32)
+    figures = _statistics(values).features["x"]
+    assert np.allclose(figures.q01, np.quantile(values, 0.01, 0), rtol=0.015)
+    assert np.allclose(figures.q99, np.quantile(values, 0.99, 0), rtol=0.015)
+
+
+def test_a_small_deviation_survives_a_large_mean() -> None:
+    values = 1000 + np.random.Generator(np.random.Philox(1)).normal(0, 0.01, (5000, 1)).astype(np.float32)
+    figures = _statistics(*np.split(values.astype(np.float32), 10)).features["x"]
+    assert figures.std[0] == pytest.approx(values.astype(np.float64).std(), rel=1e-3)
+
+
+def test_identity_is_the_content() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(6, 2)
+    one = _statistics(values)
+    again = Statistics.from_json(json.loads(json.dumps(one.to_json())))
+    assert again == one and again.stats_id == one.stats_id
+    assert _statistics(values + 1).stats_id != one.stats_id
+    summary = Summary.of(values)
+    back = Summary.from_json(json.loads(json.dumps(summary.to_json())))
+    assert back.buckets == summary.buckets and np.array_equal(back.m2, summary.m2)
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "quantile"])
+def test_normalising_is_undone_and_leaves_constants_alone(mode: str) -> None:
+    rng = np.random.Generator(np.random.Philox(2))
+    values = np.c_[rng.normal(3, 2, 500), np.full(500, 7.0), np.zeros(500), rng.normal(0, 1e-3, 500)].astype(np.float32)
+    figures = _statistics(values).features["x"]
+    assert figures.constant == (False, True, True, False)
+    normalizer = Normalizer(figures, mode)  # type: ignore[arg-type]
+    normal = normalizer.normalise(values)
+    assert np.array_equal(normal[:, 1:3], values[:, 1:3])
+    assert np.abs(normal[:, [0, 3]]).max() < 6 and normal[:, 3].std() > 0.3
+    assert np.allclose(normalizer.unnormalise(normal), values, atol=1e-5)
+    with pytest.raises(Mismatch, match="4 dimensions"):
+        normalizer.normalise(values[:, :3])
