@@ -82,13 +82,3 @@ def next_symbols(task: str, symbols: Symbols) -> Symbols | None:
     """The state after `task`, or None where it does not apply in exactly one way."""
     matches = [rule for rule in SPECS[task].rules if all(symbols[key] == value for key, value in rule.before.items())]
     return {**symbols, **matches[0].after} if len(matches) == 1 else None
-
-
-def is_chain(tasks: tuple[str, ...], symbols: Symbols) -> bool:
-    """Whether each task applies uniquely in its turn, and all categories differ."""
-    state: Symbols | None = symbols
-    for task in tasks:
-        state = next_symbols(task, state)
-        if state is None:
-            return False
-    return len({SPECS[task].category for task in tasks}) == len(tasks)

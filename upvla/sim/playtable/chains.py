@@ -16,7 +16,7 @@ from upvla.types import Chain
 
 _START = np.array(((-0.07, -0.19, 0.57), (0.11, -0.07, 0.63)))  # box of robot start positions
 _ROWS = (-0.135, -0.045)  # y of the two rows of blocks on the desk: one can be pushed past the other
-_ATTEMPTS = 20_000
+_ATTEMPTS = 2_000
 
 
 @lru_cache(maxsize=len(s.LAYOUTS))
@@ -57,33 +57,62 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
     return _arm(scene).robot_state_at(rng.uniform(*_START)), state
 
 
-def _chains(
-    scene: str, num: int, seed: int, draw: Sequence[tuple[str, ...]] | None, names: tuple[str, ...], length: int
-) -> Iterator[Chain]:
-    for index in range(num):
-        rng = np.random.default_rng((seed, index, sum(scene.encode())))
-        for _ in range(_ATTEMPTS):
-            symbols = symbols_at_random(rng)
-            tasks = draw[0] if draw else tuple(str(t) for t in rng.choice(names, length, replace=False))
-            if c.is_chain(tasks, symbols):
-                break
-        else:
-            raise ConfigError(f"no chain of {length} tasks of different categories exists among {', '.join(names)}")
-        robot, state = state_at_random(scene, symbols, rng)
-        yield Chain(scene, robot, state, tasks, seed)
+@lru_cache(maxsize=None)
+def _count(symbols: frozenset[tuple[str, str | int]], used: frozenset[int], left: int, tasks: tuple[str, ...]) -> int:
+    """How many chains of `left` more tasks follow, none of a category already `used`."""
+    return sum(count for _, _, count in _options(symbols, used, left, tasks)) if left else 1
+
+
+def _options(
+    symbols: frozenset[tuple[str, str | int]], used: frozenset[int], left: int, tasks: tuple[str, ...]
+) -> Iterator[tuple[str, frozenset[tuple[str, str | int]], int]]:
+    """(task, symbols after it, chains through it) of every task that may come next."""
+    for task in tasks:
+        category = c.SPECS[task].category
+        after = None if category in used else c.next_symbols(task, dict(symbols))
+        if after is not None:
+            rest = frozenset(after.items())
+            yield task, rest, _count(rest, used | {category}, left - 1, tasks)
+
+
+def chain_at_random(
+    symbols: c.Symbols, length: int, tasks: tuple[str, ...], rng: np.random.Generator
+) -> tuple[str, ...] | None:
+    """One of the chains from `symbols`, all equally likely (as drawing and rejecting would give); None without any."""
+    state, used, chain = frozenset(symbols.items()), frozenset[int](), list[str]()
+    while len(chain) < length:
+        options = list(_options(state, used, length - len(chain), tasks))
+        weights = np.cumsum([count for _, _, count in options] or [0])
+        if weights[-1] == 0:
+            return None
+        name, state, _ = options[int(np.searchsorted(weights, rng.integers(weights[-1]), side="right"))]
+        chain.append(name)
+        used |= {c.SPECS[name].category}
+    return tuple(chain)
 
 
 def sample_chains(
     scene: str, num: int, seed: int, length: int = c.CHAIN_LENGTH, tasks: Sequence[str] = tuple(TASKS)
 ) -> list[Chain]:
     """`num` chains of `length` tasks of different categories, each applicable in its turn. Chain i depends on
-    (scene, seed, i) alone. Raises `ConfigError` when the tasks admit no such chain."""
-    return list(_chains(scene, num, seed, None, tuple(tasks), length))
+    (scene, seed, i) and the tasks alone. Raises `ConfigError` when the tasks admit no such chain."""
+    found = []
+    for index in range(num):
+        rng = np.random.default_rng((seed, index, sum(scene.encode())))
+        for _ in range(_ATTEMPTS):
+            symbols = symbols_at_random(rng)
+            if (chosen := chain_at_random(symbols, length, tuple(tasks), rng)) is not None:
+                break
+        else:
+            raise ConfigError(f"no chain of {length} tasks of different categories exists among {', '.join(tasks)}")
+        robot, state = state_at_random(scene, symbols, rng)
+        found.append(Chain(scene, robot, state, chosen, seed))
+    return found
 
 
 def sample_starts(scene: str, task: str, num: int, seed: int) -> list[Chain]:
     """`num` one-task chains from initial states in which `task` applies."""
-    return list(_chains(scene, num, seed, [(task,)], (task,), 1))
+    return sample_chains(scene, num, seed, 1, (task,))
 
 
 def sample_shared_starts(scene: str, tasks: Sequence[str], num: int, seed: int) -> list[Chain]:

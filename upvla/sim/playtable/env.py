@@ -283,9 +283,7 @@ class _Renderer:
         mj, frames = self._mj, {}
         self._gl.make_current()
         for name, (camera, rect) in self._cameras.items():
-            mj.mjv_updateScene(
-                self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene
-            )
+            mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
             mj.mjr_render(rect, self._scene, self._context)
             frame = np.empty((rect.height, rect.width, 3), np.uint8)
             mj.mjr_readPixels(frame, None, rect, self._context)

@@ -135,9 +135,7 @@ def _write(path: Path, data: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------- recording
 
 
-def _record_all(
-    config: CollectConfig, work: Path, todo: list[tuple[int, Chain]], workers: int
-) -> Iterator[None]:
+def _record_all(config: CollectConfig, work: Path, todo: list[tuple[int, Chain]], workers: int) -> Iterator[None]:
     """Yields once a finished recording. Worker processes die with their parent."""
     if workers == 1 or len(todo) <= 1:
         for i, chain in todo:

@@ -252,9 +252,7 @@ def _furniture(spec: Layout) -> str:
     switch = (
         f'<body name="switch" pos="{_v((spec.switch_x, -0.115, top))}">'
         f'<joint name="switch" type="slide" axis="0 1 0" range="0 {SWITCH_RANGE}" frictionloss="1.0" damping="4" '
-        'armature="0.2"/>'
-        + _box((0, 0, 0.030), (0.030, 0.009, 0.026), "switch", 'mass="0.1"')
-        + "</body>"
+        'armature="0.2"/>' + _box((0, 0, 0.030), (0.030, 0.009, 0.026), "switch", 'mass="0.1"') + "</body>"
     )
     return f'<body name="table">{"".join(desk)}</body>{slide}{drawer}{button}{switch}'
 
