@@ -58,9 +58,9 @@ class Jobs:
 
     def cancel(self, key: str) -> bool:
         """Stop the attempt of `key` that runs; False when none does."""
-        running = [job for _, job in self._attempts(key) if not job.status.is_terminal()]
-        for job in running:
-            self._client.stop_job(job.submission_id)
+        running = [_job_id(key, number) for number, job in self._attempts(key) if not job.status.is_terminal()]
+        for job_id in running:
+            self._client.stop_job(job_id)
         return bool(running)
 
     def _attempts(self, key: str) -> list[tuple[int, JobDetails]]:

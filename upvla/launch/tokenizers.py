@@ -40,7 +40,7 @@ def save_vq(store: Store, vq: VQTokenizer) -> str:
 
 
 def load_vq(store: Store, vq_id: str) -> VQTokenizer:
-    """In evaluation mode. `NotFound` where there is none, `Corrupt` where geometry and weights do not hash to the id."""
+    """In evaluation mode. `NotFound` where there is none, `Corrupt` where geometry and weights do not give the id."""
     vq = VQTokenizer(VQConfig.model_validate(store.read_json(f"vq/{vq_id}.json")))
     try:
         vq.load_state_dict(safetensors.torch.load(store.read(f"vq/{vq_id}.safetensors")))

@@ -1,0 +1,92 @@
+"""What a training stage tells: a line to the terminal, points to MLflow, and the figures of its result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from upvla.launch.train import TrainSpec
+from upvla.tracking import Run, Tracker
+
+
+class Journal:
+    """Every worker keeps one; rank 0's speaks."""
+
+    def __init__(self, spec: TrainSpec, rank: int, began: float) -> None:
+        self._spec, self._speaks, self._began = spec, rank == 0, began
+        self._validation: dict[str, dict[str, float | None]] = {}  # step -> means; strings, because it travels as JSON
+        self._speeds: list[dict[str, float]] = []
+        self._start, self._first_step_s = 0, 0.0
+        self._run: Run | None = None
+        if self._speaks and spec.tracking is not None:
+            where = spec.tracking
+            params = spec.model_dump(mode="json", exclude={"tracking", "paraphrases", "store_url", "scratch"})
+            self._run = Tracker(where.uri, where.experiment).start(
+                f"{spec.key}/{spec.stage.name}", spec.stage.name, parent=where.parent, params=params, tags=where.tags
+            )
+
+    def begin(self, start: int, meta: Mapping[str, Any]) -> None:
+        self._start = start
+        self._validation = {step: dict(means) for step, means in meta.get("validation", {}).items()}
+        if self._speaks:
+            print(f"{self._spec.stage.name}: from step {start} of {self._spec.stage.steps}", flush=True)
+        self._training_since = time.monotonic()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        held_out = {
+            name: value if math.isfinite(value) else None  # JSON has no NaN
+            for name, value in metrics.items()
+            if name.startswith("val_")
+        }
+        if held_out:
+            self._validation[str(step)] = held_out
+        speed = {name: value for name, value in metrics.items() if name.startswith("speed/")}
+        if speed:
+            self._first_step_s = self._first_step_s or time.monotonic() - self._began
+            self._speeds.append(speed)
+        if self._speaks:
+            print(self._line(metrics, step), flush=True)
+        if self._run is not None:
+            self._run.log(metrics, step)
+
+    def meta(self) -> dict[str, Any]:
+        return {"validation": self._validation}
+
+    def summary(self) -> dict[str, Any]:
+        """`losses` {objective: {first, last}} on the held-out batches, and how fast it went (of this attempt)."""
+        steps = sorted(self._validation, key=int)
+        first, last = self._validation[steps[0]], self._validation[steps[-1]]
+        names = [name for name in last if name.startswith("val_loss/")]
+        speeds = {name: float(np.median([s[name] for s in self._speeds])) for name in (self._speeds or [{}])[0]}
+        return {
+            "losses": {
+                name.removeprefix("val_loss/"): {"first": first.get(name), "last": last[name]} for name in names
+            },
+            "watched": {name.removeprefix("val_watch/"): last[name] for name in last if name.startswith("val_watch/")},
+            "speed": {name.removeprefix("speed/"): value for name, value in speeds.items()},
+            "resumed_from": self._start,
+            "seconds_to_first_log": round(self._first_step_s, 1),
+        }
+
+    def close(self, status: str) -> None:
+        if self._run is not None:
+            self._run.close(status)
+
+    def _line(self, metrics: Mapping[str, float], step: int) -> str:
+        """`stage1  240/1500  pre 3.21  mmu 2.99  lr 9.8e-05  104 rows/s  wait 1%  5:12 left`"""
+        stage = self._spec.stage
+        parts = [f"{stage.name} {step:>6}/{stage.steps} "]
+        for name, value in metrics.items():
+            if name.startswith(("loss/", "val_loss/")) and name != "loss/total":
+                held_out = "held-out " if name.startswith("val_") else ""
+                parts.append(f"{held_out}{name.partition('/')[2]} {value:.4g}")
+        if "train/lr" in metrics:
+            done = step - self._start
+            left = (stage.steps - step) * (time.monotonic() - self._training_since) / max(done, 1)
+            parts.append(f"lr {metrics['train/lr']:.1e}  {metrics['speed/samples_per_s']:.0f} rows/s")
+            parts.append(f"wait {metrics['speed/data_wait_pct']:.0f}%  {int(left) // 60}:{int(left) % 60:02d} left")
+        return "  ".join(parts)

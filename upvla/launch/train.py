@@ -1,0 +1,192 @@
+"""Training as a Ray Job: who asks for it, and the driver that runs it on Ray Train.
+
+    run_training(store, spec, jobs)         asks: finds the result, or attaches to the running job, or submits one
+      -> python -m upvla.launch.train URL   the driver, inside the cluster: opens the inputs, then asks for workers
+           -> upvla.launch.worker           every worker: data, model, engine, resume, fit, export
+
+The result is a JSON beside the resume points, created once. It is what says that a stage is finished: not the job's
+status, not the orchestrator's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from upvla.errors import JobFailed, NotFound, UpvlaError
+from upvla.launch.cluster import connected
+from upvla.launch.jobs import Jobs
+from upvla.model.config import ModelConfig
+from upvla.store import Store, content_hash, open_store
+from upvla.train.config import EngineConfig, StageConfig
+
+RESULT, FAILURE, SPEC = "result.json", "failure.json", "spec.json"
+_COLLECTIVE_TIMEOUT_S = 600
+_LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
+
+
+class TrackingSpec(BaseModel):
+    """Where a stage's curves go. `parent` is the id of the run that they nest under."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    experiment: str
+    parent: str | None = None
+    tags: dict[str, str] = {}
+
+
+class TrainSpec(BaseModel):
+    """Everything a training stage needs to know, as JSON on the store. Its inputs are references by content.
+
+    The tokenizers come from `parent_url`, an exported checkpoint whose weights are the start, where one is given;
+    otherwise `model`, `text_id` and `vq_id` name them (a `vq` stage needs only `model`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["vq", "policy"]
+    store_url: str
+    stage: StageConfig
+    engine: EngineConfig
+    train_plan: str
+    validation_plan: str
+    model: ModelConfig | None = None
+    text_id: str = ""
+    vq_id: str = ""
+    parent_url: str = ""
+    parent_id: str = ""
+    paraphrases: dict[str, tuple[str, ...]] = {}
+    seed: int = 0
+    tracking: TrackingSpec | None = None
+    scratch: str = Field(
+        default="", description="folder on the workers for shards in transit; default: a temporary one"
+    )
+
+    @property
+    def key(self) -> str:
+        """Identity of the result: what is learnt from what, not where, nor on how many workers."""
+        elsewhere = {"store_url", "parent_url", "tracking", "scratch", "engine"}
+        value = self.model_dump(mode="json", exclude=elsewhere)
+        for field in ("log_every", "eval_every", "eval_batches", "save_every"):
+            del value["stage"][field]
+        return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
+
+    @property
+    def prefix(self) -> str:
+        return f"runs/{self.key}/{self.stage.name}"
+
+
+def run_training(
+    store: Store,
+    spec: TrainSpec,
+    jobs: Jobs,
+    *,
+    on_line: Callable[[str], None] = print,
+    python: str = "python",
+) -> dict[str, Any]:
+    """Result of the stage, trained now if it never was. Calling it twice, or after being killed, trains once.
+
+    `python` is the interpreter's name on the cluster. Raises the failure that the run recorded (`JobFailed`).
+    """
+    place = store.sub(spec.prefix)
+    if (result := _read(place, RESULT)) is not None:
+        return result
+    place.write_json(SPEC, spec.model_dump(mode="json"))
+    place.delete(FAILURE)
+    entrypoint = f"{python} -m upvla.launch.train {place.url}/{SPEC}"
+    try:
+        jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env={"RAY_DEDUP_LOGS": "0"}, on_line=on_line)
+    except JobFailed as error:
+        if (failure := _read(place, FAILURE)) is not None:
+            raise JobFailed(failure["message"]) from error
+        raise
+    result = _read(place, RESULT)
+    if result is None:
+        raise JobFailed(f"the job of {spec.prefix} ended well but left no {RESULT} under {place.url}: run it again")
+    return result
+
+
+def share_done(line: str) -> float | None:
+    """How far a run is, 0 to 1, if `line` is one of its progress lines."""
+    found = _LINE.match(line)
+    return int(found[1]) / int(found[2]) if found else None
+
+
+# --------------------------------------------------------------------------------------------------- the driver
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the spec at a URL. Errors become one line on stderr and a record beside the spec."""
+    (url,) = arguments
+    folder, _, name = url.rpartition("/")
+    place = open_store(folder)
+    spec = TrainSpec.model_validate(place.read_json(name))
+    try:
+        with connected():
+            train(spec)
+    except UpvlaError as error:
+        place.write_json(FAILURE, {"code": error.code, "message": str(error)})
+        print(f"upvla: {error.code}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(spec: TrainSpec) -> dict[str, Any]:
+    """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for."""
+    from upvla.launch.worker import open_inputs, work
+
+    open_inputs(spec).check(spec)
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    threads = max(1, int(cpus // spec.engine.num_workers))
+    folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"spec": spec.model_dump_json(), "threads": threads},
+        scaling_config=ScalingConfig(
+            num_workers=spec.engine.num_workers,
+            use_gpu=spec.engine.use_gpu,
+            resources_per_worker={"CPU": min(threads, cpus / spec.engine.num_workers)},
+        ),
+        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        run_config=RunConfig(
+            name=f"{spec.stage.name}-{os.getpid()}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=spec.engine.max_failures),
+        ),
+    )
+    place = open_store(spec.store_url).sub(spec.prefix)
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise JobFailed(f"{spec.prefix}: workers failed {spec.engine.max_failures + 1} times, last: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if (failure := _read(place, FAILURE)) is not None:
+        raise JobFailed(failure["message"])
+    result = _read(place, RESULT)
+    if result is None:
+        raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
+    return result
+
+
+def _read(place: Store, name: str) -> dict[str, Any] | None:
+    try:
+        return dict(place.read_json(name))
+    except NotFound:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
