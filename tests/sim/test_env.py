@@ -159,7 +159,7 @@ def test_bad_input_is_refused_by_name(env: PlaytableEnv) -> None:
             env.reset(robot, broken)
     folded = robot.copy()
     folded[10] = 1.0
-    with pytest.raises(ConfigError, match="arm_4 = 1.0"):
+    with pytest.raises(ConfigError, match=r"arm_4 = 1\.0"):
         env.reset(folded, scene)
     with pytest.raises(ConfigError, match=r"no scene 'E'; choose one of A, B, C, D"):
         PlaytableEnv("E")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_layout_is_calvins(recorded: Path) -> None:
 def test_frames_hold_the_observation_before_the_action_and_the_pose_after_it(recorded: Path) -> None:
     low, high = np.load(recorded / "training" / "ep_start_end_ids.npy")[0]
     steps = frames(recorded / "training", low, high)
-    for now, after in zip(steps, steps[1:], strict=False):
+    for now, after in pairwise(steps):
         np.testing.assert_array_equal(now["actions"][:6], after["robot_obs"][:6])
         assert now["actions"][6] == now["rel_actions"][6] == after["robot_obs"][14]
 
@@ -98,7 +99,7 @@ def test_replayed_actions_repeat_the_recording(recorded: Path, dtype: type) -> N
     ranges = np.load(split / "ep_start_end_ids.npy")
     language = np.load(split / "lang_annotations" / "auto_lang_ann.npy", allow_pickle=True).item()
     spans = list(zip(language["info"]["indx"], language["language"]["task"], strict=True))
-    assert {text for text in language["language"]["ann"]} <= {text for row in TASKS.values() for text in row.train}
+    assert set(language["language"]["ann"]) <= {text for row in TASKS.values() for text in row.train}
     env = PlaytableEnv("A")
     for low, high in ranges[:4]:
         steps = frames(split, low, high)
@@ -119,7 +120,7 @@ def test_replayed_actions_repeat_the_recording(recorded: Path, dtype: type) -> N
 
 def test_the_importer_takes_every_recording(recorded: Path) -> None:
     source = CalvinSource(str(recorded / "training"), span_end="inclusive")
-    episodes = [source.read(key) for key in source.keys()]
+    episodes = list(map(source.read, source.keys()))
     for episode in episodes:
         check(episode, QualityLimits())
     assert [len(episode.spans) for episode in episodes] == [2, 1, 1, 1, 2, 1, 1, 1]

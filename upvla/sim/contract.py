@@ -68,9 +68,9 @@ def _specs() -> dict[str, TaskSpec]:
         *(TaskSpec(f"turn_on_{light}", 8, _free({light: 0}, {light: 1})) for light in ("lightbulb", "led")),
     ]
     for block in BLOCK_POSE:
-        here = {f"{block}_block": "table"}
+        here: Symbols = {f"{block}_block": "table"}
         specs += [TaskSpec(f"push_{block}_block_{side}", 1, _free(here, here)) for side in ("right", "left")]
-        held = {f"{block}_block": "grasped", "grasped": 1}
+        held: Symbols = {f"{block}_block": "grasped", "grasped": 1}
         specs.append(TaskSpec(f"lift_{block}_block_table", 4, _free(here, held)))
     return {spec.name: spec for spec in specs}
 

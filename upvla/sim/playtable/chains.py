@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
     return _arm(scene).robot_state_at(rng.uniform(*_START)), state
 
 
-@lru_cache(maxsize=None)
+@cache
 def _count(symbols: frozenset[tuple[str, str | int]], used: frozenset[int], left: int, tasks: tuple[str, ...]) -> int:
     """How many chains of `left` more tasks follow, none of a category already `used`."""
     return sum(count for _, _, count in _options(symbols, used, left, tasks)) if left else 1

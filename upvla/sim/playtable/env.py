@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,8 @@ import numpy as np
 from upvla.errors import ConfigError, Mismatch, UpvlaError
 from upvla.sim import contract as c
 from upvla.sim.playtable import scene as s
+from upvla.sim.playtable.cameras import Cameras, load_mujoco
+from upvla.sim.playtable.textures import textures
 from upvla.types import CALVIN_RELATIVE, Observation
 
 HOME = np.array((-1.218, 1.040, 2.120, -2.342, -0.870, 1.641, 0.553))  # arm joints, gripper down over the desk
@@ -23,20 +23,6 @@ _LEASH_M, _LEASH_RAD = 0.04, 0.2  # how far the commanded pose may run ahead of 
 _JOINTS = {c.SLIDER: ("slide", s.SLIDE_RANGE), c.DRAWER: ("drawer", s.DRAWER_RANGE),
            c.BUTTON: ("button", s.BUTTON_RANGE), c.SWITCH: ("switch", s.SWITCH_RANGE)}  # fmt: skip
 _WORKSPACE = np.array(((-0.6, -0.7, 0.0), (0.6, 0.4, 1.2)))
-
-
-def load_mujoco() -> ModuleType:
-    """Import MuJoCo with a renderer that needs no display (OSMesa unless MUJOCO_GL says otherwise)."""
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # one core a process: recordings run one process a core
-    try:
-        import mujoco
-    except Exception as error:  # a missing GL library surfaces as several kinds
-        raise ConfigError(
-            f"MuJoCo cannot load its {os.environ['MUJOCO_GL']!r} renderer ({error}); "
-            "install it with: apt-get install -y --no-install-recommends libosmesa6"
-        ) from error
-    return mujoco
 
 
 class PlaytableEnv:
@@ -52,10 +38,10 @@ class PlaytableEnv:
         self.scene, self.name = scene, f"playtable-{scene.lower()}"
         self.layout = s.layout(scene)
         self._mj = mj = load_mujoco()
-        self.model = mj.MjModel.from_xml_string(s.mjcf(scene), assets=s.textures(scene))
+        self.model = mj.MjModel.from_xml_string(s.mjcf(scene), assets=textures(scene))
         self.data = mj.MjData(self.model)
         self._kinematics = mj.MjData(self.model)
-        self._renderer: _Renderer | None = None
+        self._cameras: Cameras | None = None
         model = self.model
         self._tcp = model.site("tcp").id
         self._qpos = {i: model.joint(name).qposadr[0] for i, (name, _) in _JOINTS.items()}
@@ -153,7 +139,7 @@ class PlaytableEnv:
     # ------------------------------------------------------------------------------------------------- motion
 
     def step(self, action: np.ndarray) -> None:
-        """One 30 Hz step of f[7]: motion clipped to +-1, gripper open from 0 up. `Mismatch` for NaN or a wrong shape."""
+        """One 30 Hz step of f[7]: motion clipped to +-1, gripper open from 0 up. NaN or another shape: `Mismatch`."""
         action = _checked("action", action, 7)
         mj, model, data = self._mj, self.model, self.data
         motion = np.maximum(np.minimum(action[:6], 1.0), -1.0)
@@ -212,13 +198,13 @@ class PlaytableEnv:
 
     def observe(self) -> Observation:
         """Render both cameras: {"static": u8[200,200,3], "gripper": u8[84,84,3]}."""
-        if self._renderer is None:
-            self._renderer = _Renderer(self._mj, self.model)
-        images = self._renderer.frames(self.data)
+        if self._cameras is None:
+            self._cameras = Cameras(self._mj, self.model)
+        images = self._cameras.frames(self.data)
         return Observation(images, self.robot_state().astype(np.float32), self.scene_state().astype(np.float32))
 
     def contacts(self) -> dict[str, frozenset[str]]:
-        """What touches the robot and each block, by name: robot, table, plank, drawer, slide, button, switch, block_*."""
+        """What touches the robot and each block: robot, table, plank, drawer, slide, button, switch, block_<colour>."""
         touching: dict[str, set[str]] = {"robot": set(), **{f"block_{b}": set() for b in s.BLOCKS}}
         for first, second in self.data.contact.geom[: self.data.ncon]:
             a, b = self._labels[first], self._labels[second]
@@ -246,59 +232,14 @@ class PlaytableEnv:
 
     def fingerprint(self) -> Mapping[str, str]:
         """MuJoCo and GL versions; scores of two fingerprints do not compare."""
-        if self._renderer is None:
-            self._renderer = _Renderer(self._mj, self.model)
-        return {"env": self.name, "mujoco": self._mj.mj_versionString(), "renderer": self._renderer.description()}
+        if self._cameras is None:
+            self._cameras = Cameras(self._mj, self.model)
+        return {"env": self.name, "mujoco": self._mj.mj_versionString(), "renderer": self._cameras.description()}
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-
-
-class _Renderer:
-    """Both cameras through one GL context, without shadows, reflections or multisampling."""
-
-    def __init__(self, mj: ModuleType, model: Any) -> None:
-        self._mj, self._model = mj, model
-        try:
-            self._gl = mj.GLContext(s.STATIC_SIZE, s.STATIC_SIZE)
-            self._gl.make_current()
-            self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_50.value)
-        except Exception as error:
-            raise ConfigError(
-                f"MuJoCo cannot render ({error}): it was imported before MUJOCO_GL was set; "
-                "set MUJOCO_GL=osmesa in the environment"
-            ) from error
-        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
-        self._scene, self._option = mj.MjvScene(model, maxgeom=200), mj.MjvOption()
-        self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = self._scene.flags[mj.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._cameras = {}
-        for name, size in (("static", s.STATIC_SIZE), ("gripper", s.GRIPPER_SIZE)):
-            camera = mj.MjvCamera()
-            camera.type, camera.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
-            self._cameras[name] = (camera, mj.MjrRect(0, 0, size, size))
-
-    def frames(self, data: Any) -> dict[str, np.ndarray]:
-        mj, frames = self._mj, {}
-        self._gl.make_current()
-        for name, (camera, rect) in self._cameras.items():
-            mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
-            mj.mjr_render(rect, self._scene, self._context)
-            frame = np.empty((rect.height, rect.width, 3), np.uint8)
-            mj.mjr_readPixels(frame, None, rect, self._context)
-            frames[name] = np.ascontiguousarray(frame[::-1])
-        return frames
-
-    def description(self) -> str:
-        from OpenGL import GL
-
-        self._gl.make_current()
-        return " ".join(GL.glGetString(part).decode() for part in (GL.GL_RENDERER, GL.GL_VERSION))
-
-    def close(self) -> None:
-        self._context.free()
-        self._gl.free()
+        if self._cameras is not None:
+            self._cameras.close()
+            self._cameras = None
 
 
 # ------------------------------------------------------------------------------------------------------ geometry

@@ -63,34 +63,34 @@ class _View(NamedTuple):
 
 
 def _open_drawer(v: _View) -> Plan:
-    bar = np.array((v.layout.drawer_x, -0.294 - v.state[c.DRAWER], 0.362))
-    point = bar + (0, 0.042, -0.012)
+    bar = np.array((v.layout.drawer_x, s.DRAWER_BAR[0] - v.state[c.DRAWER], s.DRAWER_BAR[1]))
+    point = bar + np.array((0, 0.042, -0.012))
     behind = abs(v.tcp[0] - bar[0]) < 0.06 and 0.012 < v.tcp[1] - bar[1] < 0.075 and v.tcp[2] < bar[2] + 0.008
     return Plan(_along(v.tcp, point, (0, -1, 0), 0.6) if behind else _reach(v.tcp, point), _CLOSE)
 
 
 def _close_drawer(v: _View) -> Plan:
-    bar = np.array((v.layout.drawer_x, -0.294 - v.state[c.DRAWER], 0.362))
-    point = bar + (0, -0.050, -0.012)
+    bar = np.array((v.layout.drawer_x, s.DRAWER_BAR[0] - v.state[c.DRAWER], s.DRAWER_BAR[1]))
+    point = bar + np.array((0, -0.050, -0.012))
     before = abs(v.tcp[0] - bar[0]) < 0.06 and -0.09 < v.tcp[1] - bar[1] < -0.012 and v.tcp[2] < bar[2] + 0.008
     return Plan(_along(v.tcp, point, (0, 1, 0), 0.6) if before else _reach(v.tcp, point), _CLOSE)
 
 
 def _slide(direction: float, v: _View) -> Plan:
-    point = np.array((v.layout.handle_x - v.state[c.SLIDER], 0.014, s.DESK_Z + 0.098))
+    point = np.array((v.layout.handle_x - v.state[c.SLIDER], s.DOOR_HANDLE[0] - 0.008, s.DOOR_HANDLE[1] + 0.010))
     around = abs(v.tcp[0] - point[0]) < 0.045 and abs(v.tcp[1] - point[1]) < 0.02 and v.tcp[2] < point[2] + 0.015
     return Plan(_along(v.tcp, point, (direction, 0, 0), 0.6) if around else _reach(v.tcp, point), _OPEN)
 
 
 def _press_button(v: _View) -> Plan:
-    point = np.array((v.layout.button_x, -0.09, s.DESK_Z + 0.045))
+    point = np.array((v.layout.button_x, s.BUTTON_Y, s.DESK_Z + 0.045))
     over = float(np.linalg.norm(v.tcp[:2] - point[:2])) < 0.022 and v.tcp[2] < point[2] + 0.015
     return Plan(_along(v.tcp, point, (0, 0, -1), 0.4) if over else _reach(v.tcp, point), _CLOSE)
 
 
 def _push_switch(v: _View) -> Plan:
-    paddle = np.array((v.layout.switch_x, -0.115 + v.state[c.SWITCH], s.DESK_Z + 0.032))
-    point = paddle + (0, -0.045, 0)
+    paddle = np.array((v.layout.switch_x, s.SWITCH_Y + v.state[c.SWITCH], s.DESK_Z + 0.032))
+    point = paddle + np.array((0, -0.045, 0))
     before = abs(v.tcp[0] - paddle[0]) < 0.025 and -0.08 < v.tcp[1] - paddle[1] < -0.01 and v.tcp[2] < paddle[2] + 0.02
     return Plan(_along(v.tcp, point, (0, 1, 0), 0.5) if before else _reach(v.tcp, point), _CLOSE)
 

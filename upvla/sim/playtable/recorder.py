@@ -139,7 +139,8 @@ def _record_all(config: CollectConfig, work: Path, todo: list[tuple[int, Chain]]
     """Yields once a finished recording. Worker processes die with their parent."""
     if workers == 1 or len(todo) <= 1:
         for i, chain in todo:
-            yield record(config, work, i, chain)
+            record(config, work, i, chain)
+            yield
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_die_with_parent) as pool:
@@ -148,7 +149,8 @@ def _record_all(config: CollectConfig, work: Path, todo: list[tuple[int, Chain]]
             while running:
                 finished, running = wait_for(running, return_when="FIRST_COMPLETED")
                 for future in finished:
-                    yield future.result()
+                    future.result()
+                    yield
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -216,7 +218,8 @@ def _assemble(config: CollectConfig, split: Path, work: Path, count: int) -> dic
     (split / "lang_annotations").mkdir(parents=True, exist_ok=True)
     recordings = [json.loads((work / f"{i:05d}" / "recording.json").read_text()) for i in range(count)]
     scenes = [chain.scene for chain in jobs(config)]
-    first, ranges, spans, scene_info = 0, [], [], {}
+    first, ranges, spans = 0, [], []
+    scene_info: dict[str, list[int]] = {}
     for i, recording in enumerate(recordings):
         for step in range(recording["steps"]):
             source = work / f"{i:05d}" / f"{step}.npz"

@@ -1,4 +1,4 @@
-"""Scenes A-D as MJCF text built from primitives, and the procedural textures on them.
+"""Scenes A-D as MJCF text, built from primitives in code.
 
 World frame as in CALVIN: x to the right along the desk, y away from the robot, z up, metres. The desk surface is at
 `DESK_Z`; the robot stands at its left front corner.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from upvla.errors import ConfigError
@@ -24,6 +23,9 @@ BLOCK_HEIGHT = 0.04
 BLOCKS = ("red", "blue", "pink")
 ROBOT_BASE = (-0.41, -0.40, 0.24)
 SLIDE_RANGE, DRAWER_RANGE, BUTTON_RANGE, SWITCH_RANGE = 0.28, 0.22, 0.02, 0.088
+DRAWER_BAR = (-0.294, 0.362)  # (y, z) of the drawer's handle bar when shut
+DOOR_HANDLE = (0.022, DESK_Z + 0.088)  # (y, z) of the middle of the door's handle
+SWITCH_Y, BUTTON_Y = -0.115, -0.09  # the switch when off
 STATIC_SIZE, GRIPPER_SIZE = 200, 84
 
 Rgb = tuple[float, float, float]
@@ -83,41 +85,6 @@ def layout(scene: str) -> Layout:
     if scene not in LAYOUTS:
         raise ConfigError(f"playtable has no scene {scene!r}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[scene]
-
-
-# ----------------------------------------------------------------------------------------------------- textures
-
-
-def _noise(rng: np.random.Generator, cells: tuple[int, int], size: int) -> np.ndarray:
-    """Smooth noise in [0, 1], f32[size,size], with that many cells along (rows, columns)."""
-    return np.asarray(cv2.resize(rng.random(cells, dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC))
-
-
-def _mix(low: Rgb, high: Rgb, weight: np.ndarray) -> np.ndarray:
-    weight = np.clip(weight, 0, 1)[..., None]
-    return np.uint8(255 * np.clip(np.array(low) * (1 - weight) + np.array(high) * weight, 0, 1))
-
-
-def _wood(rng: np.random.Generator, light: Rgb, dark: Rgb, size: int = 256) -> np.ndarray:
-    """Planks with rings and fine grain, u8[size,size,3]."""
-    rows = np.arange(size, dtype=np.float32)[:, None] / size
-    rings = 0.5 + 0.5 * np.sin(2 * np.pi * (7 * rows + 1.6 * _noise(rng, (5, 2), size)))
-    grain = _noise(rng, (96, 5), size)
-    image = _mix(dark, light, 0.15 + 0.5 * rings + 0.5 * (grain - 0.25)).astype(np.float32)
-    for seam in range(0, size, size // 4):
-        image[seam : seam + 2] *= 0.72
-    return image.astype(np.uint8)
-
-
-def textures(scene: str) -> dict[str, bytes]:
-    """PNG files that the MJCF of this scene names, made from a seed of its own."""
-    spec = layout(scene)
-    rng = np.random.default_rng(sum(scene.encode()))
-    images = {
-        "desk.png": _wood(rng, *spec.desk),
-        "front.png": _wood(rng, *spec.front),
-    }
-    return {name: cv2.imencode(".png", image[..., ::-1])[1].tobytes() for name, image in images.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- MJCF
@@ -185,8 +152,8 @@ def _robot() -> str:
 def _floor() -> str:
     """Tiles: flat colour and thin lines, which render three times as fast as a texture that fills the background."""
     lines = "".join(
-        _box((x, 0.5, 0), (0.006, 2.5, 0.001), "joint_line", 'class="picture"')
-        + _box((-0.5, x + 0.3, 0), (2.5, 0.006, 0.001), "joint_line", 'class="picture"')
+        _box((x, 0.5, 0), (0.006, 2.5, 0.001), "tile_joint", 'class="picture"')
+        + _box((-0.5, x + 0.3, 0), (2.5, 0.006, 0.001), "tile_joint", 'class="picture"')
         for x in np.arange(-2.2, 2.0, 0.6)
     )
     return f'<geom class="picture" type="plane" size="4 4 0.1" material="floor"/>{lines}'
@@ -214,9 +181,9 @@ def _furniture(spec: Layout) -> str:
         f'<geom name="led" class="picture" type="box" pos="{_v((spec.led_x, back - 0.004, top + 0.209))}" '
         'size="0.055 0.018 0.016" material="light_off"/>',
         # the base plates of button and switch
-        f'<geom class="picture" type="cylinder" pos="{_v((spec.button_x, -0.09, top))}" size="0.046 0.004" '
+        f'<geom class="picture" type="cylinder" pos="{_v((spec.button_x, BUTTON_Y, top))}" size="0.046 0.004" '
         'material="handle"/>',
-        _box((spec.switch_x, -0.065, top), (0.036, 0.085, 0.004), "handle", 'class="picture"'),
+        _box((spec.switch_x, SWITCH_Y + 0.05, top), (0.036, 0.085, 0.004), "handle", 'class="picture"'),
     ]
     # the door leans back by 30 degrees; its handle stands upright so that a gripper can straddle it from above
     door_up, door_normal = np.array((0, 0.5, 0.866)), np.array((0, -0.866, 0.5))
@@ -227,7 +194,7 @@ def _furniture(spec: Layout) -> str:
         'armature="0.3"/>'
         f'<geom type="box" pos="{_v(middle)}" size="0.148 0.098 0.006" mass="0.5" material="front" '
         f'xyaxes="1 0 0 {_v(door_up)}"/>'
-        + _box((0, 0.022, 0.088), (0.010, 0.010, 0.034), "handle", 'mass="0.05"')
+        + _box((0, DOOR_HANDLE[0], DOOR_HANDLE[1] - top), (0.010, 0.010, 0.034), "handle", 'mass="0.05"')
         + _box((0, 0.040, 0.075), (0.009, 0.020, 0.009), "handle", 'mass="0.02"')
         + f'<geom class="picture" type="box" pos="{_v(middle + 0.006 * door_normal)}" size="0.035 0.05 0.002" '
         f'material="handle" xyaxes="1 0 0 {_v(door_up)}"/></body>'
@@ -240,17 +207,21 @@ def _furniture(spec: Layout) -> str:
         + _box((0, 0.14, 0.292), (0.132, 0.13, 0.006), "plank", 'mass="0.2"')
         + _box((0, 0.27, 0.335), (0.132, 0.006, 0.040), "front", 'mass="0.1"')
         + "".join(_box((x, 0.14, 0.335), (0.006, 0.13, 0.040), "front", 'mass="0.1"') for x in (-0.13, 0.13))
-        + _box((0, -0.094, 0.362), (0.095, 0.010, 0.012), "handle", 'mass="0.05"')
-        + "".join(_box((x, -0.050, 0.362), (0.008, 0.044, 0.010), "handle", 'mass="0.02"') for x in (-0.087, 0.087))
+        + _box((0, DRAWER_BAR[0] + 0.20, DRAWER_BAR[1]), (0.095, 0.010, 0.012), "handle", 'mass="0.05"')
+        + "".join(
+            _box((x, DRAWER_BAR[0] + 0.244, DRAWER_BAR[1]), (0.008, 0.044, 0.010), "handle", 'mass="0.02"')
+            for x in (-0.087, 0.087)
+        )
         + "</body>"
     )
     button = (
-        f'<body name="button" pos="{_v((spec.button_x, -0.09, top))}">'
+        f'<body name="button" pos="{_v((spec.button_x, BUTTON_Y, top))}">'
         f'<joint name="button" type="slide" axis="0 0 -1" range="0 {BUTTON_RANGE}" stiffness="150" damping="3" '
-        'armature="0.05"/><geom type="cylinder" pos="0 0 0.014" size="0.036 0.014" mass="0.05" material="button"/></body>'
+        'armature="0.05"/>'
+        '<geom type="cylinder" pos="0 0 0.014" size="0.036 0.014" mass="0.05" material="button"/></body>'
     )
     switch = (
-        f'<body name="switch" pos="{_v((spec.switch_x, -0.115, top))}">'
+        f'<body name="switch" pos="{_v((spec.switch_x, SWITCH_Y, top))}">'
         f'<joint name="switch" type="slide" axis="0 1 0" range="0 {SWITCH_RANGE}" frictionloss="1.0" damping="4" '
         'armature="0.2"/>' + _box((0, 0, 0.030), (0.030, 0.009, 0.026), "switch", 'mass="0.1"') + "</body>"
     )
@@ -267,12 +238,13 @@ def _blocks(spec: Layout) -> str:
 
 
 def mjcf(scene: str) -> str:
-    """The whole scene; `textures(scene)` are its files. Contact bits: 1 furniture, 2 robot, 4 blocks."""
+    """The whole scene; `textures.textures(scene)` are its files. Contact bits: 1 furniture, 2 robot, 4 blocks."""
     spec = layout(scene)
     flat = {
-        "floor": spec.floor, "joint_line": tuple(0.85 * c for c in spec.floor), "shell": (0.93, 0.93, 0.92), "joint": (0.32, 0.34, 0.38), "accent": (0.10, 0.55, 0.62),
-        "finger": (0.12, 0.12, 0.13), "handle": spec.handle, "metal": (0.55, 0.56, 0.58),
-        "plank": tuple(0.5 * c for c in spec.desk[1]), "button": (0.85, 0.42, 0.10), "switch": (0.48, 0.20, 0.62),
+        "floor": spec.floor, "tile_joint": tuple(0.85 * c for c in spec.floor), "shell": (0.93, 0.93, 0.92),
+        "joint": (0.32, 0.34, 0.38), "accent": (0.10, 0.55, 0.62), "finger": (0.12, 0.12, 0.13),
+        "handle": spec.handle, "metal": (0.55, 0.56, 0.58), "plank": tuple(0.5 * c for c in spec.desk[1]),
+        "button": (0.85, 0.42, 0.10), "switch": (0.48, 0.20, 0.62),
         "red": (0.85, 0.08, 0.08), "blue": (0.08, 0.20, 0.85), "pink": (0.96, 0.45, 0.68),
     }  # fmt: skip
     materials = "".join(f'<material name="{name}" rgba="{_v(rgb)} 1"/>' for name, rgb in flat.items())
@@ -301,7 +273,8 @@ def mjcf(scene: str) -> str:
 <texture name="desk" type="cube" file="desk.png"/><texture name="front" type="cube" file="front.png"/>
 <material name="desk" texture="desk"/><material name="front" texture="front"/>
 <material name="light_off" rgba="0.82 0.82 0.80 1"/>
-<material name="lightbulb_on" rgba="1 0.92 0.05 1" emission="0.9"/><material name="led_on" rgba="0.05 1 0.15 1" emission="0.9"/>
+<material name="lightbulb_on" rgba="1 0.92 0.05 1" emission="0.9"/>
+<material name="led_on" rgba="0.05 1 0.15 1" emission="0.9"/>
 {materials}</asset>
 <worldbody>
 <light pos="{_v(spec.light_from)}" dir="{_v(-np.array(spec.light_from) + (0, 0, 0.4))}" diffuse="{_v(spec.light)}"

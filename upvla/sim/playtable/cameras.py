@@ -1,0 +1,71 @@
+"""MuJoCo without a display, and the two cameras of a scene through one GL context."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from upvla.errors import ConfigError
+from upvla.sim.playtable import scene as s
+
+
+def load_mujoco() -> ModuleType:
+    """Import MuJoCo with a renderer that needs no display (OSMesa unless MUJOCO_GL says otherwise)."""
+    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # one core a process: recordings run one process a core
+    try:
+        import mujoco
+    except Exception as error:  # a missing GL library surfaces as several kinds
+        raise ConfigError(
+            f"MuJoCo cannot load its {os.environ['MUJOCO_GL']!r} renderer ({error}); "
+            "install it with: apt-get install -y --no-install-recommends libosmesa6"
+        ) from error
+    return mujoco
+
+
+class Cameras:
+    """Renders without shadows, reflections or multisampling, which cost more than all the rest."""
+
+    def __init__(self, mj: ModuleType, model: Any) -> None:
+        self._mj, self._model = mj, model
+        try:
+            self._gl = mj.GLContext(s.STATIC_SIZE, s.STATIC_SIZE)
+            self._gl.make_current()
+            self._context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_50.value)
+        except Exception as error:
+            raise ConfigError(
+                f"MuJoCo cannot render ({error}): it was imported before MUJOCO_GL was set; "
+                "set MUJOCO_GL=osmesa in the environment"
+            ) from error
+        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
+        self._scene, self._option = mj.MjvScene(model, maxgeom=200), mj.MjvOption()
+        self._scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = self._scene.flags[mj.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._cameras = {}
+        for name, size in (("static", s.STATIC_SIZE), ("gripper", s.GRIPPER_SIZE)):
+            camera = mj.MjvCamera()
+            camera.type, camera.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
+            self._cameras[name] = (camera, mj.MjrRect(0, 0, size, size))
+
+    def frames(self, data: Any) -> dict[str, np.ndarray]:
+        mj, frames = self._mj, {}
+        self._gl.make_current()
+        for name, (camera, rect) in self._cameras.items():
+            mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
+            mj.mjr_render(rect, self._scene, self._context)
+            frame = np.empty((rect.height, rect.width, 3), np.uint8)
+            mj.mjr_readPixels(frame, None, rect, self._context)
+            frames[name] = np.ascontiguousarray(frame[::-1])
+        return frames
+
+    def description(self) -> str:
+        from OpenGL import GL
+
+        self._gl.make_current()
+        return " ".join(GL.glGetString(part).decode() for part in (GL.GL_RENDERER, GL.GL_VERSION))
+
+    def close(self) -> None:
+        self._context.free()
+        self._gl.free()
