@@ -1,4 +1,4 @@
-"""ingest/playtable: record scripted experts, then turn the recordings into one dataset version."""
+"""ingest/playtable: record scripted experts, then turn the recordings into a dataset version."""
 
 from __future__ import annotations
 
@@ -12,5 +12,4 @@ from flows import steps
 @flow(name="ingest", log_prints=True)
 def ingest(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_line(config, site, overrides)
-    recorded = steps.collect(line)
-    return steps.ingest(line, recorded)
+    return steps.ingest(line, steps.collect(line))

@@ -16,17 +16,18 @@ def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list
     recorded = steps.collect(line)
     data = steps.ingest(line, recorded)
     plan = steps.mix(line, data)
-    text = steps.train_text(line, data)
+    text = steps.train_text(line, plan)
     vq = steps.train_vq(line, plan)
-    codes = steps.encode(line, data, vq)
-    first = steps.train(line, "stage1", plan=plan, text=text, vq=vq, codes=codes)
-    model = steps.train(line, "stage2", plan=plan, text=text, vq=vq, codes=codes, parent=first)
+    codes = steps.encode(line, plan, vq)
+    first = steps.train_stage1(line, plan, text, vq, codes)
+    model = steps.train_stage2(line, plan, text, vq, first)
     run_deployment(
         "evaluate/chains",
-        parameters={"config": config, "site": site, "overrides": overrides or [], "checkpoint": model["url"]},
+        parameters={"checkpoint": model["url"], "config": config, "site": site, "overrides": overrides or []},
         idempotency_key=line.evaluation_key(model["url"]),
-        as_subflow=True,
     )
-    scores = steps.evaluate(line, model)  # what the deployment found; runs here if it could not
-    version = steps.register(line, model, scores)
-    return steps.report(line, version)
+    scored = steps.evaluate(line, model)  # reads what the deployment found; judges only what it could not
+    version = steps.register(line, model, scored)
+    stages = {"collect": recorded, "ingest": data, "mix": plan, "text": text, "vq": vq, "encode": codes}
+    stages |= {"stage1": first, "stage2": model, "evaluate": scored, "register": version}
+    return line.conclude(stages)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from upvla.errors import UpvlaError
 
@@ -43,6 +45,25 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     width = max((len(key) for key in result), default=0)
     for key, value in result.items():
         print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+def _open(config: str, site: str, overrides: list[str] | None) -> Any:
+    """The line of a site; a local site's running stack fills in addresses and credentials."""
+    from upvla import stack
+    from upvla.config import SiteConfig, load
+    from upvla.launch.line import open_line
+
+    if load(f"site/{site}", SiteConfig).stack is not None:
+        os.environ.update(stack.environment(stack.load_site(site)))
+    bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}", disable=not sys.stderr.isatty(), leave=False)
+
+    def progress(share: float, text: str) -> None:
+        bar.set_description_str(text[:100])
+        if share >= 0:
+            bar.n = round(100 * share)
+        bar.refresh()
+
+    return open_line(config, site, overrides or [], progress)
 
 
 # ------------------------------------------------------------------------------------------------------- the stack
@@ -85,9 +106,7 @@ def status(site: SiteName = "local", as_json: Json = False) -> None:
 @app.command()
 def collect(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Record scripted experts in the playtable. Example: upvla collect --set data.collect.seed=1"""
-    from upvla.launch.line import open_line
-
-    _show(open_line(config, site, set_ or []).collect(), as_json)
+    _show(_open(config, site, set_).collect(), as_json)
 
 
 @app.command()
@@ -99,9 +118,7 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Turn recordings into a new dataset version. Example: upvla ingest --source my_recordings/training"""
-    from upvla.launch.line import open_line
-
-    line = open_line(config, site, set_ or [])
+    line = _open(config, site, set_)
     _show(line.ingest(source or line.collect()["source_url"]), as_json)
 
 
@@ -110,7 +127,7 @@ def data_ls(site: SiteName = "local", as_json: Json = False) -> None:
     """List data sets and their versions. Example: upvla data ls"""
     from upvla.launch.line import list_datasets
 
-    listing = list_datasets(site)
+    listing = list_datasets(_open("pretrain/full", site, None).store)
     if as_json:
         print(json.dumps(listing, indent=2))
         return
@@ -123,23 +140,19 @@ def data_show(name: str, site: SiteName = "local", as_json: Json = False) -> Non
     """Show one version: counts, statistics id, quarantine. Example: upvla data show playtable@1"""
     from upvla.launch.line import show_dataset
 
-    _show(show_dataset(site, name), as_json)
+    _show(show_dataset(_open("pretrain/full", site, None).store, name), as_json)
 
 
 @app.command()
 def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Fix the order of all samples of the newest dataset version. Example: upvla mix --json"""
-    from upvla.launch.line import open_line
-
-    _show(open_line(config, site, set_ or []).mix(), as_json)
+    _show(_open(config, site, set_).mix(), as_json)
 
 
 @app.command()
 def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
-    from upvla.launch.line import open_line
-
-    _show(open_line(config, site, set_ or []).train_all(), as_json)
+    _show(_open(config, site, set_).train_all(), as_json)
 
 
 @app.command()
@@ -151,9 +164,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion"""
-    from upvla.launch.line import open_line
-
-    line = open_line(config, site, set_ or [])
+    line = _open(config, site, set_)
     _show(line.evaluate(line.checkpoint_url(model)), as_json)
 
 
@@ -163,7 +174,7 @@ def demo(
     site: SiteName = "local",
 ) -> None:
     """Stack, deployments and the whole line, then one table. Example: upvla demo --size ci"""
-    from upvla.launch.demo import run_demo
+    from upvla.demo import run_demo
 
     run_demo(size, site)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.ingest import IngestConfig
 from upvla.data.mixture import MixtureConfig
@@ -22,23 +22,46 @@ from upvla.model.config import ModelConfig
 from upvla.rollout.evaluate import EvalConfig
 from upvla.sim.playtable.recorder import CollectConfig
 from upvla.store import content_hash
-from upvla.train.engine import EngineConfig
-from upvla.train.loop import StageConfig
+from upvla.train.config import EngineConfig, StageConfig
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
 
-class DataConfig(BaseModel):
-    """Where episodes come from and how they become a dataset."""
-
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _from_environment(name: str, default: str = "") -> Any:
+    return Field(default_factory=lambda: os.environ.get(name) or default)
+
+
+class SiteConfig(Section):
+    """Where things are and how many workers there are: all that differs between a laptop and a cluster.
+
+    An address that a site file leaves out is read from the environment, which `upvla up` fills for the local stack.
+    Nothing here takes part in a fingerprint.
+    """
+
+    home: Path = _from_environment("UPVLA_HOME", ".upvla")
+    store_url: str = _from_environment("UPVLA_STORE_URL")
+    tracking_url: str = _from_environment("MLFLOW_TRACKING_URI")
+    ray_jobs_url: str = _from_environment("UPVLA_RAY_JOBS_URL")
+    experiment: str = "upvla"
+    num_workers: int = Field(2, gt=0)
+    use_gpu: bool = False
+    stack: Mapping[str, Any] | None = Field(None, description="the local stack's own settings, read by `upvla.stack`")
+
+    @property
+    def raw_folder(self) -> Path:
+        """Raw recordings lie here, on the machine that records."""
+        return self.home.expanduser().resolve() / "raw"
+
+
+class DataConfig(Section):
+    """Where episodes come from and how they become a dataset."""
 
     collect: CollectConfig
     ingest: IngestConfig
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunConfig(Section):

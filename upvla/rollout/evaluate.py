@@ -161,13 +161,18 @@ def protocol_fingerprint(config: EvalConfig, suite: SuiteConfig, chains: Sequenc
     )
 
 
-def report_metrics(report: EvalReport) -> dict[str, float]:
-    """The same metric names everywhere: `chains/avg_len`, `chains/sr_1..5`, each with `_low` and `_high`."""
-    values = {"avg_len": report.average_length}
-    values |= {f"sr_{k}": estimate for k, estimate in enumerate(report.success, 1)}
-    values |= {f"task/{task}": estimate for task, estimate in report.per_task.items()}
+def scores(report: EvalReport) -> dict[str, Estimate]:
+    """The same names everywhere: `<suite>/avg_len`, `<suite>/sr_1..5`, `<suite>/task/<task>`."""
+    named = {"avg_len": report.average_length}
+    named |= {f"sr_{k}": estimate for k, estimate in enumerate(report.success, 1)}
+    named |= {f"task/{task}": estimate for task, estimate in report.per_task.items()}
+    return {f"{report.suite}/{name}": estimate for name, estimate in named.items()}
+
+
+def as_metrics(named: Mapping[str, Estimate]) -> dict[str, float]:
+    """Every score with its bounds as `<name>_low` and `<name>_high`."""
     return {
-        f"{report.suite}/{name}{suffix}": number
-        for name, estimate in values.items()
-        for suffix, number in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high))
+        f"{name}{suffix}": float(number)
+        for name, estimate in named.items()
+        for suffix, number in zip(("", "_low", "_high"), estimate, strict=True)
     }
