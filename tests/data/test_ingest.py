@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.factories import write_calvin
+from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.table import Dataset, load_manifest
+from upvla.errors import Corrupt
+from upvla.store import LocalStore, Store, open_store
+
+CONFIG = IngestConfig(format="calvin", dataset="table", recordings_per_task=2, validation_fraction=0.3)
+LENGTHS = (6, 8, 5, 7, 6)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_calvin(tmp_path_factory.mktemp("raw"), LENGTHS, static=(48, 48, 3), gripper=(32, 32, 3))
+
+
+def test_recordings_become_a_version_and_again_the_same(store: Store, recordings: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    first = ingest(store, CONFIG, str(recordings), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert {key: first[key] for key in ("version", "recordings", "segments", "steps", "quarantined")} == {
+        "version": 1,
+        "recordings": 5,
+        "segments": 10,
+        "steps": sum(LENGTHS),
+        "quarantined": {},
+    }
+    objects = store.tokens()
+    again = ingest(store, CONFIG, str(recordings), progress=lambda done, total: seen.append((done, total)))
+    assert (again | {"seconds": 0}) == (first | {"seconds": 0})
+    assert len(seen) == 3  # nothing was staged
+    assert {key: token for key, token in store.tokens().items() if "/stats/" not in key} == {
+        key: token for key, token in objects.items() if "/stats/" not in key
+    }
+    dataset = Dataset(store, load_manifest(store, "table"))
+    assert dataset.qa and {row.template_split for row in dataset.qa} == {"train", "held_out"}
+    assert all(0 <= row.step < dataset.episodes[row.episode].length for row in dataset.qa)
+
+
+def test_new_recordings_are_appended(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    sizes: dict[str, Any] = {"static": (48, 48, 3), "gripper": (32, 32, 3), "scenes": ("calvin_scene_A",)}
+    ingest(store, CONFIG, str(write_calvin(tmp_path / "raw", (6, 7), **sizes)))
+    staged: list[int] = []
+    grown = write_calvin(tmp_path / "grown", (6, 7, 8), **sizes)
+    for path in (tmp_path / "raw").rglob("*.npz"):
+        shutil.copy2(path, grown / path.name)
+    after = ingest(store, CONFIG, str(grown), progress=lambda done, total: staged.append(total))
+    assert (after["version"], after["recordings"], after["steps"]) == (2, 3, 21)
+    assert staged == [1]
+
+
+def test_a_corrupt_frame_costs_one_recording_until_it_is_repaired(tmp_path: Path, recordings: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    raw = tmp_path / "raw"
+    shutil.copytree(recordings, raw)
+    broken = raw / "episode_0000008.npz"
+    good = broken.read_bytes()
+    broken.write_bytes(good[: len(good) // 2])
+    found = ingest(store, CONFIG, str(raw))
+    assert (found["recordings"], found["quarantined"]) == (4, {"unreadable_frame": 1})
+    (row,) = Dataset(store, load_manifest(store, "table")).quarantine
+    assert row.key == "0000006-0000013" and str(broken) in row.detail
+    assert str(broken) in Path(found["report"]).read_text()
+    assert ingest(store, CONFIG, str(raw))["version"] == 1
+    broken.write_bytes(good)
+    repaired = ingest(store, CONFIG, str(raw))
+    assert (repaired["version"], repaired["recordings"], repaired["quarantined"]) == (2, 5, {})
+    nan = np.load(broken)
+    np.savez(broken, **{**nan, "rel_actions": nan["rel_actions"] * np.nan})
+    strict = CONFIG.model_copy(update={"dataset": "strict", "min_accept_ratio": 0.9})
+    with pytest.raises(Corrupt, match=r"1 of 5 recordings rejected.*non_finite"):
+        ingest(store, strict, str(raw))
+
+
+def _die_at(call: int, before: bool, url: str, source: str) -> None:
+    """Run the ingest in this process, but be killed at the n-th time that the store is written."""
+    count = 0
+
+    def deadly(method: Callable[..., None]) -> Callable[..., None]:
+        def called(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == call and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            method(*args)
+            if count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return called
+
+    for name in ("write", "create", "upload"):
+        setattr(LocalStore, name, deadly(getattr(LocalStore, name)))
+    ingest(open_store(url), CONFIG, source)
+
+
+def test_killed_anywhere_and_rerun_it_gives_the_same_dataset(tmp_path: Path, recordings: Path) -> None:
+    calm = open_store(str(tmp_path / "calm"))
+    expected = ingest(calm, CONFIG, str(recordings))
+    shards = {key for key in calm.list() if "/data/" in key}
+    fork, call, exits = multiprocessing.get_context("fork"), 0, [1]
+    while any(exits):
+        call += 1
+        url, exits = str(tmp_path / f"killed-{call}"), []
+        for before in (True, False):  # two kills into one store: the second run finds the first one's leavings
+            child = fork.Process(target=_die_at, args=(call, before, url, str(recordings)))
+            child.start()
+            child.join()
+            exits.append(child.exitcode)
+        store = open_store(url)
+        found = ingest(store, CONFIG, str(recordings))
+        assert (found["version"], found["content_id"]) == (1, expected["content_id"]), f"killed at write {call}"
+        assert {key for key in store.list() if "/data/" in key} == shards
+        assert load_manifest(store, "table") == load_manifest(calm, "table")
+    assert call > 12
+
+
+def test_the_report_shows_what_is_in_it(tmp_path: Path, recordings: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    page = Path(ingest(store, CONFIG, str(recordings))["report"]).read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page
+    for expected in ("5 (", "calvin_scene_B", "turn_on_led", "Nothing was rejected", "<rect", "data:;base64,"):
+        assert expected in page
+
+
+@pytest.mark.seam
+def test_ray_tasks_give_the_same_dataset(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upvla.launch.ingest import run_ingest
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    seen: list[tuple[int, int]] = []
+    expected = ingest(open_store(str(tmp_path / "here")), CONFIG, str(recordings))
+    found = run_ingest(open_store(str(tmp_path / "ray")), CONFIG, str(recordings), lambda *step: seen.append(step))
+    assert found["content_id"] == expected["content_id"]
+    assert seen[-1] == (5, 5) and len(seen) == 3
+
+
+def test_the_public_environments_recordings(tmp_path: Path, calvin_mini: Path) -> None:
+    store = open_store(str(tmp_path))
+    config = IngestConfig(format="calvin", dataset="mini", options={"span_end": "inclusive"})
+    found = ingest(store, config, str(calvin_mini / "training"))
+    assert (found["recordings"], found["segments"], found["steps"], found["quarantined"]) == (3, 9, 446, {})
+    dataset = Dataset(store, load_manifest(store, "mini"))
+    assert dataset.manifest.options["source"]["options"] == {"span_end": "inclusive"}
+    assert {row.topic for row in dataset.qa} >= {"drawer", "led"}

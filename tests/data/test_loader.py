@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pickle
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.test_mixture import mixture
+from upvla.data.loader import Loader
+from upvla.data.samples import SampleReader
+from upvla.data.table import Dataset
+from upvla.errors import ConfigError, Corrupt
+from upvla.images import Resize
+from upvla.types import Sample
+
+
+class Row:
+    """A batch that remembers which samples it was made of."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.keys = [(sample.position, sample.text, sample.turns) for sample in samples]
+        self.pixels = sum(int(frame.sum()) for sample in samples for frame in sample.images.values())
+
+
+def _loader(dataset: Dataset, world_size: int = 1, rank: int = 0, micro_batch: int = 4, **options: int) -> Loader[Row]:
+    found = mixture(dataset, 3, 1)
+    reader = SampleReader(found, chunk=5, cameras=["static"], resize=Resize(size=16))
+    return Loader(found, reader, Row, rank=rank, world_size=world_size, micro_batch=micro_batch, **options)
+
+
+def _take(loader: Loader[Row], steps: int) -> list[list[list[tuple[object, ...]]]]:
+    with loader:
+        return [[row.keys for row in next(loader)] for _ in range(steps)]
+
+
+def test_the_global_batches_do_not_depend_on_world_size_or_threads(dataset: Dataset) -> None:
+    expected = [sorted(key for row in step for key in row) for step in _take(_loader(dataset, micro_batch=16), 4)]
+    assert [len(step) for step in expected] == [16] * 4
+    assert [key[0] for step in expected for key in step] == list(range(64))
+    for world_size, micro_batch, threads in ((1, 4, 3), (2, 8, 1), (4, 2, 2), (8, 1, 2), (16, 1, 1)):
+        ranks = [
+            _take(_loader(dataset, world_size, rank, micro_batch, threads=threads), 4) for rank in range(world_size)
+        ]
+        assert all(len(row) == micro_batch for steps in ranks for step in steps for row in step)
+        merged = [sorted(key for steps in ranks for row in steps[k] for key in row) for k in range(4)]
+        assert merged == expected
+
+
+def test_resuming_needs_one_integer_and_may_change_the_world(dataset: Dataset) -> None:
+    whole = _take(_loader(dataset), 6)
+    loader = _loader(dataset)
+    with loader:
+        before = [[row.keys for row in next(loader)] for _ in range(2)]
+        state = loader.state_dict()
+    assert state == {"step": 2}  # two were consumed, however many were prefetched
+    resumed = _loader(dataset)
+    with resumed:
+        next(resumed)
+        resumed.load_state_dict(state)
+        after = [[row.keys for row in next(resumed)] for _ in range(4)]
+    assert before + after == whole
+    halves = [_take(_loader(dataset, 2, rank, start_step=2), 4) for rank in range(2)]
+    for k in range(4):
+        assert sorted(key for half in halves for row in half[k] for key in row) == sorted(
+            key for row in whole[k + 2] for key in row
+        )
+
+
+def test_poisoned_global_generators_change_nothing(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a global random generator was used")
+
+    expected = _take(_loader(dataset), 3)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    for module, names in ((np.random, ("rand", "randint", "permutation", "shuffle", "choice", "default_rng")),
+                          (random, ("random", "randint", "shuffle", "choice", "sample", "getrandbits"))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    assert _take(_loader(dataset), 3) == expected
+
+
+def test_worlds_that_do_not_fit_are_refused(dataset: Dataset) -> None:
+    for world_size, micro_batch in ((3, 1), (2, 3), (32, 1)):
+        with pytest.raises(ConfigError, match="must divide it"):
+            _loader(dataset, world_size, micro_batch=micro_batch)
+    with pytest.raises(ConfigError, match="rank 2 of a world of 2"):
+        _loader(dataset, 2, rank=2)
+
+
+def test_work_ahead_is_bounded_and_waiting_is_counted(dataset: Dataset) -> None:
+    loader = _loader(dataset, prefetch_steps=1)
+    with loader:
+        for _ in range(3):
+            next(loader)
+            assert len(loader._ahead) <= 2
+        assert loader.data_wait_s > 0
+        names = [thread.name for thread in threading.enumerate()]
+        assert any(name.startswith("upvla-loader") for name in names)
+    assert not any(thread.name.startswith("upvla-loader") for thread in threading.enumerate())
+
+
+def test_an_unreadable_shard_raises_where_it_is_met(dataset: Dataset, tmp_path: Path) -> None:
+    import shutil
+
+    from upvla.store import open_store
+
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.store.url, copy)
+    store = open_store(str(copy))
+    broken = Dataset(store, dataset.manifest)
+    shard = copy / "datasets" / "table" / dataset.manifest.shards[0].key
+    data = bytearray(shard.read_bytes())
+    half = len(data) // 2
+    data[half : half + 4] = bytes(byte ^ 0xFF for byte in data[half : half + 4])
+    shard.write_bytes(data)
+    with pytest.raises(Corrupt, match=dataset.manifest.shards[0].key), _loader(broken) as loader:
+        for _ in range(40):
+            next(loader)
+
+
+def test_datasets_travel_to_workers(dataset: Dataset) -> None:
+    there = pickle.loads(pickle.dumps(dataset))
+    assert _take(_loader(there), 2) == _take(_loader(dataset), 2)
