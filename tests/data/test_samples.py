@@ -86,13 +86,14 @@ def test_robot_rows_hold_their_window(dataset: Dataset, reader: SampleReader) ->
         assert sample.action_is_pad.sum() == 10 - len(actions)
         future = min(ref.step + 10, span.end - 1)
         for codes, step in ((sample.codes, ref.step), (sample.future_codes, future)):
-            frames = dataset.read(ref.episode, [step], ["image_gripper", "image_static"])
-            shown = [resize(decode_image(frames[name][0]), SIZE) for name in ("image_gripper", "image_static")]
+            shown = [_shown(dataset, ref.episode, step, camera) for camera in ("gripper", "static")]
             assert np.array_equal(codes, encoder(np.stack(shown)))  # type: ignore[arg-type]
-        assert np.array_equal(
-            sample.images["static"],
-            resize(decode_image(dataset.read(ref.episode, [ref.step], ["image_static"])["image_static"][0]), SIZE),
-        )
+        assert np.array_equal(sample.images["static"], _shown(dataset, ref.episode, ref.step, "static"))
+
+
+def _shown(dataset: Dataset, episode: int, step: int, camera: str) -> np.ndarray:
+    frame = dataset.read(episode, [step], [f"image_{camera}"])[f"image_{camera}"][0]
+    return resize(decode_image(frame), SIZE)
 
 
 def test_batches_hold_both_kinds(reader: SampleReader) -> None:
