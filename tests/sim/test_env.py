@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError, Mismatch, UpvlaError
 from upvla.sim import contract as c
 from upvla.sim.playtable.chains import sample_chains
 from upvla.sim.playtable.env import PlaytableEnv
@@ -165,3 +165,13 @@ def test_bad_input_is_refused_by_name(env: PlaytableEnv) -> None:
         PlaytableEnv("E")
     with pytest.raises(ConfigError, match="cannot reach"):
         env.robot_state_at(np.array((0.9, 0.5, 0.6)))
+
+
+def test_unstable_physics_is_an_error_until_the_next_reset(env: PlaytableEnv) -> None:
+    env.reset(*env.rest_state())
+    env.data.qvel[-1] = 1e12
+    for _ in range(2):
+        with pytest.raises(UpvlaError, match="playtable-a: physics became unstable"):
+            env.step(np.zeros(7))
+    env.reset(*env.rest_state())
+    env.step(np.zeros(7))

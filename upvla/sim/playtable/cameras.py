@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from upvla.errors import ConfigError
 from upvla.sim.playtable import scene as s
+
+log = logging.getLogger(__name__)
 
 
 def load_mujoco() -> ModuleType:
@@ -23,6 +26,7 @@ def load_mujoco() -> ModuleType:
             f"MuJoCo cannot load its {os.environ['MUJOCO_GL']!r} renderer ({error}); "
             "install it with: apt-get install -y --no-install-recommends libosmesa6"
         ) from error
+    mujoco.set_mju_user_warning(log.warning)  # else it appends to a file in the working directory
     return mujoco
 
 

@@ -53,6 +53,7 @@ class PlaytableEnv:
             for name in ("lightbulb", "led")
         }
         self._jacobian = np.zeros((6, model.nv))
+        self._unstable = (mj.mjtWarning.mjWARN_BADQPOS, mj.mjtWarning.mjWARN_BADQVEL, mj.mjtWarning.mjWARN_BADQACC)
         self._pos, self._euler, self._gripper = np.zeros(3), DOWN.copy(), 1.0
         self._pressed, self._led, self._bulb = False, 0, 0
         robot, blocks = self.rest_state()
@@ -153,7 +154,7 @@ class PlaytableEnv:
         data.ctrl[7:9] = FINGER_OPEN if self._gripper > 0 else 0.0
         for _ in range(SUBSTEPS):
             mj.mj_step(model, data)
-        if data.warning[mj.mjtWarning.mjWARN_BADQACC].number:
+        if any(data.warning[kind].number for kind in self._unstable):
             raise UpvlaError(f"{self.name}: physics became unstable at {data.time:.2f} s; reset to go on")
         mj.mj_fwdPosition(model, data)  # poses and contacts of the state just reached
         self._switch_lamps()
