@@ -139,7 +139,7 @@ def _marker(store: Store) -> dict[str, Any]:
     try:
         marker = store.read_json(MARKER)
     except NotFound as error:
-        raise NotFound(f"{store.url} holds no finished checkpoint ({MARKER} is missing): was its export cut?") from error
+        raise NotFound(f"{store.url} holds no finished checkpoint: {MARKER} is missing, was its export cut?") from error
     except ValueError as error:
         raise Corrupt(f"{store.url}/{MARKER} is not JSON: {error}") from error
     if not isinstance(marker, dict) or marker.get("format") != _FORMAT:

@@ -121,7 +121,7 @@ def test_predicted_actions_lie_in_the_action_space(batch: Batch) -> None:
     actions, codes = model.predict(batch.images, batch.codes, batch.text_ids, batch.text_len)
     assert actions.shape == batch.actions.shape and codes.shape == batch.codes.shape
     assert float(actions.abs().max()) == 1.0 and set(actions[..., -1].unique().tolist()) <= {-1.0, 1.0}
-    assert 0 <= int(codes.min()) and int(codes.max()) < model.config.vq.codebook_size
+    assert int(codes.min()) >= 0 and int(codes.max()) < model.config.vq.codebook_size
 
 
 def test_image_and_instruction_change_the_prediction(batch: Batch) -> None:
@@ -164,7 +164,9 @@ def test_overfits_a_few_rows(family: str) -> None:
         losses = model(batch)
         loss(losses).backward()
         optimizer.step()
-    means = {name: float(term.total / term.count) for name, term in (losses.objectives | losses.watched).items()}
+    means = {
+        name: float(term.total.detach() / term.count) for name, term in (losses.objectives | losses.watched).items()
+    }
     assert means["act"] < 0.02 and means["mmu"] < 0.1 and means["pre_accuracy"] > 0.9, means
     actions, _ = model.predict(batch.images, batch.codes, batch.text_ids, batch.text_len)
     assert float((actions - batch.actions).abs().mean()) < 0.1
@@ -182,7 +184,10 @@ def test_gradient_checkpointing_changes_nothing(batch: Batch) -> None:
     [
         (lambda b: {"codes": b.codes[..., :3]}, r"codes: expected shape \[5, 1, 16\], found \[5, 1, 3\]"),
         (lambda b: {"actions": b.actions[..., :6]}, r"actions: expected shape \[5, 4, 7\], found \[5, 4, 6\]"),
-        (lambda b: {"images": b.images[:, :, :16]}, r"images: expected shape \[5, 2, 32, 32, 3\], found \[5, 2, 16, 32, 3\]"),
+        (
+            lambda b: {"images": b.images[:, :, :16]},
+            r"images: expected shape \[5, 2, 32, 32, 3\], found \[5, 2, 16, 32, 3\]",
+        ),
         (lambda b: {"future_codes": b.codes + 32}, r"future_codes: values must lie in \[0, 32\)"),
         (lambda b: {"actions": b.actions.index_fill(0, torch.tensor([2]), torch.nan)}, r"actions: row 2 .*not finite"),
     ],

@@ -21,7 +21,7 @@ def test_shapes_square_and_not(vq: VQTokenizer) -> None:
         grid = (height // 8, width // 8)
         codes = vq.encode(torch.rand(2, 3, height, width) * 2 - 1)
         assert codes.shape == (2, grid[0] * grid[1]) and codes.dtype == torch.int64
-        assert 0 <= int(codes.min()) and int(codes.max()) < 32
+        assert int(codes.min()) >= 0 and int(codes.max()) < 32
         assert vq.decode(codes, grid).shape == (2, 3, height, width)
 
 

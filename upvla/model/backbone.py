@@ -5,6 +5,8 @@ Legend: B rows, L tokens, D width, n selected positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -64,7 +66,7 @@ class Backbone(nn.Module):
 
 
 def _lm_config(config: BackboneConfig, vocab_size: int) -> transformers.PretrainedConfig:
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.blocks,

@@ -71,7 +71,7 @@ class VQConfig(_Section):
 
 
 class VisionConfig(_Section):
-    """The understanding encoder E1. `vit` trains here, `clip` is loaded from `folder`, `features` takes what comes.
+    """The understanding encoder E1: `vit` trains here, `clip` is filled by `load_clip`, `features` takes what comes.
 
     With kind `features` the batch carries `f32[B,K,P,D]` patch features (a cache of a frozen tower, or a test's
     stand-in) in place of frames, and `num_patches` says P.
@@ -89,7 +89,6 @@ class VisionConfig(_Section):
     pool: tuple[int, ...] = (1,)
     """Per camera: average this many patches a side into one token."""
     frozen: bool = False
-    folder: str = ""
     num_patches: int | None = None
 
     @property
@@ -365,7 +364,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "chunk": 10,
         "action_dims": 7,
         "backbone": {"width": 2048, "blocks": 24, "heads": 32, "mlp": 8192},
-        "vision": {"kind": "clip", "image_size": 336, "width": 1024, "patch": 14, "frozen": True},
+        "vision": {
+            "kind": "clip",
+            "image_size": 336,
+            "width": 1024,
+            "patch": 14,
+            "blocks": 24,
+            "heads": 16,
+            "mlp": 4096,
+            "frozen": True,
+        },
         "vq": {
             "image_size": 512,
             "channels": 128,

@@ -189,9 +189,7 @@ class UPVLA(nn.Module):
         """
         _expect("images", images, (len(question_ids), *self.vision.input_shape))
         rows = qa_rows(self.config, question_ids)
-        embeds = _replace(
-            self.showo.embed(rows.ids), rows.at["patches"], self.mm_projector(self.vision(images))
-        )
+        embeds = _replace(self.showo.embed(rows.ids), rows.at["patches"], self.mm_projector(self.vision(images)))
         cache = self.showo.new_cache()
         hidden = self.showo(embeds, rows.allowed, rows.positions, cache)
         length = rows.at["text"].start + (question_ids != self.config.pad_id).sum(1)  # tokens of each row, pads out
@@ -244,7 +242,7 @@ class UPVLA(nn.Module):
     def _never_empty(self, batch: Batch) -> tuple[Batch, float, float]:
         """A missing kind of row becomes one blank row of weight 0, so that every rank runs the same modules."""
         robot_weight, qa_weight = float(len(batch.codes) > 0), float(len(batch.qa_ids) > 0)
-        blank = {}
+        blank: dict[str, Tensor] = {}
         if not robot_weight:
             c, device = self.config, batch.codes.device
             blank |= {

@@ -5,6 +5,7 @@ Legend: B observations, K cameras, P patches of all cameras, g patch grid of one
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ class SmallViT(nn.Module):
         super().__init__()
         widths = (*config.stem, config.width)
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=4, padding=3)]
-        for inner, outer in zip(widths, widths[1:], strict=False):
+        for inner, outer in pairwise(widths):
             layers += [nn.GroupNorm(8, inner), nn.ReLU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*layers)
         self.position = nn.Parameter(torch.randn(config.grid**2, config.width) * 0.02)
@@ -117,12 +118,11 @@ class ClipTower(nn.Module):
         self.clip = transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(
                 hidden_size=config.width,
-                intermediate_size=config.mlp or 4 * config.width,
-                num_hidden_layers=config.blocks or 24,
-                num_attention_heads=config.heads if config.heads > 1 else 16,
+                intermediate_size=config.mlp,
+                num_hidden_layers=config.blocks,
+                num_attention_heads=config.heads,
                 image_size=config.image_size,
                 patch_size=config.patch,
-                attn_implementation="sdpa",
             )
         )
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
@@ -140,6 +140,6 @@ def load_clip(encoder: VisionEncoder, folder: str) -> None:
     if not isinstance(encoder.tower, ClipTower):
         raise ConfigError(f"vision.kind is {encoder.config.kind!r}: only 'clip' loads CLIP weights")
     if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"vision.folder {folder!r} holds no config.json: download openai/clip-vit-large-patch14-336")
+        raise ConfigError(f"{folder!r} holds no config.json: download openai/clip-vit-large-patch14-336 into it")
     source = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     encoder.tower.clip.load_state_dict(source.state_dict())

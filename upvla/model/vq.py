@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upvla.errors import Mismatch
 from upvla.model.config import VQConfig
-from upvla.types import Losses, Term
+from upvla.types import Batch, Losses, Term
 
 
 class VQTokenizer(nn.Module):
@@ -68,15 +68,15 @@ class VQTraining(nn.Module):
         super().__init__()
         self.vq = vq
 
-    def forward(self, frames_BHW3: Tensor) -> Losses:
-        """u8[B,H,W,3] -> Losses with objective `vq`, a sum over frames.
+    def forward(self, batch: Tensor | Batch) -> Losses:
+        """Frames u8[B,H,W,3], or a Batch whose images are all taken -> Losses with objective `vq`, a sum over frames.
 
         Pixels that stand out from their neighbourhood (a lamp, a block, the gripper) weigh more: they are few, and an
         even mean lets them dissolve into the table. The diversity part of the entropy term is taken over the
         micro-batch: it is the one part of the loss that depends on how a batch is split.
         """
         config = self.vq.config.loss
-        pixels = to_pixels(frames_BHW3, self.vq.encoder.conv_in.weight.dtype)
+        pixels = to_pixels(_frames(batch), self.vq.encoder.conv_in.weight.dtype)
         z = self.vq.encoder(pixels)
         quantized, commitment, entropy, diversity = self.vq.quantize(z)
         error = (self.vq.decoder(quantized) - pixels).float()
@@ -94,9 +94,13 @@ class VQTraining(nn.Module):
             watched={name: Term(value.detach() * count, count) for name, value in watched.items()},
         )
 
-    def counts(self, frames_BHW3: Tensor) -> dict[str, float]:
+    def counts(self, batch: Tensor | Batch) -> dict[str, float]:
         """Supervised elements by objective, without a forward pass."""
-        return {"vq": float(len(frames_BHW3))}
+        return {"vq": float(len(_frames(batch)))}
+
+
+def _frames(batch: Tensor | Batch) -> Tensor:
+    return batch.images.flatten(0, 1) if isinstance(batch, Batch) else batch
 
 
 def to_pixels(frames_BHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -216,6 +220,14 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(blocks))
         self.width = outer if blocks else inner
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        resample = self.downsample or self.upsample
+        return x if resample is None else resample(x)
 
 
 class Encoder(nn.Module):
@@ -238,11 +250,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            for block in level.block:
-                x = block(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
+        for level in self.down:
+            x = level(x)
         return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
 
 
@@ -268,9 +277,6 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
-        for i in reversed(range(len(self.up))):
-            for block in self.up[i].block:
-                x = block(x)
-            if i > 0:
-                x = self.up[i].upsample(x)
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
