@@ -13,5 +13,5 @@ from flows import steps
 def evaluate(
     checkpoint: str, config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None
 ) -> dict[str, Any]:
-    line = steps.open_line(config, site, overrides)
+    line = steps.open_pretraining(config, site, overrides or [])
     return steps.evaluate(line, {"url": checkpoint})

@@ -11,5 +11,5 @@ from flows import steps
 
 @flow(name="ingest", log_prints=True)
 def ingest(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
-    line = steps.open_line(config, site, overrides)
+    line = steps.open_pretraining(config, site, overrides or [])
     return steps.ingest(line, steps.collect(line))

@@ -11,4 +11,4 @@ from flows import steps
 
 @flow(name="mix", log_prints=True)
 def mix(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
-    return steps.mix(steps.open_line(config, site, overrides))
+    return steps.mix(steps.open_pretraining(config, site, overrides or []))

@@ -12,13 +12,13 @@ from flows import steps
 
 @flow(name="pretrain", log_prints=True)
 def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
-    line = steps.open_line(config, site, overrides)
+    line = steps.open_pretraining(config, site, overrides or [])
     recorded = steps.collect(line)
     data = steps.ingest(line, recorded)
     plan = steps.mix(line, data)
     text = steps.train_text(line, plan)
     vq = steps.train_vq(line, plan)
-    codes = steps.encode(line, plan, vq)
+    codes = steps.encode(line, plan, vq, line.config.model)
     first = steps.train_stage1(line, plan, text, vq, codes)
     model = steps.train_stage2(line, plan, text, vq, first)
     run_deployment(

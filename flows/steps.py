@@ -11,17 +11,15 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
+from upvla.launch.finetune import Finetuning, open_finetuning
 from upvla.launch.line import Line, Result
-from upvla.launch.line import open_line as _open_line
+from upvla.launch.pretrain import Pretraining, open_pretraining
+from upvla.model.config import ModelConfig
 
 _PROGRESS_S = 5.0  # between two updates of a progress artifact
 
 # A stage is safe to run again at any point, so a passing fault of a server is worth a second attempt.
 _stage = partial(task, retries=1, retry_delay_seconds=10, cache_policy=None, persist_result=False)
-
-
-def open_line(config: str, site: str, overrides: list[str] | None) -> Line:
-    return _open_line(config, site, overrides or [])
 
 
 def _reported(stage: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
@@ -54,13 +52,13 @@ def _reported(stage: str) -> Callable[[Callable[..., Result]], Callable[..., Res
 
 @_stage(name="collect")
 @_reported("collect")
-def collect(line: Line) -> Result:
+def collect(line: Pretraining) -> Result:
     return line.collect()
 
 
 @_stage(name="ingest")
 @_reported("ingest")
-def ingest(line: Line, recorded: Result) -> Result:
+def ingest(line: Pretraining, recorded: Result) -> Result:
     return line.ingest(recorded["source_url"])
 
 
@@ -72,32 +70,38 @@ def mix(line: Line, data: Result | None = None) -> Result:
 
 @_stage(name="text")
 @_reported("text")
-def train_text(line: Line, plan: Result) -> Result:
+def train_text(line: Pretraining, plan: Result) -> Result:
     return line.train_text(plan)
 
 
 @_stage(name="vq")
 @_reported("vq")
-def train_vq(line: Line, plan: Result) -> Result:
+def train_vq(line: Pretraining, plan: Result) -> Result:
     return line.train_vq(plan)
 
 
 @_stage(name="encode")
 @_reported("encode")
-def encode(line: Line, plan: Result, vq: Result) -> Result:
-    return line.encode(plan, vq)
+def encode(line: Line, plan: Result, vq: Result, model: ModelConfig) -> Result:
+    return line.encode(plan, vq, model)
 
 
 @_stage(name="stage1")
 @_reported("stage1")
-def train_stage1(line: Line, plan: Result, text: Result, vq: Result, codes: Result) -> Result:
+def train_stage1(line: Pretraining, plan: Result, text: Result, vq: Result, codes: Result) -> Result:
     return line.train_stage("stage1", plan, text, vq)
 
 
 @_stage(name="stage2")
 @_reported("stage2")
-def train_stage2(line: Line, plan: Result, text: Result, vq: Result, parent: Result) -> Result:
+def train_stage2(line: Pretraining, plan: Result, text: Result, vq: Result, parent: Result) -> Result:
     return line.train_stage("stage2", plan, text, vq, parent)
+
+
+@_stage(name="finetune")
+@_reported("finetune")
+def train_finetune(line: Finetuning, plan: Result, champion: Result) -> Result:
+    return line.train(plan, champion)
 
 
 @_stage(name="evaluate")
@@ -110,6 +114,21 @@ def evaluate(line: Line, model: Mapping[str, Any]) -> Result:
 @_reported("register")
 def register(line: Line, model: Result, scored: Result) -> Result:
     return line.register(model, scored)
+
+
+@_stage(name="promote")
+@_reported("promote")
+def promote(line: Finetuning, model: Result, champion: Result, scored: Result) -> Result:
+    return line.promote(model, champion, scored)
+
+
+@_stage(name="skip")
+@_reported("skip")
+def skip(line: Finetuning, champion: Result) -> Result:
+    return line.skip(champion)
+
+
+__all__ = ["open_finetuning", "open_pretraining"]
 
 
 def _markdown(stage: str, result: Result) -> str:

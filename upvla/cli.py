@@ -51,7 +51,7 @@ def _open(config: str, site: str, overrides: list[str] | None) -> Any:
     """The line of a site; a local site's running stack fills in addresses and credentials."""
     from upvla import stack
     from upvla.config import SiteConfig, load
-    from upvla.launch.line import open_line
+    from upvla.launch.pretrain import open_pretraining
 
     if load(f"site/{site}", SiteConfig).stack is not None:
         os.environ.update(stack.environment(stack.load_site(site)))
@@ -63,7 +63,7 @@ def _open(config: str, site: str, overrides: list[str] | None) -> Any:
             bar.n = round(100 * share)
         bar.refresh()
 
-    return open_line(config, site, overrides or [], progress)
+    return open_pretraining(config, site, overrides or [], progress)
 
 
 # ------------------------------------------------------------------------------------------------------- the stack

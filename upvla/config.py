@@ -64,18 +64,23 @@ class DataConfig(Section):
     ingest: IngestConfig
 
 
-class RunConfig(Section):
-    """One pre-training run, from recordings to a registered policy."""
+class LineConfig(Section):
+    """What every line that ends in a registered model has: samples, an engine, a protocol to be judged by."""
 
     name: str
-    data: DataConfig
     mixture: MixtureConfig
-    model: ModelConfig
     engine: EngineConfig
+    eval: EvalConfig
+
+
+class RunConfig(LineConfig):
+    """One pre-training run, from recordings to a registered policy."""
+
+    data: DataConfig
+    model: ModelConfig
     vq: StageConfig
     stage1: StageConfig
     stage2: StageConfig
-    eval: EvalConfig
 
     @property
     def model_name(self) -> str:
@@ -83,16 +88,11 @@ class RunConfig(Section):
         return f"upvla-{self.model.preset}"
 
 
-class FinetuneConfig(Section):
-    """One nightly: fine-tune the champion on what has landed since, keep it only if it is better."""
+class FinetuneConfig(LineConfig):
+    """One nightly: fine-tune the champion on what has landed since it was trained; keep it only if it is better."""
 
-    name: str
     model_name: str
-    data: DataConfig
-    mixture: MixtureConfig
-    engine: EngineConfig
     stage: StageConfig
-    eval: EvalConfig
     min_new_recordings: int = Field(1, gt=0)
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from upvla import stack
-from upvla.config import RunConfig, SiteConfig, load
 from upvla.errors import ConfigError, UpvlaError
-from upvla.launch.line import Line
+from upvla.launch.pretrain import open_pretraining
 from upvla.stack import StackConfig
 
 CONFIGS = {"full": "pretrain/full", "ci": "pretrain/ci"}
@@ -31,7 +30,7 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
     config = CONFIGS[size]
     _prefect("deploy", "--all")
     _prefect("deployment", "run", "pretrain/full", "--watch", "-p", f"config={json.dumps(config)}", "-p", f'site="{site}"')
-    line = Line(load(f"site/{site}", SiteConfig), load(config, RunConfig))
+    line = open_pretraining(config, site)
     report = line.store.read_json(line.report_key)
     report["stage_seconds"] = {"up": round(up_seconds, 1), **report["stage_seconds"]}
     report["total_seconds"] = round(time.monotonic() - began, 1)

@@ -1,0 +1,25 @@
+"""finetune/nightly: fine-tune the champion on what has landed since, keep the better of the two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import steps
+from upvla.checkpoint import load_bundle
+
+
+@flow(name="finetune", log_prints=True)
+def finetune(
+    config: str = "finetune/nightly", site: str = "local", overrides: list[str] | None = None
+) -> dict[str, Any]:
+    line = steps.open_finetuning(config, site, overrides or [])
+    champion = line.champion()
+    if not line.is_due(champion):
+        return steps.skip(line, champion)
+    plan = steps.mix(line)
+    steps.encode(line, plan, champion, load_bundle(champion["url"]).config)
+    model = steps.train_finetune(line, plan, champion)
+    scored = steps.evaluate(line, model)
+    return steps.promote(line, model, champion, scored)

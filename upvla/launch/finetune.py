@@ -1,0 +1,97 @@
+"""The nightly: fine-tune the champion on what has landed since, judge both on the same chains, keep the better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from upvla.checkpoint import load_bundle, read_marker
+from upvla.config import FinetuneConfig, SiteConfig, load
+from upvla.data.table import load_manifest
+from upvla.errors import NotFound
+from upvla.launch import scores as scoring
+from upvla.launch.line import Line, Progress, Result
+from upvla.launch.tokenizers import save_vq
+from upvla.rollout.evaluate import bootstrap_mean
+from upvla.store import open_store
+from upvla.tracking import CHAMPION, Registry
+from upvla.types import Estimate
+
+
+def open_finetuning(
+    config: str, site: str, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Finetuning:
+    """The nightly of `configs/<config>.yaml` on `configs/site/<site>.yaml`."""
+    return Finetuning(load(f"site/{site}", SiteConfig), load(config, FinetuneConfig, overrides), progress)
+
+
+class Finetuning(Line):
+    """Stages of one nightly; `Line` has the ones that it shares with pre-training."""
+
+    config: FinetuneConfig
+
+    def __init__(self, site: SiteConfig, config: FinetuneConfig, progress: Progress | None = None) -> None:
+        super().__init__(site, config, config.model_name, progress)
+
+    def champion(self) -> Result:
+        """The registered champion, and how many recordings have landed since it was trained.
+
+        Raises `NotFound` where there is no champion yet.
+        """
+        version = Registry(self.tracker).by_alias(self.model_name, CHAMPION)
+        if version is None:
+            raise NotFound(f"{self.model_name} has no champion to fine-tune: run `pretrain/full` first")
+        bundle = load_bundle(version.checkpoint.url)
+        new = 0
+        for name, trained in bundle.meta["datasets"].items():
+            newest, then = load_manifest(self.store, name), load_manifest(self.store, name, trained["version"])
+            new += newest.num_episodes - then.num_episodes
+        return {
+            "version": version.version,
+            "url": version.checkpoint.url,
+            "model_id": version.checkpoint.model_id,
+            "vq_id": save_vq(self.store, bundle.vq),
+            "new_recordings": new,
+        }
+
+    def is_due(self, champion: Result) -> bool:
+        return bool(champion["new_recordings"] >= self.config.min_new_recordings)
+
+    def skip(self, champion: Result) -> Result:
+        """Record that there was nothing to do: a night without new recordings is an answer, not a gap."""
+        run = self.tracker.start(f"skip/{champion['model_id']}/{time.strftime('%Y-%m-%d')}", f"{self.config.name} (skipped)")
+        run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
+        run.close()
+        return {"skipped": True, "new_recordings": champion["new_recordings"], "champion": champion["version"]}
+
+    def train(self, plan: Result, champion: Result) -> Result:
+        """`stage.steps` more steps from the champion's weights, with its statistics and tokenizers."""
+        spec = self._spec("policy", self.config.stage, plan, parent_url=champion["url"], parent_id=champion["model_id"])
+        return self._train(spec)
+
+    def promote(self, model: Result, champion: Result, scored: Result) -> Result:
+        """Register the challenger; it becomes champion if it is better on the same chains beyond chance.
+
+        Chain lengths of the first suite are compared in pairs; the 95 % bootstrap interval of the mean difference
+        must lie above 0.
+        """
+        gain = self.compare(champion["url"], model["url"])
+        registered = self.register(model, scored)
+        better = gain.low > 0
+        if better:
+            Registry(self.tracker).set_alias(self.model_name, CHAMPION, registered["version"])
+        return {**registered, "promoted": better, "gain": gain._asdict(), "against": champion["version"]}
+
+    def compare(self, champion_url: str, challenger_url: str) -> Estimate:
+        """Mean difference in tasks done a chain, challenger - champion, over the first suite's chains."""
+        suite = self.config.eval.suites[0]
+        lengths = []
+        for url in (champion_url, challenger_url):
+            checkpoint = read_marker(open_store(url))
+            report = scoring.judge(
+                self.store, self.config.eval, suite, checkpoint, num_workers=self.site.num_workers
+            )
+            lengths.append(np.array([record.succeeded for record in report.records], np.float64))
+        return bootstrap_mean(list(lengths[1] - lengths[0]))

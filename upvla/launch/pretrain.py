@@ -1,0 +1,125 @@
+"""Pre-training: the stages that only a first model needs, from recordings to both tokenizers and both stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from upvla.config import RunConfig, SiteConfig, fingerprint, load
+from upvla.data.table import Dataset, load_manifest
+from upvla.launch.ingest import run_ingest
+from upvla.launch.line import Line, Progress, Result
+from upvla.launch.steps import once
+from upvla.launch.tokenizers import save_text
+from upvla.model.text import TextTokenizer
+from upvla.rollout.evaluate import as_metrics
+from upvla.sim.playtable import tasks
+from upvla.sim.playtable.recorder import collect
+from upvla.train.config import StageConfig
+from upvla.types import Estimate
+
+
+def open_pretraining(
+    config: str, site: str, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Pretraining:
+    """The line of `configs/<config>.yaml` on `configs/site/<site>.yaml`."""
+    return Pretraining(load(f"site/{site}", SiteConfig), load(config, RunConfig, overrides), progress)
+
+
+class Pretraining(Line):
+    """From recordings to the checkpoint of the second stage; `Line` has the rest."""
+
+    config: RunConfig
+
+    def __init__(self, site: SiteConfig, config: RunConfig, progress: Progress | None = None) -> None:
+        super().__init__(site, config, config.model_name, progress)
+
+    def collect(self) -> Result:
+        """Scripted experts -> recordings in CALVIN's raw layout, in a folder of their own under the site's raw folder."""
+        config = self.config.data.collect
+        folder = self.site.raw_folder / f"{self.config.data.ingest.dataset}-{config.fingerprint()}"
+
+        def work() -> Result:
+            summary = collect(config, folder, progress=self._counting("recordings"))
+            return {"source_url": str(folder), "recordings": summary["recordings"], "frames": summary["frames"]}
+
+        if not folder.exists():  # raw recordings lie on this machine, not on the store: the record alone is not enough
+            return work()
+        return once(self.store, "collect", {"config": config.fingerprint(), "folder": str(folder)}, work)
+
+    def ingest(self, source_url: str) -> Result:
+        """Recordings -> a version of the dataset. What is new there becomes its next version; nothing new, no work."""
+        config = self.config.data.ingest
+        found = run_ingest(self.store, config, source_url, progress=self._counting("recordings"))
+        return {"dataset": config.dataset, **found}
+
+    def train_text(self, plan: Result) -> Result:
+        """Byte-level BPE on the instructions and questions of the training split."""
+
+        def work() -> Result:
+            texts = {text for name in plan["versions"] for text in self._texts(self._dataset(name, plan))}
+            texts |= {text for row in tasks.TASKS.values() for text in row.train}
+            text = TextTokenizer.train(texts, self.config.model.text_vocab_size)
+            return {"text_id": save_text(self.store, text), "texts": len(texts)}
+
+        return once(self.store, "text", {"plan": plan["train"], "vocab": self.config.model.text_vocab_size}, work)
+
+    def train_vq(self, plan: Result) -> Result:
+        """The image tokenizer, on the frames of the training split."""
+        return self._train(self._spec("vq", self.config.vq, plan, model=self.config.model))
+
+    def train_stage(self, name: str, plan: Result, text: Result, vq: Result, parent: Result | None = None) -> Result:
+        """`stage1` (prediction and understanding) or `stage2` (and action, from the weights of `parent`)."""
+        stage: StageConfig = getattr(self.config, name)
+        if parent is None:
+            spec = self._spec("policy", stage, plan, model=self.config.model, text_id=text["text_id"], vq_id=vq["vq_id"])
+        else:
+            spec = self._spec("policy", stage, plan, parent_url=parent["url"], parent_id=parent["model_id"])
+        return self._train(spec)
+
+    def train_all(self) -> Result:
+        """Mixture, tokenizers and both stages; the exported checkpoint of the last."""
+        plan = self.mix()
+        text, vq = self.train_text(plan), self.train_vq(plan)
+        self.encode(plan, vq, self.config.model)
+        return self.train_stage("stage2", plan, text, vq, self.train_stage("stage1", plan, text, vq))
+
+    def conclude(self, stages: Mapping[str, Result]) -> Result:
+        """One report of a finished line, written to the store and to the pipeline's run: what `upvla demo` prints."""
+        vq, first, last = stages["vq"]["losses"], stages["stage1"]["losses"], stages["stage2"]["losses"]
+        plan, scored = stages["mix"], stages["evaluate"]["scores"]
+        report = {
+            "stage_seconds": {name: float(result["seconds"]) for name, result in stages.items()},
+            "losses": {"vq": vq["vq"], "pre": first["pre"], "mmu": first["mmu"], "act": last["act"]},
+            "scores": scored,
+            "versions": {f"dataset {name}": version for name, version in plan["versions"].items()}
+            | {"mixture": plan["train"], "text": stages["text"]["text_id"], "vq": stages["vq"]["vq_id"]}
+            | {"model": "{name} v{version} ({alias})".format(**stages["register"])},
+            "figures": {
+                "collect": "{recordings} recordings, {frames} frames".format(**stages["collect"]),
+                "ingest": "{recordings} recordings, {segments} segments, {steps} steps".format(**stages["ingest"]),
+                **{
+                    name: "{samples_per_s:.0f} rows/s, data wait {data_wait_pct:.1f} %".format(**stages[name]["speed"])
+                    for name in ("vq", "stage1", "stage2")
+                },
+            },
+        }
+        self.store.write_json(self.report_key, report)
+        run = self.tracker.start(f"pipeline/{fingerprint(self.config)}", self.config.name, params=self.config.model_dump(mode="json"))
+        ours = scored[self.model_name]
+        run.log(as_metrics({name: Estimate(**score) for name, score in ours.items()}), 0)
+        run.record(report, "report.json")
+        run.close()
+        return report
+
+    @property
+    def report_key(self) -> str:
+        return f"reports/{fingerprint(self.config)}.json"
+
+    def _dataset(self, name: str, plan: Result) -> Dataset:
+        return Dataset(self.store, load_manifest(self.store, name, plan["versions"][name]))
+
+    def _texts(self, dataset: Dataset) -> set[str]:
+        spans = {span.text for episode in dataset.episodes if episode.split == "train" for span in episode.spans}
+        asked = [row for row in dataset.qa if row.template_split == "train"]
+        return spans | {row.question for row in asked} | {row.answer for row in asked}
