@@ -180,6 +180,14 @@ def test_annotations_outside_of_recordings_are_ignored(tmp_path: Path) -> None:
     assert [(span.start, span.end) for span in source.read("0000004-0000007").spans] == [(0, 4), (0, 4)]
 
 
+def test_annotations_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = write_calvin(tmp_path, (4,))
+    for value in ({"language": {}}, {"language": {"ann": ["a"], "task": []}, "info": {"indx": []}}, ["text"]):
+        np.save(folder / "lang_annotations" / "auto_lang_ann.npy", np.array(value, object), allow_pickle=True)
+        with pytest.raises(Corrupt, match=r"auto_lang_ann\.npy"):
+            open_source("calvin", str(folder))
+
+
 def test_the_public_environments_recordings(calvin_mini: Path) -> None:
     source = open_source("calvin", str(calvin_mini / "training"), span_end="inclusive")
     episodes = list(map(source.read, source.keys()))

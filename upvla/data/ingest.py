@@ -17,7 +17,7 @@ from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.sources import open_source
 from upvla.data.table import Dataset, commit, dataset_root, newest_manifest
-from upvla.errors import BadEpisode
+from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
 from upvla.types import Episode, Manifest
 
@@ -74,6 +74,8 @@ def ingest(
     parent = newest_manifest(store, config.dataset)
     known = _known(store, parent)
     keys = source.keys()
+    if not keys:
+        raise NotFound(f"{source_url} holds no recordings; record some, or correct the URL")
     fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
     size = config.recordings_per_task
     portions = [

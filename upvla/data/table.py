@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from upvla.data.rowgroups import RowGroupPool
-from upvla.data.shards import Rejection, Staged, put_table, refs
+from upvla.data.shards import INDEX_SCHEMA, Rejection, Staged, put_table, refs
 from upvla.data.stats import Statistics, Summary
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound, StoreError
 from upvla.store import Store, content_hash
@@ -146,7 +146,8 @@ def _rebase(
     stats = Statistics.merged(
         {name: Summary.from_json(part) for name, part in json.loads(row["summary"]).items()} for row in training
     )
-    root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())
+    if not root.exists(f"stats/{stats.stats_id}.json"):
+        root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())
     forced = {i: side for i, side in splits.items() if (side == "validation") != (_draw(i) < validation_fraction)}
     manifest = Manifest(
         dataset=dataset,
@@ -234,8 +235,8 @@ def _draw(identity: str) -> float:
     return int(hashlib.sha256(f"split/{identity}".encode()).hexdigest()[:13], 16) / 16**13
 
 
-def _read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
-    return root.parquet(ref.key).read().to_pylist()
+def _read_index(root: Store, ref: ShardRef, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    return root.parquet(ref.key).read(columns=list(columns) if columns else None).to_pylist()
 
 
 def read_quarantine(root: Store, manifest: Manifest) -> list[Rejection]:
@@ -298,10 +299,11 @@ class Dataset:
         """Sorted by id, so that row numbers do not depend on how recordings were packed into shards."""
         found: dict[str, EpisodeRow] = {}
         splits = self.manifest.options["splits"]
+        columns = [name for name in INDEX_SCHEMA.names if name != "summary"]
         listed = [
             (shard.key, row)
             for shard, ref in zip(self.manifest.shards, self.manifest.index, strict=True)
-            for row in _read_index(self.root, ref)
+            for row in _read_index(self.root, ref, columns)
         ]
         ids = sorted({row["episode_id"].hex() for _, row in listed})
         sides = _assign_splits(ids, splits["validation_fraction"], splits["forced"])

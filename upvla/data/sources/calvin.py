@@ -127,20 +127,22 @@ class CalvinSource:
 
     def _read_spans(self, last: int) -> dict[str, tuple[Span, ...]]:
         """Annotations by recording, in its own steps; `last` is added to each end."""
-        spans: dict[str, list[Span]] = {key: [] for key in self._ranges}
-        annotations = self._pickled("lang_annotations/auto_lang_ann.npy")
+        key = "lang_annotations/auto_lang_ann.npy"
+        annotations = self._pickled(key) or {"language": {"ann": (), "task": ()}, "info": {"indx": ()}}
+        keys, starts = list(self._ranges), np.array([start for start, _ in self._ranges.values()])
+        spans: dict[str, list[Span]] = {key: [] for key in keys}
         homeless = 0
-        keys = list(self._ranges)
-        starts = np.array([start for start, _ in self._ranges.values()])
-        if annotations:
+        try:
             language, where = annotations["language"], annotations["info"]["indx"]
             for text, task, (start, end) in zip(language["ann"], language["task"], where, strict=True):
                 place = int(np.searchsorted(starts, start, side="right")) - 1
-                low, high = self._ranges[keys[place]]
-                if place < 0 or start > high:
+                low, high = self._ranges[keys[place]] if place >= 0 else (0, -1)
+                if start > high:
                     homeless += 1
                 else:
                     spans[keys[place]].append(Span(int(start) - low, int(end) - low + last, str(text), str(task)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"{self.store.url}/{key} is no annotation file: {error!r}; export it again") from error
         if homeless:
             log.warning("%s: %d annotations lie outside every recording and are ignored", self.store.url, homeless)
         return {key: tuple(found) for key, found in spans.items()}
