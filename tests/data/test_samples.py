@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.test_mixture import mixture
 from upvla.data.derived import CodeTable, encode_codes
-from upvla.data.samples import IGNORED, Collator, RowShape, SampleReader, Window, fill_chunk, stack_frames, window
+from upvla.data.samples import IGNORED, Collator, RowShape, SampleReader, Window, fill_chunk, window
 from upvla.data.table import Dataset
 from upvla.errors import ConfigError
 from upvla.images import Resize, decode_image, resize
@@ -114,7 +114,6 @@ def test_batches_hold_both_kinds(reader: SampleReader) -> None:
         ((question, answer),) = sample.turns
         assert bytes(ids[ids < 300].tolist()).decode() == question + answer
         assert bytes(labels[labels != IGNORED].tolist()).decode() == answer
-    assert stack_frames(samples).shape == (32, 24, 24, 3)
 
 
 def test_batches_of_one_kind_keep_the_other_empty(reader: SampleReader) -> None:

@@ -200,11 +200,6 @@ class Collator:
         return images
 
 
-def stack_frames(samples: Sequence[Sample]) -> np.ndarray:
-    """The collate of tokenizer training: every camera's frame of every sample -> u8[B*K,H,W,3]."""
-    return np.stack([frame for sample in samples for frame in sample.images.values()])
-
-
 def _stacked(rows: Sequence[np.ndarray | None], shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """[n, *shape]; rows without the value (no code tables) become empty ones."""
     present = [row for row in rows if row is not None]
