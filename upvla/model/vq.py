@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upvla.errors import Mismatch
 from upvla.model.config import VQConfig
-from upvla.types import Batch, Losses, Term
+from upvla.types import Losses, Term
 
 
 class VQTokenizer(nn.Module):
@@ -68,15 +68,15 @@ class VQTraining(nn.Module):
         super().__init__()
         self.vq = vq
 
-    def forward(self, batch: Tensor | Batch) -> Losses:
-        """Frames u8[B,H,W,3], or a Batch whose images are all taken -> Losses with objective `vq`, a sum over frames.
+    def forward(self, frames_BHW3: Tensor) -> Losses:
+        """u8[B,H,W,3] -> Losses with objective `vq`, a sum over frames.
 
         Pixels that stand out from their neighbourhood (a lamp, a block, the gripper) weigh more: they are few, and an
         even mean lets them dissolve into the table. The diversity part of the entropy term is taken over the
         micro-batch: it is the one part of the loss that depends on how a batch is split.
         """
         config = self.vq.config.loss
-        pixels = to_pixels(_frames(batch), self.vq.encoder.conv_in.weight.dtype)
+        pixels = to_pixels(frames_BHW3, self.vq.encoder.conv_in.weight.dtype)
         z = self.vq.encoder(pixels)
         quantized, commitment, entropy, diversity = self.vq.quantize(z)
         error = (self.vq.decoder(quantized) - pixels).float()
@@ -94,13 +94,9 @@ class VQTraining(nn.Module):
             watched={name: Term(value.detach() * count, count) for name, value in watched.items()},
         )
 
-    def counts(self, batch: Tensor | Batch) -> dict[str, float]:
+    def counts(self, frames_BHW3: Tensor) -> dict[str, float]:
         """Supervised elements by objective, without a forward pass."""
-        return {"vq": float(len(_frames(batch)))}
-
-
-def _frames(batch: Tensor | Batch) -> Tensor:
-    return batch.images.flatten(0, 1) if isinstance(batch, Batch) else batch
+        return {"vq": float(len(frames_BHW3))}
 
 
 def to_pixels(frames_BHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
