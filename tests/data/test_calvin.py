@@ -67,6 +67,15 @@ def test_plain_and_compressed_frames_read_alike_from_any_url(tmp_path: Path) -> 
         assert other.images == one.images and np.array_equal(other.state, one.state) and other.spans == one.spans
 
 
+def test_arrays_in_either_order_read_alike(tmp_path: Path) -> None:
+    folder = write_calvin(tmp_path, (3,))
+    before = open_source("calvin", str(folder)).read("0000000-0000002")
+    path = folder / "episode_0000001.npz"
+    np.savez(path, **{name: np.asfortranarray(array) for name, array in np.load(path).items()})
+    after = open_source("calvin", str(folder)).read("0000000-0000002")
+    assert after.images == before.images and np.array_equal(after.state, before.state)
+
+
 def test_tokens_follow_frames_and_annotations(tmp_path: Path) -> None:
     folder = write_calvin(tmp_path, (3, 3))
 

@@ -11,8 +11,10 @@ memory holds one recording's JPEGs, never its pixels.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -180,4 +182,20 @@ def _frame_key(i: int) -> str:
 
 
 def _read_npy(data: bytes) -> np.ndarray:
-    return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+    """The array of one .npy file, over the same memory. Frames share a few headers, so those are parsed once."""
+    length = 2 if data[6:7] == b"\x01" else 4
+    start = 8 + length + int.from_bytes(data[8 : 8 + length], "little")
+    shape, is_fortran, dtype = _npy_header(data[:start])
+    array = np.frombuffer(data, dtype, math.prod(shape), start)
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
+@functools.lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    return shape, is_fortran, dtype
