@@ -1,7 +1,8 @@
 """Questions and answers about a scene, made from the object poses that simulators record: no picture is copied.
 
 Every topic states a fact that is true or false at a step ("the drawer is open", "the red block is left of the blue
-block"). Equal numbers of steps are kept for which it is true and false, so no answer can be guessed from the topic.
+block"). Each step for which it is true is paired with one for which it is false, and both are asked the same question:
+no answer can be guessed from the words.
 Left and right follow the task language (larger x is right); behind is larger y, away from the robot.
 """
 
@@ -97,9 +98,9 @@ def questions(scenes: Sequence[tuple[str, np.ndarray]], per_episode: int) -> lis
     for topic, facts in sorted(topics.items()):
         order = sorted(facts, key=lambda fact: _digest(topic, fact.episode_id, fact.step))
         true, false = ([fact for fact in order if fact.truth is wanted] for wanted in (True, False))
-        keep = min(len(true), len(false), pairs)
-        for fact in true[:keep] + false[:keep]:
-            rows += [_ask(topic, fact, split) for split in ("train", "held_out")]
+        for pair in list(zip(true, false, strict=False))[:pairs]:  # asked in the same words, so the words tell nothing
+            coin = _digest("wording", topic, pair[0].episode_id, pair[0].step)
+            rows += [_ask(topic, fact, split, coin) for fact in pair for split in ("train", "held_out")]
     return sorted(rows)
 
 
@@ -128,31 +129,23 @@ def _pick(episode_id: str, topic: str, truth: np.ndarray, per_episode: int) -> l
     return facts
 
 
-def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"]) -> Question:
-    coin = _digest("wording", split, topic, fact.episode_id, fact.step)
-    polarity, which, choice = bool(coin & 1), bool(coin & 2), coin >> 2
+def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"], coin: int) -> Question:
+    swapped, open_question, choice = bool(coin & 1), bool(coin & 2), coin >> 2
     if topic in STATES:
         state = STATES[topic]
-        truth = state.words[fact.truth]
-        templates = _WHICH if which else _WHETHER
-        word = truth if polarity else state.words[not fact.truth]
-        first, second = state.words if polarity else state.words[::-1]
-        wordings = templates.train if split == "train" else templates.held_out
-        text = wordings[choice % len(wordings)].format(a=state.name, word=word, x=first, y=second)
-        return Question(fact.episode_id, fact.step, topic, text, truth if which else _yes(polarity), split)
-    a, b, axis = topic.split("-")
-    smaller, larger = RELATIONS[int(axis)]
-    if which:
-        a, b = b, a
-    holds = smaller if fact.truth is not which else larger  # between `a` and `b` in the order they are now in
-    word = holds if polarity else (larger if holds == smaller else smaller)
-    wordings = _RELATED.train if split == "train" else _RELATED.held_out
-    text = wordings[choice % len(wordings)].format(a=a, b=b, word=word)
-    return Question(fact.episode_id, fact.step, topic, text, _yes(polarity), split)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+        truth, templates = state.words[fact.truth], _WHICH if open_question else _WHETHER
+        words = state.words[::-1] if swapped else state.words
+        objects, asked = {"a": state.name, "x": words[0], "y": words[1]}, words[0]
+    else:
+        *blocks, axis = topic.split("-")
+        a, b = blocks[::-1] if swapped else blocks
+        relations = RELATIONS[int(axis)]
+        truth, templates = relations[fact.truth is swapped], _RELATED  # of `a` to `b`, in the order they are now in
+        objects, asked = {"a": a, "b": b}, relations[open_question]
+    wordings = templates.train if split == "train" else templates.held_out
+    text = wordings[choice % len(wordings)].format(word=asked, **objects)
+    answer = truth if templates is _WHICH else "yes" if asked == truth else "no"
+    return Question(fact.episode_id, fact.step, topic, text, answer, split)
 
 
 def _digest(*parts: str | int) -> int:
