@@ -284,9 +284,13 @@ class QuestionRow(NamedTuple):
 
 
 class Dataset:
-    """One version, for reading. Threads may share it; other processes get their own by pickling."""
+    """One version, for reading. Threads may share it; other processes get their own by pickling.
 
-    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: int = 256):
+    Up to `pool_mb` of row groups stay in memory. Mixtures visit steps in any order, so a pool that holds the dataset
+    reads it once; a smaller one reads a row group for almost every sample.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: int = 768):
         self.store, self.manifest, self._pool_mb = store, manifest, pool_mb
         self.root = dataset_root(store, manifest.dataset)
         self._rows = RowGroupPool(self.root, pool_mb)
