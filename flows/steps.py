@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
-from typing import Any
+from functools import wraps
+from typing import Any, cast
+from uuid import UUID
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import State
 
+from upvla.errors import OutcomeUnknown, StackError, StoreError
 from upvla.launch.finetune import Finetuning, open_finetuning
 from upvla.launch.line import Line, Result
 from upvla.launch.pretrain import Pretraining, open_pretraining
@@ -18,112 +22,114 @@ from upvla.model.config import ModelConfig
 
 _PROGRESS_S = 5.0  # between two updates of a progress artifact
 
-# A stage is safe to run again at any point, so a passing fault of a server is worth a second attempt.
-_stage = partial(task, retries=1, retry_delay_seconds=10, cache_policy=None, persist_result=False)
+
+def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
+    """A server's fault may pass, and every stage is safe to run again; a wrong config or bad data stays wrong."""
+    try:
+        state.result()
+    except (StoreError, OutcomeUnknown, StackError):
+        return True
+    except Exception:
+        return False
+    return False
 
 
-def _reported(stage: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Give the line a progress artifact for the length of a stage, and publish the stage's references at its end."""
+def _stage(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """A task that gives the line a progress artifact for its length, and publishes the stage's references at its end."""
 
     def decorate(work: Callable[..., Result]) -> Callable[..., Result]:
         @wraps(work)
         def run(line: Line, *inputs: Any, **named: Any) -> Result:
-            logger, artifact, last = get_run_logger(), create_progress_artifact(0.0, description=stage), [0.0]
-
-            def progress(share: float, text: str) -> None:
-                if share < 0:
-                    logger.info(text)
-                    return
-                if time.monotonic() - last[0] > _PROGRESS_S or share >= 1:
-                    last[0] = time.monotonic()
-                    logger.info(text)
-                    update_progress_artifact(artifact, progress=100 * share, description=f"{stage}: {text}")
-
-            line.progress = progress
+            line.progress = progress = _Progress(name)
             result = work(line, *inputs, **named)
-            update_progress_artifact(artifact, progress=100.0, description=f"{stage}: done")
-            create_markdown_artifact(_markdown(stage, result), key=stage, description=f"references of stage {stage}")
+            progress(1.0, "done")
+            create_markdown_artifact(_markdown(name, result), key=name, description=f"references of stage {name}")
             return result
 
-        return run
+        settings: dict[str, Any] = {"retry_condition_fn": _may_pass, "cache_policy": NO_CACHE, "persist_result": False}
+        return cast(Callable[..., Result], task(name=name, retries=2, retry_delay_seconds=10, **settings)(run))
 
     return decorate
 
 
-@_stage(name="collect")
-@_reported("collect")
+class _Progress:
+    """Lines to the flow run's log, and a bar in the Prefect UI."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage, self._logger, self._last = stage, get_run_logger(), 0.0
+        self._artifact = cast(UUID, create_progress_artifact(0.0, description=stage))
+
+    def __call__(self, share: float, text: str) -> None:
+        """`share` in 0..1, or negative for a line that says nothing about progress."""
+        if share < 0:
+            self._logger.info(text)
+        elif share >= 1 or time.monotonic() - self._last > _PROGRESS_S:
+            self._last = time.monotonic()
+            self._logger.info(text)
+            update_progress_artifact(self._artifact, progress=100 * share, description=f"{self._stage}: {text}")
+
+
+@_stage("collect")
 def collect(line: Pretraining) -> Result:
     return line.collect()
 
 
-@_stage(name="ingest")
-@_reported("ingest")
+@_stage("ingest")
 def ingest(line: Pretraining, recorded: Result) -> Result:
     return line.ingest(recorded["source_url"])
 
 
-@_stage(name="mix")
-@_reported("mix")
+@_stage("mix")
 def mix(line: Line, data: Result | None = None) -> Result:
     return line.mix()
 
 
-@_stage(name="text")
-@_reported("text")
+@_stage("text")
 def train_text(line: Pretraining, plan: Result) -> Result:
     return line.train_text(plan)
 
 
-@_stage(name="vq")
-@_reported("vq")
+@_stage("vq")
 def train_vq(line: Pretraining, plan: Result) -> Result:
     return line.train_vq(plan)
 
 
-@_stage(name="encode")
-@_reported("encode")
+@_stage("encode")
 def encode(line: Line, plan: Result, vq: Result, model: ModelConfig) -> Result:
     return line.encode(plan, vq, model)
 
 
-@_stage(name="stage1")
-@_reported("stage1")
+@_stage("stage1")
 def train_stage1(line: Pretraining, plan: Result, text: Result, vq: Result, codes: Result) -> Result:
     return line.train_stage("stage1", plan, text, vq)
 
 
-@_stage(name="stage2")
-@_reported("stage2")
+@_stage("stage2")
 def train_stage2(line: Pretraining, plan: Result, text: Result, vq: Result, parent: Result) -> Result:
     return line.train_stage("stage2", plan, text, vq, parent)
 
 
-@_stage(name="finetune")
-@_reported("finetune")
+@_stage("finetune")
 def train_finetune(line: Finetuning, plan: Result, champion: Result) -> Result:
     return line.train(plan, champion)
 
 
-@_stage(name="evaluate")
-@_reported("evaluate")
+@_stage("evaluate")
 def evaluate(line: Line, model: Mapping[str, Any]) -> Result:
     return line.evaluate(model["url"])
 
 
-@_stage(name="register")
-@_reported("register")
+@_stage("register")
 def register(line: Line, model: Result, scored: Result) -> Result:
     return line.register(model, scored)
 
 
-@_stage(name="promote")
-@_reported("promote")
+@_stage("promote")
 def promote(line: Finetuning, model: Result, champion: Result, scored: Result) -> Result:
     return line.promote(model, champion, scored)
 
 
-@_stage(name="skip")
-@_reported("skip")
+@_stage("skip")
 def skip(line: Finetuning, champion: Result) -> Result:
     return line.skip(champion)
 
@@ -141,7 +147,12 @@ def _markdown(stage: str, result: Result) -> str:
 def _score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     policies = list(scores)
     metrics = sorted({metric for each in scores.values() for metric in each})
-    lines = ["### Scores, with 95 % intervals", "", f"| metric | {' | '.join(policies)} |", "|---" * (len(policies) + 1) + "|"]
+    lines = [
+        "### Scores, with 95 % intervals",
+        "",
+        f"| metric | {' | '.join(policies)} |",
+        "|---" * (len(policies) + 1) + "|",
+    ]
     for metric in metrics:
         cells = []
         for policy in policies:

@@ -104,14 +104,18 @@ def status(site: SiteName = "local", as_json: Json = False) -> None:
 
 
 @app.command()
-def collect(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
+def collect(
+    config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False
+) -> None:
     """Record scripted experts in the playtable. Example: upvla collect --set data.collect.seed=1"""
     _show(_open(config, site, set_).collect(), as_json)
 
 
 @app.command()
 def ingest(
-    source: Annotated[str | None, typer.Option(help="Folder or URL of recordings; default: what `collect` wrote.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Folder or URL of recordings; default: what `collect` wrote.")
+    ] = None,
     config: Config = "pretrain/full",
     site: SiteName = "local",
     set_: Set = None,
@@ -170,7 +174,9 @@ def evaluate(
 
 @app.command()
 def demo(
-    size: Annotated[str, typer.Option(help="full: about 20 minutes; ci: a few minutes, learns nothing useful.")] = "full",
+    size: Annotated[
+        str, typer.Option(help="full: about 20 minutes; ci: a few minutes, learns nothing useful.")
+    ] = "full",
     site: SiteName = "local",
 ) -> None:
     """Stack, deployments and the whole line, then one table. Example: upvla demo --size ci"""

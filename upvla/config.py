@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 def _from_environment(name: str, default: str = "") -> Any:
-    return Field(default_factory=lambda: os.environ.get(name) or default)
+    return Field(default_factory=lambda: os.environ.get(name) or default, validate_default=True)
 
 
 class SiteConfig(Section):

@@ -29,7 +29,9 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
     up_seconds = time.monotonic() - began
     config = CONFIGS[size]
     _prefect("deploy", "--all")
-    _prefect("deployment", "run", "pretrain/full", "--watch", "-p", f"config={json.dumps(config)}", "-p", f'site="{site}"')
+    _prefect(
+        "deployment", "run", "pretrain/full", "--watch", "-p", f"config={json.dumps(config)}", "-p", f'site="{site}"'
+    )
     line = open_pretraining(config, site)
     report = line.store.read_json(line.report_key)
     report["stage_seconds"] = {"up": round(up_seconds, 1), **report["stage_seconds"]}
@@ -67,7 +69,7 @@ def _prefect(*arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], cwd=root, check=False)
     if done.returncode:
         raise UpvlaError(
-            f"`prefect {' '.join(arguments[:3])}` ended with {done.returncode}; the flow run's log is in the Prefect UI "
+            f"`prefect {' '.join(arguments[:3])}` ended with {done.returncode}; its log is in the Prefect UI "
             "(`upvla status` says where). What was finished is kept: run the demo again to go on"
         )
 

@@ -45,7 +45,11 @@ def _scale(frame: np.ndarray, target: tuple[int, int], name: str) -> np.ndarray:
 
         return np.asarray(Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC))
     enlarging = target[0] > frame.shape[1]
-    flags = {"area": cv2.INTER_LINEAR if enlarging else cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+    flags = {
+        "area": cv2.INTER_LINEAR if enlarging else cv2.INTER_AREA,
+        "linear": cv2.INTER_LINEAR,
+        "cubic": cv2.INTER_CUBIC,
+    }
     return np.asarray(cv2.resize(frame, target, interpolation=flags[name]))
 
 

@@ -61,9 +61,9 @@ class Finetuning(Line):
 
     def skip(self, champion: Result) -> Result:
         """Record that there was nothing to do: a night without new recordings is an answer, not a gap."""
-        run = self.tracker.start(f"skip/{champion['model_id']}/{time.strftime('%Y-%m-%d')}", f"{self.config.name} (skipped)")
-        run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
-        run.close()
+        key = f"skip/{champion['model_id']}/{time.strftime('%Y-%m-%d')}"
+        with self.tracked(key, f"{self.config.name} (skipped)") as run:
+            run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
         return {"skipped": True, "new_recordings": champion["new_recordings"], "champion": champion["version"]}
 
     def train(self, plan: Result, champion: Result) -> Result:
@@ -90,8 +90,6 @@ class Finetuning(Line):
         lengths = []
         for url in (champion_url, challenger_url):
             checkpoint = read_marker(open_store(url))
-            report = scoring.judge(
-                self.store, self.config.eval, suite, checkpoint, num_workers=self.site.num_workers
-            )
+            report = scoring.judge(self.store, self.config.eval, suite, checkpoint, num_workers=self.site.num_workers)
             lengths.append(np.array([record.succeeded for record in report.records], np.float64))
         return bootstrap_mean(list(lengths[1] - lengths[0]))

@@ -7,14 +7,17 @@ are asked about in order: one that runs is attached to, and only when every know
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from upvla.errors import JobFailed, StackError
 
+_OVERRIDE = "RAY_API_SERVER_ADDRESS"
 _POLL_S = 1.0
 _TAIL_LINES = 30
 _PREFIX = re.compile(r"\x1b\[[0-9;]*m|^\((?:RayTrainWorker|TrainController|pid=)[^)]*\) ?")
@@ -24,12 +27,18 @@ class Jobs:
     """The job server of a Ray cluster (`http://host:8265`). Raises `StackError` if nobody answers there."""
 
     def __init__(self, url: str) -> None:
+        before = os.environ.get(_OVERRIDE)
+        os.environ[_OVERRIDE] = url  # else RAY_ADDRESS, where it is set, wins over the argument
         try:
             self._client = JobSubmissionClient(url)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, AuthenticationError) as error:
             raise StackError(
-                f"no Ray job server at {url}: {error}; start it (`upvla up`) or check its token"
+                f"no Ray job server at {url}: {error}; `upvla up` starts one; else check its token"
             ) from error
+        finally:
+            del os.environ[_OVERRIDE]
+            if before is not None:
+                os.environ[_OVERRIDE] = before
 
     def run(self, key: str, entrypoint: str, *, env: Mapping[str, str], on_line: Callable[[str], None]) -> None:
         """Run `entrypoint` to success, attaching to the attempt that runs already; every line of its log is handed on.

@@ -10,25 +10,27 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upvla.checkpoint import load_bundle, read_marker
 from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, NotFound
 from upvla.launch import scores as scoring
+from upvla.launch.cluster import connected
 from upvla.launch.encode import encode_dataset
 from upvla.launch.jobs import Jobs
 from upvla.launch.steps import once
-from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done
+from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done, train
 from upvla.model.config import ModelConfig
 from upvla.rollout.evaluate import as_metrics, scores
 from upvla.sim.playtable import tasks
 from upvla.store import Store, content_hash, open_store
-from upvla.tracking import CHAMPION, Registry, Tracker
+from upvla.tracking import CHAMPION, Registry, Run, Tracker
 from upvla.train.config import StageConfig
 from upvla.types import Checkpoint, ModelVersion
 
@@ -40,15 +42,12 @@ Progress = Callable[[float, str], None]
 class Line:
     """One configuration on one site. Methods return references (JSON); `seconds` is what the stage itself took."""
 
-    def __init__(
-        self, site: SiteConfig, config: LineConfig, model_name: str, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, site: SiteConfig, config: LineConfig, model_name: str, progress: Progress | None = None) -> None:
         if not site.store_url:
             raise ConfigError("no object store: run `upvla up`, or set `store_url` in the site file")
         self.site, self.config, self.model_name = site, config, model_name
         self.store: Store = open_store(site.store_url)
         self.progress: Progress = progress or (lambda share, text: None)
-        self.tracker = Tracker(site.tracking_url, site.experiment)
 
     # ------------------------------------------------------------------------------------------- shared stages
 
@@ -119,7 +118,7 @@ class Line:
         version = registry.register(
             self.model_name,
             checkpoint,
-            self._run_id(checkpoint.run, "stage2"),
+            self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run()),
             cameras=sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras}),
             metrics=metrics,
             tags={
@@ -135,7 +134,13 @@ class Line:
         alias = CHAMPION if champion is None or champion.version == version.version else "challenger"
         registry.set_alias(self.model_name, alias, version.version)
         seconds = round(time.monotonic() - began, 3)
-        return {"seconds": seconds, "name": version.name, "version": version.version, "alias": alias, "model_id": checkpoint.model_id}
+        return {
+            "seconds": seconds,
+            "name": version.name,
+            "version": version.version,
+            "alias": alias,
+            "model_id": checkpoint.model_id,
+        }
 
     def checkpoint_url(self, model: str) -> str:
         """URL of `name@alias`, `name@version` (as registered) or of a checkpoint URL, which is returned as it is."""
@@ -154,10 +159,11 @@ class Line:
 
     # --------------------------------------------------------------------------------------------------- private
 
-    def _spec(self, kind: str, stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
+    def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
+        tags = {"config": fingerprint(self.config), "mixture": plan["train"], "git_commit": git_commit()}
         return TrainSpec(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             store_url=self.site.store_url,
             stage=stage,
             engine=self.config.engine.model_copy(update=workers),
@@ -168,56 +174,76 @@ class Line:
                 uri=self.site.tracking_url,
                 experiment=self.site.experiment,
                 parent=self.pipeline_run(),
-                tags={"config": fingerprint(self.config), "mixture": plan["train"], "git_commit": git_commit()},
-            ),
+                tags=tags,
+            )
+            if self.site.tracking_url
+            else None,
             **inputs,
         )
 
     def _train(self, spec: TrainSpec) -> Result:
+        """As a Ray job that outlives this process; on a site without a job server, on this process's own Ray."""
+
         def on_line(line: str) -> None:
             share = share_done(line)
             self.progress(share if share is not None else -1.0, line)
 
         def work() -> Result:
-            return run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
+            if self.site.ray_jobs_url:
+                return run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
+            with connected():
+                return train(spec)
 
         return once(self.store, spec.stage.name, {"spec": spec.key}, work)
 
+    @property
+    def tracker(self) -> Tracker:
+        if not self.site.tracking_url:
+            raise ConfigError("no MLflow: run `upvla up`, or set `tracking_url` in the site file")
+        return Tracker(self.site.tracking_url, self.site.experiment)
+
+    @contextmanager
+    def tracked(self, key: str, name: str, **about: Any) -> Iterator[Run]:
+        """The MLflow run `key`, open for the length of the block."""
+        run = self.tracker.start(key, name, **about)
+        try:
+            yield run
+        finally:
+            run.close()
+
+    @property
+    def pipeline_key(self) -> str:
+        """Key of the MLflow run that this configuration's stages nest under."""
+        return f"pipeline/{fingerprint(self.config)}"
+
     def pipeline_run(self) -> str:
-        """Id of the MLflow run that this configuration's stages nest under."""
-        key = f"pipeline/{fingerprint(self.config)}"
-        return self.tracker.run_id(key, self.config.name)
+        return self.tracker.run_id(self.pipeline_key, self.config.name)
 
-    def _run_id(self, key: str, stage: str) -> str:
-        return self.tracker.run_id(f"{key}/{stage}", stage, self.pipeline_run())
-
-    def _log_scores(self, checkpoint: Checkpoint, policy: str, metrics: dict[str, float]) -> None:
+    def _log_scores(self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float]) -> None:
         """The model's scores go to the run that trained it, a reference policy's to a run of its own: comparable."""
         ours = policy == self.model_name
-        key, name = (f"{checkpoint.run}/{self._stage_of(checkpoint)}", self._stage_of(checkpoint)) if ours else (
-            f"reference/{policy}", f"reference {policy}")
-        run = self.tracker.start(key, name, parent=self.pipeline_run())
-        run.log(metrics, checkpoint.step if ours else 0)
-        run.close()
-
-    def _stage_of(self, checkpoint: Checkpoint) -> str:
-        return checkpoint.url.rpartition("/")[2]
+        key, name = _training_run(checkpoint) if ours else (f"reference/{policy}", f"reference {policy}")
+        with self.tracked(key, name, parent=self.pipeline_run()) as run:
+            run.log(metrics, checkpoint.step if ours else 0)
 
     def _log_films(self, checkpoint: Checkpoint) -> None:
         if self.config.eval.videos == 0:
             return
-        stage = self._stage_of(checkpoint)
-        run = self.tracker.start(f"{checkpoint.run}/{stage}", stage, parent=self.pipeline_run())
-        with tempfile.TemporaryDirectory(prefix="upvla-films-") as folder:
-            for name, data in scoring.film(self.config.eval, self.config.eval.suites[0], checkpoint).items():
+        films = scoring.film(self.config.eval, self.config.eval.suites[0], checkpoint)
+        with self.tracked(*_training_run(checkpoint)) as run, tempfile.TemporaryDirectory() as folder:
+            for name, data in films.items():
                 path = Path(folder, name)
                 path.write_bytes(data)
                 run.artifact(path, "rollouts")
-        run.close()
 
     def _counting(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(done / max(1, total), f"{what} {done}/{total}")
 
+
+def _training_run(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Key and name of the MLflow run of the stage that exported this checkpoint (`models/<run>/<stage>`)."""
+    stage = checkpoint.url.rpartition("/")[2]
+    return f"{checkpoint.run}/{stage}", stage
 
 
 def git_commit() -> str:
@@ -230,12 +256,8 @@ def git_commit() -> str:
 def list_datasets(store: Store) -> list[Result]:
     """A row a version: dataset, version, recordings, segments, steps."""
     names = sorted({key.split("/")[1] for key in store.list("datasets/") if "/_manifest/" in key})
-    rows = []
-    for name in names:
-        newest = load_manifest(store, name).version
-        for version in range(1, newest + 1):
-            rows.append(show_dataset(store, f"{name}@{version}"))
-    return rows
+    versions = [(name, v) for name in names for v in range(1, load_manifest(store, name).version + 1)]
+    return [show_dataset(store, f"{name}@{version}") for name, version in versions]
 
 
 def show_dataset(store: Store, name: str) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
@@ -35,13 +34,17 @@ class Pretraining(Line):
         super().__init__(site, config, config.model_name, progress)
 
     def collect(self) -> Result:
-        """Scripted experts -> recordings in CALVIN's raw layout, in a folder of their own under the site's raw folder."""
+        """Scripted experts -> recordings in CALVIN's raw layout, in a folder of their own under the site's."""
         config = self.config.data.collect
         folder = self.site.raw_folder / f"{self.config.data.ingest.dataset}-{config.fingerprint()}"
 
         def work() -> Result:
             summary = collect(config, folder, progress=self._counting("recordings"))
-            return {"source_url": str(folder), "recordings": summary["recordings"], "frames": summary["frames"]}
+            return {
+                "source_url": str(folder / "training"),
+                "recordings": summary["recordings"],
+                "frames": summary["frames"],
+            }
 
         if not folder.exists():  # raw recordings lie on this machine, not on the store: the record alone is not enough
             return work()
@@ -72,7 +75,9 @@ class Pretraining(Line):
         """`stage1` (prediction and understanding) or `stage2` (and action, from the weights of `parent`)."""
         stage: StageConfig = getattr(self.config, name)
         if parent is None:
-            spec = self._spec("policy", stage, plan, model=self.config.model, text_id=text["text_id"], vq_id=vq["vq_id"])
+            spec = self._spec(
+                "policy", stage, plan, model=self.config.model, text_id=text["text_id"], vq_id=vq["vq_id"]
+            )
         else:
             spec = self._spec("policy", stage, plan, parent_url=parent["url"], parent_id=parent["model_id"])
         return self._train(spec)
@@ -105,11 +110,10 @@ class Pretraining(Line):
             },
         }
         self.store.write_json(self.report_key, report)
-        run = self.tracker.start(f"pipeline/{fingerprint(self.config)}", self.config.name, params=self.config.model_dump(mode="json"))
-        ours = scored[self.model_name]
-        run.log(as_metrics({name: Estimate(**score) for name, score in ours.items()}), 0)
-        run.record(report, "report.json")
-        run.close()
+        ours = {name: Estimate(**score) for name, score in scored[self.model_name].items()}
+        with self.tracked(self.pipeline_key, self.config.name, params=self.config.model_dump(mode="json")) as run:
+            run.log(as_metrics(ours), 0)
+            run.record(report, "report.json")
         return report
 
     @property

@@ -1,4 +1,4 @@
-"""Judging a checkpoint: suites spread over Ray, records kept as they come, reference policies judged once a protocol."""
+"""Judging a checkpoint: suites spread over Ray, records kept as they come, references judged once a protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def judge(
     key = {"policy": name, "suite": suite.name, "protocol": protocol}
 
     def work() -> dict[str, Any]:
-        records = _judge_all(store.sub(f"evaluations/{content_hash(key)}"), config, source, chains, num_workers, progress)
+        records = _judge_all(
+            store.sub(f"evaluations/{content_hash(key)}"), config, source, chains, num_workers, progress
+        )
         return asdict(summarise(name, suite.name, protocol, records))
 
     return _report(once(store, "judge", key, work))

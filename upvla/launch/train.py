@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from upvla.errors import JobFailed, NotFound, UpvlaError
+from upvla.errors import ConfigError, JobFailed, NotFound, UpvlaError
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
 from upvla.model.config import ModelConfig
@@ -106,8 +106,10 @@ def run_training(
     place.write_json(SPEC, spec.model_dump(mode="json"))
     place.delete(FAILURE)
     entrypoint = f"{python} -m upvla.launch.train {place.url}/{SPEC}"
+    # workers' lines reach the job's log as they are printed: once each, and none taken for a repetition of another
+    env = {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
     try:
-        jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env={"RAY_DEDUP_LOGS": "0"}, on_line=on_line)
+        jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env=env, on_line=on_line)
     except JobFailed as error:
         if (failure := _read(place, FAILURE)) is not None:
             raise JobFailed(failure["message"]) from error
@@ -148,7 +150,10 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     from upvla.launch.worker import open_inputs, work
 
     open_inputs(spec).check(spec)
-    cpus = ray.cluster_resources().get("CPU", 1.0)
+    resources = ray.cluster_resources()
+    if spec.engine.use_gpu and not resources.get("GPU"):
+        raise ConfigError("engine.use_gpu is set and this Ray cluster has no GPU: set it to false, or add a node")
+    cpus = resources.get("CPU", 1.0)
     threads = max(1, int(cpus // spec.engine.num_workers))
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
@@ -170,7 +175,13 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise JobFailed(f"{spec.prefix}: workers failed {spec.engine.max_failures + 1} times, last: {error}") from error
+        failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+        rank, cause = min(failures.items())
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise JobFailed(
+            f"{spec.prefix}: workers failed {spec.engine.max_failures + 1} times; the last failure of worker {rank}: "
+            f"{reason[-1]}"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if (failure := _read(place, FAILURE)) is not None:

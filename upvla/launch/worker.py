@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-import ray.train
 import torch
 from torch import nn
 
@@ -56,8 +54,6 @@ class Inputs:
     def check(self, spec: TrainSpec) -> None:
         """Raise what would make every worker fail."""
         accumulation_steps(self.train.plan.global_batch, spec.engine.num_workers, spec.stage.micro_batch)
-        if spec.engine.use_gpu and not ray.cluster_resources().get("GPU"):
-            raise ConfigError("engine.use_gpu is set and this Ray cluster has no GPU: set it to false, or add a node")
         for mixture in (self.train, self.validation):
             self.reader(mixture)
         if spec.kind == "policy":
@@ -116,7 +112,7 @@ def _open_mixture(store: Store, plan_id: str) -> Mixture:
 
 
 def work(settings: Mapping[str, Any]) -> None:
-    """Body of every Ray Train worker; runs again from the start, and resumes, when a worker of the group was lost.
+    """Body of every worker of an initialised process group. It runs again, and resumes, when one of them was lost.
 
     A `BadStep` is everybody's: all workers end in good order, the record says why, and no retry repeats it.
     """
@@ -126,12 +122,10 @@ def work(settings: Mapping[str, Any]) -> None:
     if place.exists(RESULT):
         return
     torch.set_num_threads(settings["threads"])
-    rank = ray.train.get_context().get_world_rank()
     inputs = open_inputs(spec)
-    module = _module(spec, inputs)
     global_batch, stage = inputs.train.plan.global_batch, spec.stage
     engine = build_engine(
-        module,
+        _module(spec, inputs),
         spec.engine,
         stage.optimizer,
         total_steps=stage.steps,
@@ -139,14 +133,14 @@ def work(settings: Mapping[str, Any]) -> None:
         accumulation=accumulation_steps(global_batch, spec.engine.num_workers, stage.micro_batch),
         freeze=stage.freeze,
     )
-    torch.manual_seed(spec.seed * 1_000_003 + rank)  # dropout; a restored state replaces it
+    torch.manual_seed(spec.seed * 1_000_003 + engine.rank)  # dropout; a restored state replaces it
     with tempfile.TemporaryDirectory(prefix="upvla-", dir=spec.scratch or None) as scratch:
-        journal = Journal(spec, rank, began)
+        journal = Journal(spec, engine.rank, began)
         try:
             _train(spec, inputs, engine, place, journal, Path(scratch), settings["threads"])
         except BadStep as error:
             journal.close("FAILED")
-            if rank == 0:
+            if engine.rank == 0:
                 place.write_json(FAILURE, {"code": error.code, "message": str(error)})
         except BaseException:
             journal.close("FAILED")
@@ -234,10 +228,8 @@ def _loader(
     spec: TrainSpec, inputs: Inputs, mixture: Mixture, engine: Engine, start_step: int, threads: int
 ) -> Loader[Batch]:
     reader = inputs.reader(mixture)
-    if inputs.text is None:
-        collate = frames_only
-    else:
-        text = inputs.text
+    collate: Callable[[Sequence[Sample]], Batch] = frames_only
+    if (text := inputs.text) is not None:
         reader.paraphrases = dict(spec.paraphrases)
         collate = Collator(reader.shape, text.encode, text.encode_turns, text.pad_id)
     return Loader(

@@ -148,7 +148,9 @@ def summarise(policy: str, suite: str, fingerprint: str, records: Iterable[Chain
     )
 
 
-def protocol_fingerprint(config: EvalConfig, suite: SuiteConfig, chains: Sequence[Chain], env: Mapping[str, str]) -> str:
+def protocol_fingerprint(
+    config: EvalConfig, suite: SuiteConfig, chains: Sequence[Chain], env: Mapping[str, str]
+) -> str:
     """What must be equal before two scores may be compared: environment, chains, limits, instructions' source."""
     return content_hash(
         {
