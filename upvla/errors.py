@@ -3,6 +3,8 @@
 Every message says what happened, where, and the next move.
 """
 
+from __future__ import annotations
+
 
 class UpvlaError(Exception):
     """Base of every error that upvla raises on purpose; `code` is stable and machine-readable."""
@@ -25,7 +27,7 @@ class BadEpisode(UpvlaError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BadEpisode], tuple[str, str]]:
         return (BadEpisode, (self.reason, self.detail))
 
 

@@ -344,7 +344,7 @@ class Chain(NamedTuple):
 class ChainRecord(NamedTuple):
     """How far one chain got; `steps` are env steps a subtask, `error` why it could not be judged, else empty."""
 
-    index: int
+    number: int
     scene: str
     tasks: tuple[str, ...]
     succeeded: int

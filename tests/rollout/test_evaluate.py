@@ -80,7 +80,7 @@ def test_a_chain_goes_on_without_reset_and_ends_at_the_first_failure() -> None:
     record = _run(policy, ("at 5", "at 25", "at 90", "at 91"))
     assert (record.succeeded, record.steps) == (2, (5, 20, 30))
     assert policy.instructions == ["AT 5", "AT 25", "AT 90"]
-    assert record.index == 7 and record.error == ""
+    assert record.number == 7 and record.error == ""
 
 
 def test_cameras_are_rendered_once_a_chunk() -> None:
@@ -141,7 +141,7 @@ def test_summary_counts_chains_and_attempts() -> None:
     assert [e.value for e in report.success] == pytest.approx([2 / 3, 1 / 3])
     assert report.average_length.value == 1.0
     assert {t: e.value for t, e in report.per_task.items()} == {"a": 1.0, "b": 0.0, "c": 1.0}
-    assert [r.index for r in report.records] == [0, 1, 2]
+    assert [r.number for r in report.records] == [0, 1, 2]
 
 
 def test_a_film_shows_instruction_and_outcome(tmp_path: Any) -> None:

@@ -50,10 +50,10 @@ def map_chains(
                 ) from error
             except RayTaskError as error:
                 raise error.as_instanceof_cause() from error
-            missing = sorted({i for i, _ in shard} - {record.index for record in found})
+            missing = sorted({i for i, _ in shard} - {record.number for record in found})
             if missing:
                 raise JobFailed(f"{names}: no record came back for chain {missing[0]}")
-            records |= {record.index: record for record in found}
+            records |= {record.number: record for record in found}
             if on_records:
                 on_records(found)
     return [records[i] for i in range(len(chains))]

@@ -68,11 +68,11 @@ def _judge_all(
     num_workers: int,
     progress: Progress | None,
 ) -> list[ChainRecord]:
-    done = {r.index: r for key in folder.list("records-") for r in map(_record, folder.read_json(key))}
+    done = {r.number: r for key in folder.list("records-") for r in map(_record, folder.read_json(key))}
 
     def keep(found: Sequence[ChainRecord]) -> None:
-        folder.write_json(f"records-{min(r.index for r in found):06d}.json", [list(r) for r in found])
-        done.update({record.index: record for record in found})
+        folder.write_json(f"records-{min(r.number for r in found):06d}.json", [list(r) for r in found])
+        done.update({record.number: record for record in found})
         if progress:
             progress(len(done), len(chains))
 

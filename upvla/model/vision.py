@@ -32,7 +32,7 @@ class VisionEncoder(nn.Module):
         self.tower: SmallViT | ClipTower | None = None
         if config.kind == "vit":
             self.tower = SmallViT(config)
-            self.camera = nn.Parameter(torch.randn(len(config.pool), config.width) * 0.02)
+            self.camera = nn.Parameter(torch.randn(len(config.pool), config.width) * 0.5)
         elif config.kind == "clip":
             self.tower = ClipTower(config)
         if config.frozen:
@@ -76,7 +76,7 @@ class SmallViT(nn.Module):
         for inner, outer in pairwise(widths):
             layers += [nn.GroupNorm(8, inner), nn.ReLU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*layers)
-        self.position = nn.Parameter(torch.randn(config.grid**2, config.width) * 0.02)
+        self.position = nn.Parameter(_grid_waves(config.grid, config.width))
         self.blocks = nn.ModuleList(ViTBlock(config.width, config.heads, config.mlp) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 
@@ -86,6 +86,17 @@ class SmallViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+def _grid_waves(grid: int, width: int) -> Tensor:
+    """f[grid^2, width]: sines and cosines of row and column. A position must be readable from a patch's *values*:
+    rotary angles only steer attention, and an action is a regression of where things are.
+    """
+    turns = torch.logspace(0, 1, width // 4, base=grid) / grid  # half a turn over the grid, to half a turn a cell
+    angles = torch.pi * turns * torch.arange(grid)[:, None]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 class ViTBlock(nn.Module):

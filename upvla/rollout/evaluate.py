@@ -131,7 +131,7 @@ def bootstrap_mean(values: Sequence[float], draws: int = 2000) -> Estimate:
 
 def summarise(policy: str, suite: str, fingerprint: str, records: Iterable[ChainRecord]) -> EvalReport:
     """Scores of one policy over the chains of one suite."""
-    records = tuple(sorted(records, key=lambda r: r.index))
+    records = tuple(sorted(records, key=lambda r: r.number))
     longest = max((len(r.tasks) for r in records), default=0)
     attempts: dict[str, list[bool]] = defaultdict(list)
     for record in records:

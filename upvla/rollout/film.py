@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imageio.v2 as imageio
@@ -51,7 +52,7 @@ class Film:
 
     def save_video(self, path: Path) -> Path:
         """H.264 mp4, static | gripper | predicted future."""
-        imageio.mimwrite(path, self._frames, fps=_FPS_HZ, codec="libx264", macro_block_size=8, ffmpeg_log_level="error")
+        imageio.mimwrite(path, list[Any](self._frames), fps=_FPS_HZ, codec="libx264", macro_block_size=8, ffmpeg_log_level="error")
         return path
 
     def strip(self, columns: int = 6) -> np.ndarray | None:

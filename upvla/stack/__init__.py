@@ -104,6 +104,8 @@ def _converge(config: StackConfig, listing: Sequence[Part], started: dict[str, f
                     progress(f"{name}: process {process.pid} does not answer, replacing it")
                     processes.stop(processes.marked(config.home, name) if part.owns_children else [process])
                 processes.require_free(name, part.ports)
+                if part.before and (done := part.before()):
+                    progress(f"{name}: {done}")
                 started[name] = since[name] = reminded[name] = now
                 processes.start(config.home, name, part.command, server_environment(config), part.log)
             elif now - reminded[name] > _REMIND_S:

@@ -58,6 +58,15 @@ def marked(home: Path, name: str | None = None) -> list[psutil.Process]:
     return found
 
 
+def values(home: Path, variable: str) -> set[str]:
+    """What an environment variable is in the living processes of this home."""
+    found = set()
+    for process in marked(home):
+        with contextlib.suppress(psutil.Error):
+            found.add(process.environ().get(variable, ""))
+    return found - {""}
+
+
 def main_process(home: Path, name: str, command: Sequence[str]) -> psutil.Process | None:
     """The process that `start` started: that exact command; a forked child of it is younger."""
     same = []

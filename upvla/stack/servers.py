@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upvla.errors import ConfigError, StackError
+from upvla.stack import processes
 
 HOST = "127.0.0.1"
 STORE_BUCKET, ARTIFACT_BUCKET = "upvla", "mlflow"
@@ -76,6 +77,7 @@ class Part(NamedTuple):
     answers: Callable[[psutil.Process], bool]
     log: Path
     needs: str = ""
+    before: Callable[[], str] | None = None  # done just before a start; says what it did
     owns_children: bool = True  # False: what it started outlives it, and is not stopped when it is restarted
 
 
@@ -230,6 +232,7 @@ def parts(config: StackConfig) -> list[Part]:
             {},
             worker_online,
             needs="prefect",
+            before=lambda: _crash_lost_runs(home, f"{prefect}/api"),
             owns_children=False,
         ),
     ]
@@ -241,6 +244,22 @@ def ray_dir(home: Path) -> Path:
     if len(str(folder)) <= _RAY_DIR_LIMIT:
         return folder
     return Path("/tmp") / f"upvla-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+
+
+def _crash_lost_runs(home: Path, api_url: str) -> str:
+    """Mark flow runs whose process is gone (a `down`, a power cut) as Crashed.
+
+    Without it Prefect keeps them Running, and a deployment with a concurrency limit waits for them for ever.
+    """
+    states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+    asked = {"flow_runs": states, "work_pools": {"name": {"any_": [WORK_POOL]}}}
+    runs = json.loads(_get(f"{api_url}/flow_runs/filter", json.dumps(asked).encode()) or b"[]")
+    living = processes.values(home, "PREFECT__FLOW_RUN_ID")
+    lost = [run for run in runs if run["id"] not in living]
+    crashed = {"state": {"type": "CRASHED", "message": "its process is gone: the stack was stopped. Run it again."}}
+    for run in lost:
+        _get(f"{api_url}/flow_runs/{run['id']}/set_state", json.dumps(crashed).encode())
+    return ", ".join(f"flow run {run['name']} lost its process and is now Crashed: run it again" for run in lost)
 
 
 def _program(name: str) -> str:

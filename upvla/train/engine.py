@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineConfig", "OptimizerConfig", "StepInfo", "build_engine", "decay_groups", "lr_factor"]
 
 _TAG = "engine"
+_BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
+_BUCKET_MAX = 50_000_000
 
 
 class StepInfo(NamedTuple):
@@ -178,8 +180,8 @@ def build_engine(
 
 def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
     """Every value that matters is stated, since DeepSpeed's defaults move between releases."""
-    trainable = max(1, sum(p.numel() for p in module.parameters() if p.requires_grad))
-    bucket = min(trainable, 50_000_000)
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    bucket = min(-(-trainable // _BUCKET_STEP) * _BUCKET_STEP, _BUCKET_MAX)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
