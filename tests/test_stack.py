@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -112,6 +113,42 @@ def test_ray_wants_its_token(running: StackConfig) -> None:
     jobs = f"{environment['UPVLA_RAY_JOBS_URL']}/api/jobs/"
     assert _fetch(jobs)[0] == 401
     assert _fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
+
+
+@pytest.mark.seam
+def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: StackConfig) -> None:
+    api = stack.environment(running)["PREFECT_API_URL"]
+
+    def post(path: str, **body: object) -> dict:
+        return json.loads(
+            _fetch(api + path, json.dumps(body).encode(), "POST", **{"Content-Type": "application/json"})[1]
+        )
+
+    flow = post("/flows/", name="line")
+    deployment = post(
+        "/deployments/", name="full", flow_id=flow["id"], work_pool_name="local", entrypoint="none.py:none"
+    )
+    runs = {name: post(f"/deployments/{deployment['id']}/create_flow_run", name=name) for name in ("lost", "alive")}
+    worker = next(part["pid"] for part in stack.status(running) if part["name"] == "worker")
+    psutil.Process(worker).kill()
+    for run in runs.values():
+        for state in ("PENDING", "RUNNING"):
+            post(f"/flow_runs/{run['id']}/set_state", state={"type": state}, force=True)
+    marks = {"UPVLA_STACK": str(running.home), "UPVLA_PART": "worker", "PREFECT__FLOW_RUN_ID": runs["alive"]["id"]}
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, **marks})
+    try:
+        _wait(lambda: runs["alive"]["id"] in processes.values(running.home, "PREFECT__FLOW_RUN_ID"))
+        said: list[str] = []
+        stack.up(running, said.append)
+        assert alive.poll() is None  # a worker that is replaced does not take its runs with it
+    finally:
+        alive.kill()
+        alive.wait()
+    assert "worker: flow run lost lost its process and is now Crashed: run it again" in said
+    states = {
+        name: json.loads(_fetch(f"{api}/flow_runs/{run['id']}")[1])["state"]["type"] for name, run in runs.items()
+    }
+    assert states == {"lost": "CRASHED", "alive": "RUNNING"}
 
 
 @pytest.mark.seam
