@@ -1,4 +1,4 @@
-"""Exit with 1 when an installed package is not at its locked version, or not locked: `check_lock.py constraints.txt`."""
+"""Exit with 1 when an installed package is not at its locked version: `check_lock.py constraints.txt`."""
 
 from __future__ import annotations
 
