@@ -169,6 +169,24 @@ def test_up_again_repairs_what_died_and_touches_nothing_else(running: StackConfi
     assert _s3(stack.environment(running)).get_object(Bucket="upvla", Key="kept")["Body"].read() == b"kept"
 
 
+@pytest.mark.slow
+@pytest.mark.seam
+def test_up_replaces_a_server_that_hangs_and_clears_what_a_killed_one_left(running: StackConfig) -> None:
+    before = {part["name"]: part["pid"] for part in stack.status(running)}
+    psutil.Process(before["mlflow"]).suspend()
+    for child in psutil.Process(before["mlflow"]).children():
+        child.suspend()
+    psutil.Process(before["ray"]).kill()  # its raylet, dashboard and agents live on
+    _wait(lambda: not psutil.pid_exists(before["ray"]) or psutil.Process(before["ray"]).status() == "zombie")
+    said: list[str] = []
+    stack.up(running, said.append)
+    assert f"mlflow: process {before['mlflow']} does not answer, replacing it" in said
+    after = {part["name"]: part["pid"] for part in stack.status(running) if part["healthy"]}
+    assert {name for name in before if before[name] != after[name]} == {"mlflow", "ray"}
+    mains = [p for p in processes.marked(running.home, "ray") if "ray.scripts.scripts" in p.cmdline()]
+    assert len(mains) == 1
+
+
 @pytest.mark.seam
 def test_another_configuration_is_refused_while_it_runs(running: StackConfig) -> None:
     with pytest.raises(StackError, match="upvla down"):

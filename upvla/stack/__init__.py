@@ -24,6 +24,7 @@ from upvla.stack.servers import Part, Ports, StackConfig, environment, load_site
 __all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "status", "up"]
 
 _HUNG_S = 20.0  # a process that was there before us and has not answered for so long is replaced
+_REMAINS_S = 3.0  # what a killed server left behind has nothing to save
 _REMIND_S = 15.0
 
 Progress = Callable[[str], None]
@@ -41,7 +42,7 @@ def up(config: StackConfig, progress: Progress = print) -> None:
         for part in listing:
             if _process(config, part) is None:
                 if part.owns_children:
-                    processes.stop(processes.marked(config.home, part.name))
+                    processes.stop(processes.marked(config.home, part.name), _REMAINS_S)
                 processes.require_free(part.name, part.ports)
         started: dict[str, float] = {}
         try:

@@ -22,6 +22,7 @@ from upvla.errors import StackError
 
 _TERM_S = 15.0  # SeaweedFS takes 4 s, Ray drains for 1 s; under load more
 _KILL_S = 5.0
+_RELEASE_S = 3.0  # the threads of a killed process hold its sockets for a moment after it counts as dead
 
 
 def start(home: Path, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -77,10 +78,10 @@ def main_process(home: Path, name: str, command: Sequence[str]) -> psutil.Proces
     return min(same, key=psutil.Process.create_time, default=None)
 
 
-def stop(processes: Sequence[psutil.Process]) -> None:
+def stop(processes: Sequence[psutil.Process], grace_s: float = _TERM_S) -> None:
     """Ask them to end, parents first (Ray drains for 30 s when its agents are gone before it); then make them."""
     asked: set[int] = set()
-    deadline = time.monotonic() + _TERM_S
+    deadline = time.monotonic() + grace_s
     while (processes := [p for p in processes if _alive(p)]) and time.monotonic() < deadline:
         numbers = {process.pid for process in processes}
         for process in processes:
@@ -107,16 +108,25 @@ def _alive(process: psutil.Process) -> bool:
 
 def require_free(name: str, ports: Mapping[int, str]) -> None:
     """Raise `StackError` naming the first port that cannot be bound, who holds it, and the setting that moves it."""
+    deadline = time.monotonic() + _RELEASE_S
     for port, setting in ports.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
+        while not _is_free(port):
+            if time.monotonic() > deadline:
                 raise StackError(
                     f"port {port}, which {name} needs, is held by {_holder(port)}: stop that, or move ours with "
                     f"UPVLA_PORTS={setting}=NUMBER or `stack.ports.{setting}` in configs/site/local.yaml"
-                ) from error
+                )
+            time.sleep(0.1)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def describe(process: psutil.Process) -> str:
