@@ -38,7 +38,8 @@ def map_chains(
         running: dict[ray.ObjectRef, list[tuple[int, Chain]]] = {}
         while shards or running:
             while shards and len(running) < num_workers:
-                running[task.remote(shards[0])] = shards.pop(0)
+                shard = shards.pop(0)
+                running[task.remote(shard)] = shard
             (ready, *_), _ = ray.wait(list(running))
             shard = running.pop(ready)
             names = f"chains {shard[0][0]}..{shard[-1][0]}"
