@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import RayHead
+from upvla.errors import JobFailed, StackError
+from upvla.launch.jobs import Jobs
+
+pytestmark = pytest.mark.seam
+
+
+def python(code: str) -> str:
+    return f"{sys.executable} -S -c {shlex.quote(code)}"
+
+
+def test_a_job_that_fails_is_a_new_attempt_next_time(ray_head: RayHead, tmp_path: Path) -> None:
+    marker = tmp_path / "seen"
+    code = f"""
+import os, pathlib, sys
+print("hello from the job", os.environ["COLOUR"])
+marker = pathlib.Path({str(marker)!r})
+if not marker.exists():
+    marker.touch()
+    sys.exit("upvla: config: the first attempt fails")
+"""
+    jobs, lines = Jobs(ray_head.jobs_url), []
+    with pytest.raises(JobFailed, match=r"flaky-1 ended as FAILED(.|\n)*the first attempt fails"):
+        jobs.run("flaky", python(code), env={"COLOUR": "blue"}, on_line=lines.append)
+    jobs.run("flaky", python(code), env={"COLOUR": "green"}, on_line=lines.append)
+    assert [line for line in lines if line.startswith("hello")] == ["hello from the job blue", "hello from the job green"]
+
+
+def test_a_second_caller_attaches_and_sees_the_whole_log(ray_head: RayHead, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    code = f"""
+import time
+open({str(count)!r}, "a").write("x")
+for i in range(8):
+    print("tick", i, flush=True)
+    time.sleep(0.25)
+"""
+    seen: list[list[str]] = [[], []]
+    callers = [
+        threading.Thread(
+            target=Jobs(ray_head.jobs_url).run,
+            args=("shared", python(code)),
+            kwargs={"env": {}, "on_line": lines.append},
+        )
+        for lines in seen
+    ]
+    callers[0].start()
+    deadline = time.monotonic() + 60
+    while not seen[0] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    callers[1].start()
+    for caller in callers:
+        caller.join(60)
+    ticks = [f"tick {i}" for i in range(8)]
+    assert [[line for line in lines if line.startswith("tick")] for lines in seen] == [ticks, ticks]
+    assert count.read_text() == "x"
+
+
+def test_an_interrupt_stops_the_job(ray_head: RayHead) -> None:
+    def interrupt(line: str) -> None:
+        if line == "started":
+            raise KeyboardInterrupt
+
+    jobs = Jobs(ray_head.jobs_url)
+    code = "import time; print('started', flush=True); time.sleep(100)"
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run("interrupted", python(code), env={}, on_line=interrupt)
+    deadline = time.monotonic() + 30
+    while jobs.cancel("interrupted") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not jobs.cancel("interrupted")
+
+
+def test_no_job_server(ray_head: RayHead) -> None:
+    with pytest.raises(StackError, match=r"no Ray job server at http://127\.0\.0\.1:9"):
+        Jobs("http://127.0.0.1:9")
