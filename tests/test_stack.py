@@ -222,6 +222,9 @@ def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
     assert starting.wait(timeout=60) != 0
     starting.stdout.close()
     assert processes.marked(tmp_path) == []
+    assert not [
+        link for link in Path("/tmp").glob("upvla-*") if link.is_symlink() and link.readlink().is_relative_to(tmp_path)
+    ]
 
 
 def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -> None:

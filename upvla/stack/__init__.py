@@ -37,18 +37,20 @@ def up(config: StackConfig, progress: Progress = print) -> None:
     started is stopped again when it fails or is interrupted.
     """
     with _lock(config, progress):
-        _prepare(config)
-        listing = parts(config)
-        for part in listing:
-            if _process(config, part) is None:
-                if part.owns_children:
-                    processes.stop(processes.marked(config.home, part.name), _REMAINS_S)
-                processes.require_free(part.name, part.ports)
         started: dict[str, float] = {}
         try:
+            _prepare(config)
+            listing = parts(config)
+            for part in listing:
+                if _process(config, part) is None:
+                    if part.owns_children:
+                        processes.stop(processes.marked(config.home, part.name), _REMAINS_S)
+                    processes.require_free(part.name, part.ports)
             _converge(config, listing, started, progress)
         except BaseException:
             processes.stop([process for name in started for process in processes.marked(config.home, name)])
+            if not processes.marked(config.home):
+                _forget(config)
             raise
 
 
@@ -63,9 +65,7 @@ def down(config: StackConfig, progress: Progress = print) -> None:
         processes.stop(processes.marked(config.home))  # what was being started meanwhile
         if left := processes.marked(config.home):
             raise StackError(f"still alive after SIGKILL: {', '.join(map(processes.describe, left))}; run it again")
-        config.record.unlink(missing_ok=True)
-        if (link := ray_dir(config.home)).is_symlink():
-            link.unlink()
+        _forget(config)
 
 
 def status(config: StackConfig) -> list[dict[str, Any]]:
@@ -145,6 +145,13 @@ def _prepare(config: StackConfig) -> None:
         if not link.is_symlink() or link.readlink() != home / "ray":
             raise StackError(f"{link} is not our link to {home}/ray: remove it, or set UPVLA_HOME to a shorter path")
     config.record.write_text(config.model_dump_json(indent=2))
+
+
+def _forget(config: StackConfig) -> None:
+    config.record.unlink(missing_ok=True)
+    link = ray_dir(config.home)
+    if link.is_symlink() and link.readlink() == config.home / "ray":
+        link.unlink()
 
 
 def _recorded(config: StackConfig) -> StackConfig | None:
