@@ -24,7 +24,7 @@ def tiny_grid(vision_prompt: bool) -> ModelConfig:
         system_ids=(7,),
         code_cameras=("static",) * 2,
         **ONE_CAMERA | {"vq": {"image_size": 8, "channels": 8, "z_channels": 5}},
-        vision={"kind": "features", "image_size": 1, "width": 8, "num_patches": 2, "pool": (1,)},
+        vision={"kind": "features", "image_size": 1, "width": 8, "num_patches": 2, "pool": (1,), "keypoints": 0},
     )
     assert config.num_patches == 2 and config.num_views * config.codes_per_view == 2
     return config

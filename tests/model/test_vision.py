@@ -11,7 +11,7 @@ import transformers
 from tests.model.conftest import mini_config
 from upvla.errors import ConfigError
 from upvla.model.config import VisionConfig
-from upvla.model.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, load_clip
+from upvla.model.vision import CLIP_MEAN, CLIP_STD, Keypoints, VisionEncoder, load_clip
 
 CLIP = VisionConfig(kind="clip", image_size=28, width=32, patch=14, blocks=3, heads=2, mlp=64, frozen=True)
 
@@ -21,11 +21,23 @@ def test_cameras_follow_each_other_and_the_second_is_pooled() -> None:
     config = mini_config(vision={"image_size": 64}).vision
     encoder = VisionEncoder(config)
     images = torch.randint(0, 256, (3, 2, 64, 64, 3)).byte()
-    patches = encoder(images)
-    assert patches.shape == (3, 16 + 4, config.width) and config.patches_by_camera == (16, 4)
-    swapped = encoder(images.flip(1))
-    second = (swapped[:, :16] - encoder.camera[0]).unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)
-    torch.testing.assert_close(patches[:, 16:] - encoder.camera[1], second)
+    first, second = encoder(images).split(config.patches_by_camera, dim=1)
+    assert config.patches_by_camera == (16 + 1, 4 + 1) and first.shape[2] == config.width
+    unpooled = encoder(images.flip(1))[:, :17] - encoder.camera[0]  # the second camera in the first one's place
+    pooled = unpooled[:, :16].unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(second - encoder.camera[1], torch.cat([pooled, unpooled[:, 16:]], 1))
+
+
+def test_keypoints_follow_a_feature_across_the_image() -> None:
+    keypoints = Keypoints(1, 1, 2)
+    with torch.no_grad():
+        keypoints.maps.weight.fill_(1)
+        keypoints.out.weight.copy_(torch.eye(2))
+        keypoints.out.bias.zero_()
+        field = torch.zeros(2, 1, 9, 9)
+        field[0, 0, 0, 8] = field[1, 0, 4, 4] = 1
+        found = keypoints(field)[:, 0]
+    torch.testing.assert_close(found, torch.tensor([[1.0, -1.0], [0.0, 0.0]]), atol=0.01, rtol=0)
 
 
 def test_clip_from_a_folder_gives_the_state_before_its_last_block(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class VisionConfig(_Section):
     """Channels of the convolutional stem: the first layer divides the side by 4, each other one and the last by 2."""
     pool: tuple[int, ...] = (1,)
     """Per camera: average this many patches a side into one token."""
+    keypoints: int = 0
+    """With a `vit`: one more token a camera that says where this many learnt features are (spatial softmax)."""
     frozen: bool = False
     num_patches: int | None = None
 
@@ -99,7 +101,7 @@ class VisionConfig(_Section):
     def patches_by_camera(self) -> tuple[int, ...]:
         if self.num_patches is not None:
             return (self.num_patches,) * len(self.pool)
-        return tuple((self.grid // p) ** 2 for p in self.pool)
+        return tuple((self.grid // p) ** 2 + (self.keypoints > 0) for p in self.pool)
 
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
@@ -107,6 +109,8 @@ class VisionConfig(_Section):
             raise ValueError(f"pool {self.pool} does not divide the {self.grid} x {self.grid} patch grid")
         if self.kind == "features" and self.num_patches is None:
             raise ValueError("vision.kind 'features' needs vision.num_patches")
+        if self.keypoints and self.kind != "vit":
+            raise ValueError("vision.keypoints are a part of kind 'vit'")
         if self.kind == "vit" and self.frozen:
             raise ValueError("a 'vit' starts from random weights and cannot be frozen: freeze it in a later stage")
         if self.kind == "vit" and self.patch != 2 ** (len(self.stem) + 2):
@@ -304,6 +308,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlp": 256,
             "stem": (32, 64),
             "pool": (1, 2),
+            "keypoints": 32,
         },
         "vq": {
             "image_size": 64,
@@ -341,6 +346,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlp": 1536,
             "stem": (64, 128),
             "pool": (1, 2),
+            "keypoints": 64,
         },
         "vq": {
             "image_size": 128,

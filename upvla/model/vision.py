@@ -42,14 +42,15 @@ class VisionEncoder(nn.Module):
         if self.tower is None:
             return images.flatten(1, 2)
         frames = images.flatten(0, 1).permute(0, 3, 1, 2)
-        features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g,D]
+        features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g + keypoint token,D]
         cameras = []
         for k, pool in enumerate(self.config.pool):
-            patches = features[:, k]
+            tokens = features[:, k]
             if pool > 1:
+                patches, rest = tokens.split((self.config.grid**2, tokens.shape[1] - self.config.grid**2), dim=1)
                 grid = patches.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
-                patches = F.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)
-            cameras.append(patches + self.camera[k] if self.config.kind == "vit" else patches)
+                tokens = torch.cat([F.avg_pool2d(grid, pool).flatten(2).transpose(1, 2), rest], dim=1)
+            cameras.append(tokens + self.camera[k] if self.config.kind == "vit" else tokens)
         return torch.cat(cameras, dim=1)
 
     @property
@@ -67,7 +68,10 @@ def make_projector(inner: int, outer: int) -> nn.Sequential:
 
 
 class SmallViT(nn.Module):
-    """A ViT that learns from thousands of frames: early convolutions (Xiao et al. 2021), then pre-norm blocks."""
+    """A ViT that learns from thousands of frames: early convolutions (Xiao et al. 2021), then pre-norm blocks.
+
+    With `keypoints`, a last token tells where features are: pixels to positions without having to be learnt.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -75,17 +79,42 @@ class SmallViT(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=4, padding=3)]
         for inner, outer in pairwise(widths):
             layers += [nn.GroupNorm(8, inner), nn.ReLU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
-        self.stem = nn.Sequential(*layers)
+        self.stem = nn.Sequential(*layers[:-1])  # at twice the patch grid
+        self.patch = layers[-1]
+        self.keypoints = Keypoints(widths[-2], config.keypoints, config.width) if config.keypoints else None
         self.position = nn.Parameter(_grid_waves(config.grid, config.width))
         self.blocks = nn.ModuleList(ViTBlock(config.width, config.heads, config.mlp) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, frames: Tensor) -> Tensor:
-        pixels = frames.to(self.position.dtype) / 127.5 - 1.0
-        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.position
+        fine = self.stem(frames.to(self.position.dtype) / 127.5 - 1.0)
+        x = self.patch(fine).flatten(2).transpose(1, 2) + self.position
+        if self.keypoints is not None:
+            x = torch.cat([x, self.keypoints(fine)], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+class Keypoints(nn.Module):
+    """Spatial softmax (Levine et al. 2016): the expected column and row, in [-1, 1], of each of `count` features."""
+
+    def __init__(self, channels: int, count: int, width: int) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(channels, count, 1, bias=False)
+        self.sharpness = nn.Parameter(torch.full((count, 1), 3.0))
+        self.out = nn.Linear(2 * count, width)
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B,1,width]."""
+        h, w = x_BChw.shape[2:]
+        maps = self.maps(x_BChw).flatten(2)
+        maps = F.layer_norm(maps, maps.shape[2:]) * self.sharpness
+        weight = maps.softmax(-1).unflatten(2, (h, w))
+        across = torch.linspace(-1, 1, w, device=maps.device, dtype=maps.dtype)
+        down = torch.linspace(-1, 1, h, device=maps.device, dtype=maps.dtype)
+        points = torch.cat([(weight.sum(2) * across).sum(-1), (weight.sum(3) * down).sum(-1)], dim=1)
+        return self.out(points)[:, None]
 
 
 def _grid_waves(grid: int, width: int) -> Tensor:
