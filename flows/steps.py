@@ -35,7 +35,7 @@ def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
 
 
 def _stage(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """A task that gives the line a progress artifact for its length, and publishes the stage's references at its end."""
+    """A task that shows the line's progress, and publishes the stage's references at its end."""
 
     def decorate(work: Callable[..., Result]) -> Callable[..., Result]:
         @wraps(work)

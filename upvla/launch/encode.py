@@ -26,7 +26,7 @@ def encode_dataset(
     """Write the code sidecars that are missing; shards that are encoded already are only counted."""
     shards = [shard.key for shard in load_manifest(store, dataset, version).shards]
     with connected():
-        encode = ray.remote(num_cpus=1, max_retries=3)(_encode_shard)  # a shard's codes depend on nothing else
+        encode = ray.remote(num_cpus=1, max_retries=3)(encode_shard)  # a shard's codes depend on nothing else
         waiting = [encode.remote(store, dataset, version, vq_id, model, shard) for shard in shards]
         written = 0
         while waiting:
@@ -37,7 +37,7 @@ def encode_dataset(
     return {"shards": len(shards), "encoded": written}
 
 
-def _encode_shard(store: Store, name: str, version: int, vq_id: str, model: ModelConfig, shard: str) -> int:
+def encode_shard(store: Store, name: str, version: int, vq_id: str, model: ModelConfig, shard: str) -> int:
     torch.set_num_threads(1)
     vq = load_vq(store, vq_id)
     dataset = Dataset(store, load_manifest(store, name, version))

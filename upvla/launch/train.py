@@ -104,7 +104,6 @@ def run_training(
     if (result := _read(place, RESULT)) is not None:
         return result
     place.write_json(SPEC, spec.model_dump(mode="json"))
-    place.delete(FAILURE)
     entrypoint = f"{python} -m upvla.launch.train {place.url}/{SPEC}"
     # workers' lines reach the job's log as they are printed: once each, and none taken for a repetition of another
     env = {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
@@ -149,6 +148,10 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for."""
     from upvla.launch.worker import open_inputs, work
 
+    place = open_store(spec.store_url).sub(spec.prefix)
+    if (result := _read(place, RESULT)) is not None:
+        return result
+    place.delete(FAILURE)
     open_inputs(spec).check(spec)
     resources = ray.cluster_resources()
     if spec.engine.use_gpu and not resources.get("GPU"):
@@ -171,7 +174,6 @@ def train(spec: TrainSpec) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=spec.engine.max_failures),
         ),
     )
-    place = open_store(spec.store_url).sub(spec.prefix)
     try:
         trainer.fit()
     except TrainingFailedError as error:

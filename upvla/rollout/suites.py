@@ -61,9 +61,12 @@ class Judge:
     def __init__(self, policy: str, config: EvalConfig) -> None:
         self.policy, self.config = policy, config
 
+    def load(self) -> Policy:
+        return load_policy(self.policy)
+
     def __call__(self, shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
         torch.set_num_threads(1)  # equal threads everywhere: the same sums in the same order
-        policy = load_policy(self.policy)
+        policy = self.load()
         envs: dict[str, PlaytableEnv] = {}
         try:
             return [self._judge(envs, policy, index, chain) for index, chain in shard]
@@ -74,7 +77,7 @@ class Judge:
     def film(self, index: int, chain: Chain, folder: Path) -> Mapping[str, Path]:
         """Run one chain and write `chain-<index>.mp4`, and for a predicting policy `chain-<index>-frames.png`."""
         torch.set_num_threads(1)
-        policy = load_policy(self.policy)
+        policy = self.load()
         film = Film(picture=policy.picture if isinstance(policy, UPVLAPolicy) else None)
         envs: dict[str, PlaytableEnv] = {}
         try:

@@ -24,7 +24,8 @@ from upvla.stack.servers import Part, Ports, StackConfig, environment, load_site
 __all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "status", "up"]
 
 _HUNG_S = 20.0  # a process that was there before us and has not answered for so long is replaced
-_REMAINS_S = 3.0  # what a killed server left behind has nothing to save
+_REMAINS_S = 3.0  # what a killed or hung server left behind has nothing to save
+_ATTEMPTS = 2  # Ray gives itself 30 s to start, which a machine under load does not keep
 _REMIND_S = 15.0
 
 Progress = Callable[[str], None]
@@ -37,7 +38,7 @@ def up(config: StackConfig, progress: Progress = print) -> None:
     started is stopped again when it fails or is interrupted.
     """
     with _lock(config, progress):
-        started: dict[str, float] = {}
+        attempts: dict[str, int] = {}
         try:
             _prepare(config)
             listing = parts(config)
@@ -46,9 +47,9 @@ def up(config: StackConfig, progress: Progress = print) -> None:
                     if part.owns_children:
                         processes.stop(processes.marked(config.home, part.name), _REMAINS_S)
                     processes.require_free(part.name, part.ports)
-            _converge(config, listing, started, progress)
+            _converge(config, listing, attempts, progress)
         except BaseException:
-            processes.stop([process for name in started for process in processes.marked(config.home, name)])
+            processes.stop([process for name in attempts for process in processes.marked(config.home, name)])
             if not processes.marked(config.home):
                 _forget(config)
             raise
@@ -83,31 +84,36 @@ def _process(config: StackConfig, part: Part) -> Any:
     return processes.main_process(config.home, part.name, part.command)
 
 
-def _converge(config: StackConfig, listing: Sequence[Part], started: dict[str, float], progress: Progress) -> None:
-    """Drive every part to health, side by side. `started` gets the parts started here, with the time of it."""
+def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, int], progress: Progress) -> None:
+    """Drive every part to health, side by side. `attempts` counts the starts of the parts started here."""
     waiting = {part.name: part for part in listing}
     since = dict.fromkeys(waiting, time.monotonic())
     reminded = dict(since)
     while waiting:
         for part in [part for part in waiting.values() if part.needs not in waiting]:
             name, process, now = part.name, _process(config, part), time.monotonic()
-            waited = now - since[name]
+            waited, ours = now - since[name], name in attempts
             if process is not None and part.answers(process):
                 del waiting[name]
-                state = f"healthy after {waited:.1f} s" if name in started else "already runs"
-                progress(f"{name}: {state} at {part.address}")
-            elif name in started and process is None:
-                raise StackError(f"{name} ended while starting: {_last_line(part.log)}; the whole log is {part.log}")
-            elif name in started and waited > config.timeout_s:
+                progress(f"{name}: {f'healthy after {waited:.1f} s' if ours else 'already runs'} at {part.address}")
+            elif ours and waited > config.timeout_s:
                 raise StackError(f"{name} does not answer after {waited:.0f} s; its log is {part.log}")
-            elif name not in started and (process is None or waited > _HUNG_S):
+            elif attempts.get(name) == _ATTEMPTS and process is None:
+                raise StackError(f"{name} ended while starting: {_last_line(part.log)}; the whole log is {part.log}")
+            elif process is None or (not ours and waited > _HUNG_S):
                 if process is not None:
                     progress(f"{name}: process {process.pid} does not answer, replacing it")
-                    processes.stop(processes.marked(config.home, name) if part.owns_children else [process])
+                elif ours:
+                    progress(f"{name}: ended while starting, once more: {_last_line(part.log)}")
+                if part.owns_children:
+                    processes.stop(processes.marked(config.home, name), _REMAINS_S)
+                elif process is not None:
+                    processes.stop([process], _REMAINS_S)
                 processes.require_free(name, part.ports)
                 if part.before and (done := part.before()):
                     progress(f"{name}: {done}")
-                started[name] = since[name] = reminded[name] = now
+                since[name] = since[name] if ours else now
+                attempts[name] = attempts.get(name, 0) + 1
                 processes.start(config.home, name, part.command, server_environment(config), part.log)
             elif now - reminded[name] > _REMIND_S:
                 reminded[name] = now

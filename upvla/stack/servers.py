@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 import urllib.request
 from collections.abc import Callable
 from datetime import datetime
@@ -253,12 +254,12 @@ def _crash_lost_runs(home: Path, api_url: str) -> str:
     """
     states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     asked = {"flow_runs": states, "work_pools": {"name": {"any_": [WORK_POOL]}}}
-    runs = json.loads(_get(f"{api_url}/flow_runs/filter", json.dumps(asked).encode()) or b"[]")
+    runs = json.loads(_post(f"{api_url}/flow_runs/filter", asked))
     living = processes.values(home, "PREFECT__FLOW_RUN_ID")
     lost = [run for run in runs if run["id"] not in living]
     crashed = {"state": {"type": "CRASHED", "message": "its process is gone: the stack was stopped. Run it again."}}
     for run in lost:
-        _get(f"{api_url}/flow_runs/{run['id']}/set_state", json.dumps(crashed).encode())
+        _post(f"{api_url}/flow_runs/{run['id']}/set_state", crashed)
     return ", ".join(f"flow run {run['name']} lost its process and is now Crashed: run it again" for run in lost)
 
 
@@ -280,3 +281,12 @@ def _get(url: str, body: bytes | None = None, headers: dict[str, str] | None = N
             return bytes(reply.read())
     except (OSError, http.client.HTTPException):
         return None
+
+
+def _post(url: str, body: Any) -> bytes:
+    """`_get` until it succeeds: on SQLite, Prefect answers 503 to writes that collide and expects another try."""
+    for pause_s in (0.2, 0.5, 1.0, 2.0, 4.0, 0.0):
+        if (reply := _get(url, json.dumps(body).encode())) is not None:
+            return reply
+        time.sleep(pause_s)
+    raise StackError(f"{url} does not answer well: see the log of prefect (`upvla status` says where)")

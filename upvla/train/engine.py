@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
     import deepspeed
 
-__all__ = ["Engine", "EngineConfig", "OptimizerConfig", "StepInfo", "build_engine", "decay_groups", "lr_factor"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "OptimizerConfig",
+    "StepInfo",
+    "build_engine",
+    "build_ops",
+    "decay_groups",
+    "lr_factor",
+]
 
 _TAG = "engine"
 _BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
@@ -176,6 +185,16 @@ def build_engine(
         config=deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation),
     )
     return Engine(engine, accumulation)
+
+
+def build_ops(use_gpu: bool = False) -> None:
+    """Compile what DeepSpeed compiles at its first use, half a minute on two cores, so that no run waits for it.
+
+    It is kept under TORCH_EXTENSIONS_DIR; where it is there already this takes a second.
+    """
+    deepspeed = _import_deepspeed(use_gpu)
+    if not use_gpu:
+        deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 
 def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:

@@ -64,6 +64,26 @@ class Cameras:
             frames[name] = np.ascontiguousarray(frame[::-1])
         return frames
 
+    def geoms(self, data: Any) -> np.ndarray:
+        """i64[200,200]: which geom (MuJoCo id, -1 for none) every pixel of the static camera shows."""
+        mj, flags = self._mj, (self._mj.mjtRndFlag.mjRND_SEGMENT, self._mj.mjtRndFlag.mjRND_IDCOLOR)
+        self._gl.make_current()
+        camera, rect = self._cameras["static"]
+        mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
+        for flag in flags:
+            self._scene.flags[flag] = 1
+        mj.mjr_render(rect, self._scene, self._context)
+        for flag in flags:
+            self._scene.flags[flag] = 0
+        frame = np.empty((rect.height, rect.width, 3), np.uint8)
+        mj.mjr_readPixels(frame, None, rect, self._context)
+        codes = (frame[::-1].astype(np.int64) * (1, 256, 65536)).sum(-1)
+        ids = np.full(self._scene.ngeom + 1, -1)
+        for shown in self._scene.geoms[: self._scene.ngeom]:
+            if shown.segid >= 0 and shown.objtype == mj.mjtObj.mjOBJ_GEOM:
+                ids[shown.segid + 1] = shown.objid
+        return np.asarray(ids[codes])
+
     def description(self) -> str:
         from OpenGL import GL
 

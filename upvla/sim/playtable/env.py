@@ -204,6 +204,22 @@ class PlaytableEnv:
         images = self._cameras.frames(self.data)
         return Observation(images, self.robot_state().astype(np.float32), self.scene_state().astype(np.float32))
 
+    def visible(self) -> dict[str, np.ndarray]:
+        """Which pixels of the static camera show what, bool[200,200] each: `lightbulb`, `led`, `gripper`, `blocks`."""
+        if self._cameras is None:
+            self._cameras = Cameras(self._mj, self.model)
+        geoms = self._cameras.geoms(self.data)
+        names = [self.model.geom(i).name for i in range(self.model.ngeom)]
+        bodies = [self.model.body(body).name for body in self.model.geom_bodyid]
+        hand = ("hand", "finger_left", "finger_right")
+        wanted = {
+            "lightbulb": [i for i, name in enumerate(names) if name == "lightbulb"],
+            "led": [i for i, name in enumerate(names) if name == "led"],
+            "gripper": [i for i, body in enumerate(bodies) if body in hand],
+            "blocks": [i for i, body in enumerate(bodies) if body.startswith("block_")],
+        }
+        return {name: np.isin(geoms, ids) for name, ids in wanted.items()}
+
     def contacts(self) -> dict[str, frozenset[str]]:
         """What touches the robot and each block: robot, table, plank, drawer, slide, button, switch, block_<colour>."""
         touching: dict[str, set[str]] = {"robot": set(), **{f"block_{b}": set() for b in s.BLOCKS}}
