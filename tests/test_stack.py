@@ -120,9 +120,13 @@ def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: Stack
     api = stack.environment(running)["PREFECT_API_URL"]
 
     def post(path: str, **body: object) -> dict:
-        return json.loads(
-            _fetch(api + path, json.dumps(body).encode(), "POST", **{"Content-Type": "application/json"})[1]
-        )
+        for _ in range(20):  # 503 is Prefect's "SQLite is busy, try again"
+            code, reply = _fetch(api + path, json.dumps(body).encode(), "POST", **{"Content-Type": "application/json"})
+            if code != 503:
+                break
+            time.sleep(0.3)
+        assert code < 300, (path, reply)
+        return json.loads(reply)
 
     flow = post("/flows/", name="line")
     deployment = post(
@@ -225,6 +229,18 @@ def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
     assert not [
         link for link in Path("/tmp").glob("upvla-*") if link.is_symlink() and link.readlink().is_relative_to(tmp_path)
     ]
+
+
+@pytest.mark.seam
+def test_a_server_that_cannot_start_is_tried_twice_then_named_with_its_log(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    (tmp_path / "s3").mkdir()
+    (tmp_path / "s3/filerldb2").write_text("in the way of a folder that the server wants")
+    said: list[str] = []
+    with pytest.raises(StackError, match=r"s3 ended while starting: .*logs/s3\.log"):
+        stack.up(config, said.append)
+    assert [line for line in said if line.startswith("s3: ended while starting, once more")]
+    assert processes.marked(tmp_path) == []
 
 
 def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -> None:
