@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, free_ports
@@ -20,6 +22,11 @@ class RayHead(NamedTuple):
     """A running Ray head with its job server; its environment is also this process's."""
 
     jobs_url: str
+    pid: int
+
+    def training_workers(self) -> list[psutil.Process]:
+        found = psutil.Process(self.pid).children(recursive=True)
+        return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +52,13 @@ def ray_head() -> Iterator[RayHead]:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
     try:
         _wait(f"http://127.0.0.1:{dashboard}", process, log)
-        yield RayHead(f"http://127.0.0.1:{dashboard}")
+        yield RayHead(f"http://127.0.0.1:{dashboard}", process.pid)
     finally:
-        process.terminate()
-        try:
-            process.wait(40)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        everything = [*psutil.Process(process.pid).children(recursive=True), process]
+        for each in everything:  # Ray would drain for half a minute
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             if value is None:

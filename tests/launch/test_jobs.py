@@ -33,7 +33,10 @@ if not marker.exists():
     with pytest.raises(JobFailed, match=r"flaky-1 ended as FAILED(.|\n)*the first attempt fails"):
         jobs.run("flaky", python(code), env={"COLOUR": "blue"}, on_line=lines.append)
     jobs.run("flaky", python(code), env={"COLOUR": "green"}, on_line=lines.append)
-    assert [line for line in lines if line.startswith("hello")] == ["hello from the job blue", "hello from the job green"]
+    assert [line for line in lines if line.startswith("hello")] == [
+        "hello from the job blue",
+        "hello from the job green",
+    ]
 
 
 def test_a_second_caller_attaches_and_sees_the_whole_log(ray_head: RayHead, tmp_path: Path) -> None:

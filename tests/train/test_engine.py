@@ -60,7 +60,8 @@ def test_what_deepspeed_would_default_is_stated(clip: float) -> None:
     assert values["gradient_clipping"] == clip
     assert values["train_micro_batch_size_per_gpu"] == 2
     assert values["gradient_accumulation_steps"] == 3
-    assert values["zero_optimization"]["reduce_bucket_size"] == sum(p.numel() for p in ToyVLA().parameters())
+    weights = sum(p.numel() for p in ToyVLA().parameters())
+    assert weights <= values["zero_optimization"]["reduce_bucket_size"] < weights + 1024
 
 
 def test_without_a_process_group_the_error_says_who_starts_one() -> None:

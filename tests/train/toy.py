@@ -115,7 +115,7 @@ class Workers:
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((fn, args, kwargs))
-        answers = [pipe.recv() if pipe.poll(120) else ("failed", "no answer in 120 s") for pipe in self._pipes]
+        answers = [pipe.recv() if pipe.poll(250) else ("failed", "no answer in 250 s") for pipe in self._pipes]
         for status, value in answers:
             if status == "raised":
                 raise value

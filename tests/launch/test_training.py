@@ -1,0 +1,234 @@
+"""Stages on a real dataset: by workers alone, and as a Ray job whose worker is killed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.factories import write_calvin
+from tests.launch.conftest import RayHead
+from tests.train.toy import Workers
+from upvla.checkpoint import load_bundle
+from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.mixture import MixtureConfig
+from upvla.errors import ConfigError, JobFailed, Mismatch, NotFound
+from upvla.launch.encode import encode_shard
+from upvla.launch.jobs import Jobs
+from upvla.launch.tokenizers import load_vq, save_text, save_vq
+from upvla.launch.train import FAILURE, RESULT, TrainSpec, run_training, share_done
+from upvla.launch.worker import open_inputs, work
+from upvla.model.config import ModelConfig, preset
+from upvla.model.text import TextTokenizer
+from upvla.model.vq import VQTokenizer
+from upvla.store import Store, open_store
+from upvla.train.resume import latest
+
+pytestmark = pytest.mark.seam
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    text = TextTokenizer.train(["pull the handle to open the drawer"], 300)
+    return preset(
+        "tiny",
+        text_vocab_size=300,
+        eot_id=text.eot_id,
+        backbone={"width": 32, "blocks": 1, "heads": 2, "mlp": 64},
+        vision={"width": 32, "blocks": 1, "heads": 2, "mlp": 32, "stem": (8, 16)},
+        vq={"channels": 8},
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> tuple[Store, dict[str, Any]]:
+    """A store with a dataset, its mixtures, tokenizers (an untrained VQ) and codes; and what a spec says of them."""
+    folder = tmp_path_factory.mktemp("training")
+    store = open_store(str(folder / "store"))
+    write_calvin(folder / "raw", (20,) * 8)
+    ingest(store, IngestConfig(format="calvin", dataset="toy", validation_fraction=0.25), str(folder / "raw"))
+    mixture = MixtureConfig.model_validate(
+        {
+            "sources": [
+                {"dataset": "toy", "kind": "robot", "weight": 0.75},
+                {"dataset": "toy", "kind": "qa", "weight": 0.25},
+            ],
+            "global_batch": 8,
+        }
+    )
+    plans = {split: mixture.plan(store, split) for split in ("train", "validation")}
+    for plan in plans.values():
+        store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
+    vq_id = save_vq(store, VQTokenizer(model.vq))
+    text_id = save_text(store, TextTokenizer.train(["pull the handle to open the drawer"], 300))
+    encode_shard(store, "toy", 1, vq_id, model, only_shard(store))
+    references = {"train_plan": plans["train"].plan_id, "validation_plan": plans["validation"].plan_id}
+    return store, references | {"text_id": text_id, "vq_id": vq_id, "model": model}
+
+
+def only_shard(store: Store) -> str:
+    (shard,) = store.sub("datasets/toy").list("data/")
+    return shard
+
+
+def spec_of(
+    store: Store, references: dict[str, Any], *, name: str, weights: dict[str, float], **changes: Any
+) -> TrainSpec:
+    stage = {
+        "name": name,
+        "steps": 8,
+        "weights": weights,
+        "micro_batch": 2,
+        "log_every": 1,
+        "eval_every": 4,
+        "save_every": 2,
+        "eval_batches": 1,
+        "optimizer": {"lr": 3e-3},
+    }
+    kind = "vq" if name == "vq" else "policy"
+    engine = {"num_workers": 2, "zero_stage": 2, "max_failures": 1}
+    values = {"kind": kind, "store_url": store.url, "stage": stage | changes.pop("stage", {}), "engine": engine}
+    return TrainSpec.model_validate(values | references | changes)
+
+
+def run_stage(workers: Workers, spec: TrainSpec) -> dict[str, Any]:
+    workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+    return dict(open_store(spec.store_url).sub(spec.prefix).read_json(RESULT))
+
+
+def test_the_tokenizer_learns_by_the_same_loop(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], model: ModelConfig
+) -> None:
+    store, references = prepared
+    result = run_stage(two_workers, spec_of(store, references, name="vq", weights={"vq": 1.0}))
+    assert result["losses"]["vq"]["last"] < result["losses"]["vq"]["first"]
+    assert load_vq(store, result["vq_id"]).config == model.vq
+    assert result["vq_id"] != references["vq_id"]
+
+
+def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    freeze = {"freeze": ["token_learner.*", "to_logits.*"]}
+    first = run_stage(
+        two_workers, spec_of(store, references, name="stage1", weights={"pre": 1.0, "mmu": 0.1}, stage=freeze)
+    )
+    plans = {name: references[name] for name in ("train_plan", "validation_plan")}
+    parent = {"parent_url": first["url"], "parent_id": first["model_id"]}
+    second = run_stage(
+        two_workers, spec_of(store, plans | parent, name="stage2", weights={"pre": 1.0, "act": 1.0, "mmu": 0.1})
+    )
+    for objective in ("pre", "mmu", "act"):
+        assert second["losses"][objective]["first"] == pytest.approx(first["losses"][objective]["last"], rel=1e-5)
+        assert second["losses"][objective]["last"] < second["losses"][objective]["first"]
+    bundle = load_bundle(second["url"])
+    assert bundle.meta["parent"] == first["model_id"]
+    assert bundle.meta["datasets"]["toy"]["version"] == 1
+    assert bundle.stats == load_bundle(first["url"]).stats
+    assert bundle.vq.id == references["vq_id"]
+    assert (second["step"], second["resumed_from"]) == (8, 0)
+
+
+def test_killing_a_worker_of_the_ray_job_changes_nothing_in_the_result(
+    two_workers: Workers, ray_head: RayHead, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The uninterrupted reference runs in plain processes, so this also shows that Ray changes no number."""
+    store, references = prepared
+    weights = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
+    spec = spec_of(store, references, name="killed", weights=weights, stage={"steps": 16})
+    reference = run_stage(two_workers, spec)
+    shutil.copytree(store.url, tmp_path / "store", ignore=shutil.ignore_patterns("runs", "models"))
+    other = open_store(str(tmp_path / "store"))
+    spec = spec_of(other, references, name="killed", weights=weights, stage={"steps": 16})
+    points = other.sub(f"{spec.prefix}/resume")
+    killed: list[int] = []
+
+    def kill_after_a_save() -> None:
+        deadline = time.monotonic() + 200
+        while not latest(points) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        victim = ray_head.training_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    killer = threading.Thread(target=kill_after_a_save)
+    killer.start()
+    result = run_training(other, spec, Jobs(ray_head.jobs_url), on_line=print, python=sys.executable)
+    killer.join()
+    assert killed
+    assert 2 <= result["resumed_from"] < 16
+    assert result["losses"] == reference["losses"]
+    assert result["model_id"] == reference["model_id"], "weights are equal, bit for bit"
+    assert run_training(other, spec, Jobs(ray_head.jobs_url), on_line=pytest.fail) == result
+
+
+def test_numbers_that_are_not_finite_end_the_stage_without_retries(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    stage = {"optimizer": {"lr": 1e30, "warmup_steps": 0}}
+    spec = spec_of(store, references, name="diverges", weights={"act": 1.0}, stage=stage)
+    two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+    place = store.sub(spec.prefix)
+    assert not place.exists(RESULT)
+    failure = place.read_json(FAILURE)
+    assert failure["code"] == "bad_step"
+    assert "is not finite, the optimiser was not moved" in failure["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"stage": {"micro_batch": 3}}, ConfigError, "choose a micro_batch that divides 4"),
+        ({"vq_id": "0123456789abcdef"}, NotFound, "vq/0123456789abcdef"),
+        ({"text_id": "feed"}, NotFound, "text/feed"),
+        ({"train_plan": "beef"}, NotFound, "mixtures/beef"),
+        ({"parent_url": "/nowhere/models/x"}, NotFound, "holds no finished checkpoint"),
+        ({"model": None}, ConfigError, "neither a model configuration nor a checkpoint"),
+    ],
+)
+def test_wrong_inputs_are_named_before_workers_are_asked_for(
+    prepared: tuple[Store, dict[str, Any]], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="wrong", weights={"act": 1.0}, **change)
+    with pytest.raises(error, match=re.escape(message)):
+        open_inputs(spec).check(spec)
+
+
+def test_another_models_tokenizer_is_refused(prepared: tuple[Store, dict[str, Any]], model: ModelConfig) -> None:
+    store, references = prepared
+    text_id = save_text(store, TextTokenizer.train(["open"], 280))
+    spec = spec_of(store, references | {"text_id": text_id}, name="wrong", weights={"act": 1.0})
+    with pytest.raises(Mismatch, match="text vocabulary 300, its part brings 280"):
+        open_inputs(spec).check(spec)
+
+
+def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, Any]]) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="stage1", weights={"act": 1.0})
+    same = {"store_url": "s3://elsewhere", "stage": {"log_every": 7}, "engine": {"num_workers": 4, "zero_stage": 3}}
+    assert spec_of(store, references, name="stage1", weights={"act": 1.0}, **same).key == spec.key
+    assert spec_of(store, references, name="stage1", weights={"act": 1.0}, seed=1).key != spec.key
+    assert spec_of(store, references, name="stage1", weights={"act": 2.0}).key != spec.key
+
+
+def test_progress_is_read_from_the_lines() -> None:
+    assert share_done("stage1    240/1500   pre 3.21  lr 9.8e-05") == 240 / 1500
+    assert share_done("Requesting resources: {'CPU': 1} * 2") is None
+
+
+def test_an_error_in_the_driver_is_one_sentence(ray_head: RayHead, prepared: tuple[Store, dict[str, Any]]) -> None:
+    store, references = prepared
+    spec = spec_of(store, references | {"vq_id": "0123456789abcdef"}, name="stage1", weights={"act": 1.0})
+    with pytest.raises(JobFailed, match="vq/0123456789abcdef") as caught:
+        run_training(store, spec, Jobs(ray_head.jobs_url), on_line=lambda line: None, python=sys.executable)
+    assert "\n" not in str(caught.value)
