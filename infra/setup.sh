@@ -46,3 +46,6 @@ say "installing what constraints.txt locks"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 .venv/bin/python -m pip check
 .venv/bin/python infra/check_lock.py constraints.txt
+say "building DeepSpeed's operator for this machine, once"
+TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}" DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" \
+  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -c "from upvla.train.engine import build_ops; build_ops()" >/dev/null

@@ -134,7 +134,9 @@ def environment(config: StackConfig) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(home / "secrets/ray_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: keeps Ray on loopback on every system
-        "TORCH_EXTENSIONS_DIR": str(home / "torch_extensions"),
+        # one build of DeepSpeed's operator for every home: set-up makes it
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(Path(sys.prefix, "torch_extensions")),
+        "RAY_worker_niceness": "0",  # Ray would let training yield to everything else on the machine
         "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu"),
         "DO_NOT_TRACK": "1",
         "NO_PROXY": no_proxy,
