@@ -5,7 +5,8 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 
 export PYTHON
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions # DeepSpeed's operator, built once by set-up
+# DeepSpeed's operator, built once by set-up
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint up down status bench

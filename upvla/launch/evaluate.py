@@ -34,7 +34,7 @@ def map_chains(
     todo = [(i, chain) for i, chain in enumerate(chains) if i not in records]
     shards = [todo[i : i + shard_size] for i in range(0, len(todo), shard_size)]
     with connected():
-        task = ray.remote(num_cpus=1, max_retries=2, retry_exceptions=False)(work)
+        task = ray.remote(num_cpus=1, max_retries=2, retry_exceptions=False)(_run)
         running: dict[ray.ObjectRef, list[tuple[int, Chain]]] = {}
         while shards or running:
             while shards and len(running) < num_workers:
@@ -58,3 +58,7 @@ def map_chains(
             if on_records:
                 on_records(found)
     return [records[i] for i in range(len(chains))]
+
+
+def _run(work: Work, shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
+    return work(shard)  # Ray makes tasks of functions only, and work may be any callable that pickles
