@@ -17,7 +17,17 @@ MINI: dict[str, Any] = {
     "qa_budget": 24,
     "chunk": 4,
     "backbone": {"width": 32, "blocks": 2, "heads": 2, "mlp": 64},
-    "vision": {"image_size": 32, "patch": 16, "width": 16, "blocks": 1, "heads": 2, "mlp": 32, "stem": (8, 8)},
+    "vision": {
+        "image_size": 32,
+        "patch": 16,
+        "width": 16,
+        "blocks": 1,
+        "heads": 2,
+        "mlp": 32,
+        "stem": (8, 8),
+        "pool": (1, 2),
+        "keypoints": 8,
+    },
     "vq": {"image_size": 32, "channels": 8, "z_channels": 5},
 }
 

@@ -19,15 +19,15 @@ def test_presets_load_and_survive_json(name: str) -> None:
 
 
 def test_a_preset_with_nested_changes() -> None:
-    config = ModelConfig.model_validate({"preset": "tiny", "chunk": 6, "backbone": {"blocks": 2}})
-    assert (config.chunk, config.backbone.blocks, config.backbone.width) == (6, 2, preset("tiny").backbone.width)
+    config = ModelConfig.model_validate({"preset": "tiny", "chunk": 6, "backbone": {"blocks": 3}})
+    assert (config.chunk, config.backbone.blocks, config.backbone.width) == (6, 3, preset("tiny").backbone.width)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"vision": {"pool": (1,)}}, "vision.pool names 1 cameras"),
-        ({"vision": {"pool": (1, 3)}}, "does not divide"),
+        ({"vision": {"image_size": 96, "pool": (1, 4)}}, "does not divide"),
         ({"vision": {"frozen": True}}, "random weights"),
         ({"vq": {"image_size": 60}}, "not a multiple of 8"),
         ({"eot_id": 5000}, "eot_id"),
