@@ -15,6 +15,7 @@ from upvla.errors import ConfigError, UpvlaError
 from upvla.launch.pretrain import open_pretraining
 from upvla.stack import StackConfig
 
+STAGES = ("up", "collect", "ingest", "mix", "text", "vq", "encode", "stage1", "stage2", "evaluate", "register")
 CONFIGS = {"full": "pretrain/full", "ci": "pretrain/ci"}
 
 
@@ -46,7 +47,8 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report for a terminal: stages, losses, scores beside the reference policies, where to look."""
     lines = ["", f"{'stage':<10} {'seconds':>8}  figure"]
-    for stage, seconds in report["stage_seconds"].items():
+    for stage in sorted(report["stage_seconds"], key=STAGES.index):
+        seconds = report["stage_seconds"][stage]
         lines.append(f"{stage:<10} {seconds:>8.1f}  {report['figures'].get(stage, '')}")
     lines.append(f"{'total':<10} {report['total_seconds']:>8.1f}")
     lines += ["", f"{'held-out loss':<14} {'before':>9} {'after':>9}"]

@@ -39,7 +39,7 @@ def map_chains(
         while shards or running:
             while shards and len(running) < num_workers:
                 shard = shards.pop(0)
-                running[task.remote(shard)] = shard
+                running[task.remote(work, shard)] = shard
             (ready, *_), _ = ray.wait(list(running))
             shard = running.pop(ready)
             names = f"chains {shard[0][0]}..{shard[-1][0]}"
