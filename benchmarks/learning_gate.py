@@ -140,7 +140,9 @@ def _psnr(squared_error: np.ndarray) -> float:
 
 def understanding(bundle: Bundle, dataset: Dataset, limit: int = 400) -> dict[str, Estimate]:
     """Exact answers to held-out questions about validation recordings, with the picture and with a grey one."""
-    rows = [q for q in dataset.qa if q.template_split == "held_out" and dataset.episodes[q.episode].split == "validation"]
+    rows = [
+        q for q in dataset.qa if q.template_split == "held_out" and dataset.episodes[q.episode].split == "validation"
+    ]
     rows = rows[:: max(1, len(rows) // limit)]
     right = {"seen": 0, "blank": 0}
     for start in range(0, len(rows), 32):
@@ -173,7 +175,9 @@ def run(home: Path, pictures: Path, overrides: Sequence[str], say: Any = print) 
     def timed(name: str, work: Any) -> Any:
         since = time.monotonic()
         result = work()
-        seconds[name] = round(result["seconds"] if isinstance(result, dict) and "seconds" in result else time.monotonic() - since, 1)
+        seconds[name] = round(
+            result["seconds"] if isinstance(result, dict) and "seconds" in result else time.monotonic() - since, 1
+        )
         say(f"{name}: {seconds[name]} s")
         return result
 

@@ -23,7 +23,7 @@ def test_action_space_mismatch_names_dimension_and_field() -> None:
 
 def test_an_episode_with_unequal_lengths_cannot_exist() -> None:
     steps = 4
-    with pytest.raises(BadEpisode, match="frame_count.*images.static has 3 rows"):
+    with pytest.raises(BadEpisode, match=r"frame_count.*images\.static has 3 rows"):
         Episode(
             id="e",
             source="test",

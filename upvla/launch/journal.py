@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from upvla.launch.train import TrainSpec
-from upvla.tracking import Run, Tracker
+
+if TYPE_CHECKING:
+    from upvla.tracking import Run
 
 
 class Journal:
@@ -23,6 +25,8 @@ class Journal:
         self._start, self._first_step_s = 0, 0.0
         self._run: Run | None = None
         if self._speaks and spec.tracking is not None:
+            from upvla.tracking import Tracker  # seconds of import that only one worker needs
+
             where = spec.tracking
             params = spec.model_dump(mode="json", exclude={"tracking", "paraphrases", "store_url", "scratch"})
             self._run = Tracker(where.uri, where.experiment).start(

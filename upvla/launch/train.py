@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(spec: TrainSpec) -> dict[str, Any]:
     """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for."""
-    from upvla.launch.worker import open_inputs, work
+    from upvla.launch.worker import open_inputs
 
     place = open_store(spec.store_url).sub(spec.prefix)
     if (result := _read(place, RESULT)) is not None:
@@ -160,7 +160,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     threads = max(1, int(cpus // spec.engine.num_workers))
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
-        work,
+        _work,
         train_loop_config={"spec": spec.model_dump_json(), "threads": threads},
         scaling_config=ScalingConfig(
             num_workers=spec.engine.num_workers,
@@ -192,6 +192,13 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     if result is None:
         raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
     return result
+
+
+def _work(settings: Mapping[str, Any]) -> None:
+    """Imported late: Ray's controller unpickles this function too, and should not load the whole model for it."""
+    from upvla.launch.worker import work
+
+    work(settings)
 
 
 def _read(place: Store, name: str) -> dict[str, Any] | None:

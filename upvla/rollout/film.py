@@ -52,7 +52,8 @@ class Film:
 
     def save_video(self, path: Path) -> Path:
         """H.264 mp4, static | gripper | predicted future."""
-        imageio.mimwrite(path, list[Any](self._frames), fps=_FPS_HZ, codec="libx264", macro_block_size=8, ffmpeg_log_level="error")
+        frames = list[Any](self._frames)
+        imageio.mimwrite(path, frames, fps=_FPS_HZ, codec="libx264", macro_block_size=8, ffmpeg_log_level="error")
         return path
 
     def strip(self, columns: int = 6) -> np.ndarray | None:
