@@ -215,7 +215,7 @@ def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixtur
     run = tracker.start("k", "stage1", params={"a": 1})
     for step in range(200):
         run.log({"loss/pre": float(step)}, step)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5  # nothing waited for a server
     run.record({}, "lost.json")
     run.close(timeout_s=1.0)
     messages = [record.message for record in caplog.records]

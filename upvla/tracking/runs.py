@@ -114,7 +114,7 @@ class Run:
         self._spool: deque[_Point] = deque(maxlen=_SPOOL)
         self._newest: dict[str, int] = {}  # metric -> newest step that the server has
         self._run_id: str | None = None
-        self._warned = False
+        self._warned, self._warning = False, threading.Lock()
         self._closing = threading.Event()
         self._sender = threading.Thread(target=self._send_forever, name=f"mlflow-{name}", daemon=True)
         self._sender.start()
@@ -207,9 +207,10 @@ class Run:
             self._warn_once(error)
 
     def _warn_once(self, error: Exception) -> None:
-        if not self._warned:
-            log.warning("%s; going on without it, metrics are kept until it is back", error)
-        self._warned = True
+        with self._warning:  # the sender's thread and the caller's may find out at the same moment
+            if not self._warned:
+                log.warning("%s; going on without it, metrics are kept until it is back", error)
+            self._warned = True
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
