@@ -19,11 +19,11 @@ from tests.train.toy import Workers
 from upvla.checkpoint import load_bundle
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.mixture import MixtureConfig
-from upvla.errors import ConfigError, JobFailed, Mismatch, NotFound
+from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch.encode import encode_shard
 from upvla.launch.jobs import Jobs
 from upvla.launch.tokenizers import load_vq, save_text, save_vq
-from upvla.launch.train import FAILURE, RESULT, TrainSpec, run_training, share_done
+from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, main, run_training, share_done
 from upvla.launch.worker import open_inputs, work
 from upvla.model.config import ModelConfig, preset
 from upvla.model.text import TextTokenizer
@@ -226,9 +226,15 @@ def test_progress_is_read_from_the_lines() -> None:
     assert share_done("Requesting resources: {'CPU': 1} * 2") is None
 
 
-def test_an_error_in_the_driver_is_one_sentence(ray_head: RayHead, prepared: tuple[Store, dict[str, Any]]) -> None:
+def test_an_error_in_the_driver_is_one_sentence(
+    ray_head: RayHead, prepared: tuple[Store, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     store, references = prepared
     spec = spec_of(store, references | {"vq_id": "0123456789abcdef"}, name="stage1", weights={"act": 1.0})
-    with pytest.raises(JobFailed, match="vq/0123456789abcdef") as caught:
-        run_training(store, spec, Jobs(ray_head.jobs_url), on_line=lambda line: None, python=sys.executable)
-    assert "\n" not in str(caught.value)
+    place = store.sub(spec.prefix)
+    place.write_json(SPEC, spec.model_dump(mode="json"))
+    assert main([f"{place.url}/{SPEC}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upvla: ")]
+    assert line.startswith("upvla: not_found: ")
+    assert "vq/0123456789abcdef" in line
+    assert place.read_json(FAILURE)["code"] == "not_found"
