@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
     os.environ.update(stack.environment(servers))
     up_seconds = time.monotonic() - began
     config = CONFIGS[size]
-    _prefect("deploy", "--all")
-    _prefect(
-        "deployment", "run", "pretrain/full", "--watch", "-p", f"config={json.dumps(config)}", "-p", f'site="{site}"'
-    )
+    _run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
+    name = f"demo-{size}-{uuid.uuid4().hex[:8]}"
+    parameters = ("-p", f"config={json.dumps(config)}", "-p", f"site={json.dumps(site)}")
+    _run("prefect", "--no-prompt", "deployment", "run", "pretrain/full", "--flow-run-name", name, *parameters)
+    _run("flows.follow", name)
     line = open_pretraining(config, site)
     report = line.store.read_json(line.report_key)
     report["stage_seconds"] = {"up": round(up_seconds, 1), **report["stage_seconds"]}
@@ -66,13 +68,17 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _prefect(*arguments: str) -> None:
+def _run(module: str, *arguments: str, quiet: bool = False) -> None:
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], cwd=root, check=False)
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=root, check=False, capture_output=quiet, text=True)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
     if done.returncode:
+        print(done.stdout or "", done.stderr or "", file=sys.stderr)
         raise UpvlaError(
-            f"`prefect {' '.join(arguments[:3])}` ended with {done.returncode}; its log is in the Prefect UI "
-            "(`upvla status` says where). What was finished is kept: run the demo again to go on"
+            f"`python -m {module} {' '.join(arguments[:2])}` ended with {done.returncode}; its log is in the Prefect "
+            "UI (`upvla status` says where). What was finished is kept: run the demo again to go on"
         )
 
 
