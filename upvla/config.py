@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from upvla.data.ingest import IngestConfig
 from upvla.data.mixture import MixtureConfig
 from upvla.errors import ConfigError
-from upvla.model.config import ModelConfig
+from upvla.model.config import ModelConfig, merge
 from upvla.rollout.evaluate import EvalConfig
 from upvla.sim.playtable.recorder import CollectConfig
 from upvla.store import content_hash
@@ -133,16 +133,8 @@ def _read(name: str, depth: int = 0) -> dict[str, Any]:
     if base is not None:
         if depth > 1:
             raise ConfigError(f"{path}: only one level of `base:` is allowed")
-        sections = _merge(_read(base, depth + 1), sections)
-    return _merge(sections, values)
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
+        sections = merge(_read(base, depth + 1), sections)
+    return merge(sections, values)
 
 
 def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -10,7 +10,7 @@ Only numpy at run time: every room may import this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -382,7 +382,3 @@ class ModelVersion:
     alias: str
     checkpoint: Checkpoint
     tags: Mapping[str, str]
-
-
-Log = Any  # Callable[[Mapping[str, float], int], None]: (metrics, step)
-Batches = Iterator[Batch]

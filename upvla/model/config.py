@@ -179,7 +179,7 @@ class ModelConfig(_Section):
     def _from_preset(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or values.get("preset") not in PRESETS:
             return values
-        return _merge(PRESETS[values["preset"]], values)
+        return merge(PRESETS[values["preset"]], values)
 
     @model_validator(mode="after")
     def _coherent(self) -> ModelConfig:
@@ -276,11 +276,12 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({"preset": name, **changes})
 
 
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on `under`, section by section; values and lists are replaced."""
     merged = dict(under)
     for key, value in over.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
+        merged[key] = merge(merged[key], value) if nested else value
     return merged
 
 
