@@ -200,13 +200,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process.wait()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr("upvla.tracking.runs._RETRY_S", 0.2)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(f"http://127.0.0.1:{free_ports(1)[0]}", "away")
     with pytest.raises(StackError, match="is it up"):
@@ -223,7 +223,8 @@ def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixtur
     assert any("200 metric points were never sent" in message for message in messages)
 
 
-def test_what_is_measured_while_the_server_hangs_arrives_once(server: Server) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_what_is_measured_while_the_server_hangs_arrives_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen server accepts a request and carries it out when thawed, long after the client gave up on the reply."""
     server.wait_healthy()
     tracker = Tracker(server.uri, "away")
@@ -232,14 +233,16 @@ def test_what_is_measured_while_the_server_hangs_arrives_once(server: Server) ->
         run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
     while not history(tracker, run.run_id, "loss/act"):
         time.sleep(0.05)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     os.killpg(server.process.pid, signal.SIGSTOP)
     for step in range(30, 60):
         run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
     time.sleep(4.0)
     os.killpg(server.process.pid, signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     for step in range(60, 90):
         run.log({"loss/pre": float(step), "loss/act": 0.5}, step)
-    run.close()
+    run.close(timeout_s=60)
     assert history(tracker, run.run_id, "loss/pre") == [(step, float(step)) for step in range(1, 90)]
     assert len(history(tracker, run.run_id, "loss/act")) == 89
     assert tracker.client.get_run(run.run_id).data.params == {"a": "1"}
