@@ -218,7 +218,11 @@ def test_down_leaves_nothing_of_ours_and_stops_nothing_else(running: StackConfig
 @pytest.mark.seam
 def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    code = "import sys; from upvla import stack; stack.up(stack.StackConfig.model_validate_json(sys.argv[1]))"
+    code = (
+        "import signal, sys; from upvla import stack; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs inherit it ignored
+        "stack.up(stack.StackConfig.model_validate_json(sys.argv[1]))"
+    )
     starting = subprocess.Popen([sys.executable, "-c", code, config.model_dump_json()], stdout=subprocess.PIPE)
     assert starting.stdout is not None
     assert starting.stdout.readline().startswith(b"s3: healthy")  # and the others are on their way

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(two_workers: Workers, zero_sta
     for name, weight in whole["weights"].items():
         assert np.array_equal(second["weights"][name], weight), name
     assert not list((tmp_path / "s").iterdir()), "scratch folders are removed"
+
+
+def test_what_killed_workers_left_in_scratch_is_removed_and_what_lives_is_not(tmp_path: Path) -> None:
+    abandoned, owned, young = (tmp_path / f"resume-{name}" for name in ("abandoned", "owned", "young"))
+    for folder in (abandoned, owned, young):
+        folder.mkdir()
+        (folder / "shard.pt").write_bytes(b"x")
+    hour_ago = time.time() - 3600
+    for folder in (abandoned, owned):
+        os.utime(folder, (hour_ago, hour_ago))
+    lock = os.open(owned, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with resume._folder(tmp_path) as mine:
+        assert sorted(tmp_path.iterdir()) == sorted([owned, young, mine])
+    os.close(lock)
+    assert sorted(tmp_path.iterdir()) == [owned, young]
 
 
 @pytest.fixture
