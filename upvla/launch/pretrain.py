@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
@@ -34,21 +35,19 @@ class Pretraining(Line):
         super().__init__(site, config, config.model_name, progress)
 
     def collect(self) -> Result:
-        """Scripted experts -> recordings in CALVIN's raw layout, in a folder of their own under the site's."""
-        config = self.config.data.collect
+        """Scripted experts -> recordings in CALVIN's raw layout, in a folder of their own under the site's.
+
+        The folder itself says what is done: it lies on this machine, so a record on the store could outlive it.
+        """
+        began, config = time.monotonic(), self.config.data.collect
         folder = self.site.raw_folder / f"{self.config.data.ingest.dataset}-{config.fingerprint()}"
-
-        def work() -> Result:
-            summary = collect(config, folder, progress=self._counting("recordings"))
-            return {
-                "source_url": str(folder / "training"),
-                "recordings": summary["recordings"],
-                "frames": summary["frames"],
-            }
-
-        if not folder.exists():  # raw recordings lie on this machine, not on the store: the record alone is not enough
-            return work()
-        return once(self.store, "collect", {"config": config.fingerprint(), "folder": str(folder)}, work)
+        summary = collect(config, folder, progress=self._counting("recordings"))
+        return {
+            "source_url": str(folder / "training"),
+            "recordings": summary["recordings"],
+            "frames": summary["frames"],
+            "seconds": round(time.monotonic() - began, 3),
+        }
 
     def ingest(self, source_url: str) -> Result:
         """Recordings -> a version of the dataset. What is new there becomes its next version; nothing new, no work."""
