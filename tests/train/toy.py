@@ -124,9 +124,12 @@ class Workers:
         return [value for _, value in answers]
 
     def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
         for process in self._processes:
-            process.kill()
-            process.join()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
@@ -137,11 +140,12 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     )
     from upvla.errors import UpvlaError
 
-    while True:
-        fn, args, kwargs = pipe.recv()
+    while (task := pipe.recv()) is not None:
+        fn, args, kwargs = task
         try:
             pipe.send(("done", fn(*args, **kwargs)))
         except UpvlaError as error:
             pipe.send(("raised", error))
         except Exception:
             pipe.send(("failed", traceback.format_exc()))
+    torch.distributed.destroy_process_group()
