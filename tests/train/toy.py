@@ -124,12 +124,9 @@ class Workers:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
         for process in self._processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
 
 
 def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
@@ -140,12 +137,11 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     )
     from upvla.errors import UpvlaError
 
-    while (task := pipe.recv()) is not None:
-        fn, args, kwargs = task
+    while True:
+        fn, args, kwargs = pipe.recv()
         try:
             pipe.send(("done", fn(*args, **kwargs)))
         except UpvlaError as error:
             pipe.send(("raised", error))
         except Exception:
             pipe.send(("failed", traceback.format_exc()))
-    torch.distributed.destroy_process_group()

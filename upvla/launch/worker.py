@@ -134,19 +134,19 @@ def work(settings: Mapping[str, Any]) -> None:
         freeze=stage.freeze,
     )
     torch.manual_seed(spec.seed * 1_000_003 + engine.rank)  # dropout; a restored state replaces it
-    with tempfile.TemporaryDirectory(prefix="upvla-", dir=spec.scratch or None) as scratch:
-        journal = Journal(spec, engine.rank, began)
-        try:
-            _train(spec, inputs, engine, place, journal, Path(scratch), settings["threads"])
-        except BadStep as error:
-            journal.close("FAILED")
-            if engine.rank == 0:
-                place.write_json(FAILURE, {"code": error.code, "message": str(error)})
-        except BaseException:
-            journal.close("FAILED")
-            raise
-        else:
-            journal.close("FINISHED")
+    scratch = Path(spec.scratch or tempfile.gettempdir(), "upvla-resume")  # one for all workers of a machine
+    journal = Journal(spec, engine.rank, began)
+    try:
+        _train(spec, inputs, engine, place, journal, scratch, settings["threads"])
+    except BadStep as error:
+        journal.close("FAILED")
+        if engine.rank == 0:
+            place.write_json(FAILURE, {"code": error.code, "message": str(error)})
+    except BaseException:
+        journal.close("FAILED")
+        raise
+    else:
+        journal.close("FINISHED")
 
 
 def _train(

@@ -12,15 +12,18 @@ manifest, and only from this run's own prefix.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import logging
+import os
 import random
 import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +37,8 @@ from upvla.store import Store
 from upvla.train.engine import Engine
 
 log = logging.getLogger(__name__)
+
+_STALE_S = 60.0  # a younger folder may be one that its owner has made and not locked yet
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,29 @@ def _leader_folder(engine: Engine, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _folder(scratch: Path) -> Iterator[Path]:
+    """A folder of our own below `scratch`, locked while we live; what killed workers left there is removed first."""
     scratch.mkdir(parents=True, exist_ok=True)
+    for old in scratch.glob("resume-*"):
+        with contextlib.suppress(OSError):  # BlockingIOError: its owner lives
+            if time.time() - old.stat().st_mtime > _STALE_S:
+                with _locked(old):
+                    shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="resume-", dir=scratch))
     try:
-        yield folder
+        with _locked(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
