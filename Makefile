@@ -9,7 +9,7 @@ export PYTHON
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint up down status bench
+.PHONY: help setup demo test test-slow test-readme lint up down status bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,10 +24,13 @@ demo: setup ## the whole line, from recordings to a registered policy
 	$(BIN)/upvla demo --size $(DEMO)
 
 test: setup ## fast tests and tests against real engines
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not e2e and not gpu"
 
 test-slow: setup ## the long tests
 	$(BIN)/pytest -m slow
+
+test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
+	$(BIN)/pytest -m e2e
 
 lint: setup ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -98,6 +99,15 @@ def status(site: SiteName = "local", as_json: Json = False) -> None:
         return
     for part in parts:
         print(f"{part['name']:<16} {'healthy' if part['healthy'] else 'DOWN':<8} {part['address']:<32} {part['log']}")
+
+
+@app.command()
+def env(site: SiteName = "local") -> None:
+    """Print the stack's addresses and credentials for a shell. Example: eval "$(upvla env)" """
+    from upvla import stack
+
+    for name, value in stack.environment(stack.load_site(site)).items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 # -------------------------------------------------------------------------------------------------------- the line
