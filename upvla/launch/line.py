@@ -81,27 +81,11 @@ class Line:
 
     def evaluate(self, checkpoint_url: str) -> Result:
         """Closed-loop scores of a checkpoint on every suite beside the reference policies, videos, predicted frames."""
-        checkpoint, config = read_marker(open_store(checkpoint_url)), self.config.eval
+        checkpoint = read_marker(open_store(checkpoint_url))
 
         def work() -> Result:
-            found: dict[str, dict[str, Any]] = {}
-            protocols: dict[str, str] = {}
-            policies = {self.model_name: checkpoint} | {name: name for name in config.references}
-            for suite in config.suites:
-                for name, policy in policies.items():
-                    report = scoring.judge(
-                        self.store,
-                        config,
-                        suite,
-                        policy,
-                        num_workers=self.site.num_workers,
-                        progress=self._counting(f"{suite.name}, {name}: chains"),
-                    )
-                    found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
-                    self._log_scores(checkpoint, name, as_metrics(scores(report)))
-                    protocols[suite.name] = report.fingerprint
-            self._log_films(checkpoint)
-            return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
+            with connected():  # one connection for all suites, so that worker processes are kept between them
+                return self._scores(checkpoint)
 
         return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work)
 
@@ -158,6 +142,27 @@ class Line:
         raise NotFound(f"{name} has no version or alias {wanted!r}; versions: {', '.join(v.version for v in listed)}")
 
     # --------------------------------------------------------------------------------------------------- private
+
+    def _scores(self, checkpoint: Checkpoint) -> Result:
+        config = self.config.eval
+        found: dict[str, dict[str, Any]] = {}
+        protocols: dict[str, str] = {}
+        policies = {self.model_name: checkpoint} | {name: name for name in config.references}
+        for suite in config.suites:
+            for name, policy in policies.items():
+                report = scoring.judge(
+                    self.store,
+                    config,
+                    suite,
+                    policy,
+                    num_workers=self.site.num_workers,
+                    progress=self._counting(f"{suite.name}, {name}: chains"),
+                )
+                found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
+                self._log_scores(checkpoint, name, as_metrics(scores(report)))
+                protocols[suite.name] = report.fingerprint
+        self._log_films(checkpoint)
+        return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
 
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
