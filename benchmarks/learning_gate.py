@@ -283,6 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_ADDRESS", "local")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let training yield to everything else here
     with tempfile.TemporaryDirectory(prefix="learning-gate-") as scratch:
         home = (options.home or Path(scratch)).resolve()
         options.pictures.mkdir(parents=True, exist_ok=True)

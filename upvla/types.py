@@ -342,7 +342,10 @@ class Chain(NamedTuple):
 
 
 class ChainRecord(NamedTuple):
-    """How far one chain got; `steps` are env steps a subtask, `error` why it could not be judged, else empty."""
+    """How far one chain got; `steps` are env steps a subtask, `error` why it could not be judged, else empty.
+
+    `failure` is the kind of the failure that ended it (`upvla.rollout.failures.REASONS`), empty when none did.
+    """
 
     number: int
     scene: str
@@ -350,6 +353,7 @@ class ChainRecord(NamedTuple):
     succeeded: int
     steps: tuple[int, ...]
     error: str = ""
+    failure: str = ""
 
 
 class Estimate(NamedTuple):

@@ -229,7 +229,7 @@ class Line:
         ours = policy == self.model_name
         key, name = _training_run(checkpoint) if ours else (f"reference/{policy}", f"reference {policy}")
         with self.tracked(key, name, parent=self.pipeline_run()) as run:
-            run.log(metrics, checkpoint.step if ours else 0)
+            run.log(metrics, 0)  # all at one step: MLflow then draws bars beside each other, not points on a curve
 
     def _log_films(self, checkpoint: Checkpoint) -> None:
         if self.config.eval.videos == 0:
