@@ -19,7 +19,7 @@ def test_bootstrap_interval_covers_the_true_mean_about_95_times_in_100() -> None
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        estimate = bootstrap_mean(rng.binomial(5, 0.4, 60), draws=400)
+        estimate = bootstrap_mean([float(n) for n in rng.binomial(5, 0.4, 60)], draws=400)
         hits += estimate.low <= 2.0 <= estimate.high
     assert 0.88 <= hits / 200 <= 0.99
 

@@ -115,9 +115,8 @@ class SampleReader:
         name = self.mixture.plan.sources[ref.source].dataset
         dataset = self.mixture.datasets[name]
         if ref.kind == "qa":
-            row = dataset.qa[ref.qa]
-            images = self._frames(dataset, ref)
-            return Sample(position, "qa", images, None, None, None, None, "", ((row.question, row.answer),))
+            turns = tuple((row.question, row.answer) for row in dataset.conversation(ref.qa))
+            return Sample(position, "qa", self._frames(dataset, ref), None, None, None, None, "", turns)
         span = dataset.episodes[ref.episode].spans[ref.span]
         steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
         moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]

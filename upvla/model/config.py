@@ -291,7 +291,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_vocab_size": 2048,
         "eot_id": 0,
         "text_budget": 31,
-        "qa_budget": 48,
+        "qa_budget": 96,
         "vision_cameras": ("static", "gripper"),
         "code_cameras": ("static",),
         "vision_prompt": True,
