@@ -30,6 +30,7 @@ def test_a_preset_with_nested_changes() -> None:
         ({"vision": {"image_size": 96, "pool": (1, 4)}}, "does not divide"),
         ({"vision": {"frozen": True}}, "random weights"),
         ({"vq": {"image_size": 60}}, "not a multiple of 8"),
+        ({"vq": {"image_size": (64, 36)}}, "not a multiple of 8"),
         ({"eot_id": 5000}, "eot_id"),
         ({"text_budget": 4000}, "max_positions"),
         ({"backbone": {"width": 130}}, "attention heads"),

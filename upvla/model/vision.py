@@ -6,14 +6,12 @@ Legend: B observations, K cameras, P patches of all cameras, g patch grid of one
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from upvla.errors import ConfigError
 from upvla.model.config import VisionConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,7 +21,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionEncoder(nn.Module):
     """u8[B,K,H,W,3] -> patch features f[B,P,D]; cameras one after the other, each in raster order.
 
-    A camera's `pool` averages squares of patches. Cached features f32[B,K,P/K,D] pass through kind `features`.
+    A camera's `pool` averages squares of patches. A frozen tower's features, f[B,K,P/K,D] from a cache, pass through.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -39,8 +37,8 @@ class VisionEncoder(nn.Module):
             self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.tower is None:
-            return images.flatten(1, 2)
+        if self.tower is None or images.is_floating_point():
+            return images.flatten(1, 2).to(self.dtype)
         frames = images.flatten(0, 1).permute(0, 3, 1, 2)
         features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g + keypoint token,D]
         cameras = []
@@ -54,12 +52,18 @@ class VisionEncoder(nn.Module):
         return torch.cat(cameras, dim=1)
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of one observation: frames [K,H,W,3], or with kind `features` [K,P/K,D]."""
-        cameras = len(self.config.pool)
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one observation: frames [K,H,W,3], or where the tower does not learn its features [K,P/K,D]."""
+        cameras, config = len(self.config.pool), self.config
+        frames = (cameras, config.image_size, config.image_size, 3)
+        features = (cameras, config.patches_by_camera[0], config.width)
         if self.tower is None:
-            return (cameras, self.config.patches_by_camera[0], self.config.width)
-        return (cameras, self.config.image_size, self.config.image_size, 3)
+            return (features,)
+        return (frames, features) if config.frozen else (frames,)
 
 
 def make_projector(inner: int, outer: int) -> nn.Sequential:
@@ -147,7 +151,7 @@ class ViTBlock(nn.Module):
 class ClipTower(nn.Module):
     """CLIP's vision transformer as UP-VLA reads it: the output of the last block but one, class token dropped.
 
-    Built empty; `load_clip` fills it from a local folder. Frames arrive resized by the model's `vision_resize`.
+    Built with random weights; `upvla.model.weights` fills it. Frames arrive resized by the model's `vision_resize`.
     """
 
     mean: Tensor
@@ -173,13 +177,3 @@ class ClipTower(nn.Module):
         dtype = next(self.clip.parameters()).dtype
         states = self.clip(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states
         return states[-2][:, 1:]
-
-
-def load_clip(encoder: VisionEncoder, folder: str) -> None:
-    """Fill a `clip` encoder from a local folder of transformers' layout (config.json + safetensors)."""
-    if not isinstance(encoder.tower, ClipTower):
-        raise ConfigError(f"vision.kind is {encoder.config.kind!r}: only 'clip' loads CLIP weights")
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"{folder!r} holds no config.json: download openai/clip-vit-large-patch14-336 into it")
-    source = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    encoder.tower.clip.load_state_dict(source.state_dict())

@@ -61,6 +61,15 @@ class VQTokenizer(nn.Module):
             raise Mismatch(f"vq.encode: expected [B, 3, H, W] with sides divisible by {step}, got {list(shape)}")
 
 
+@torch.no_grad()
+def reconstructions(vq: VQTokenizer, frames_BHW3: Tensor) -> Tensor:
+    """What a person looks at: frames u8[B,H,W,3] side by side over what their codes keep, u8[2H,B*W,3]."""
+    height, width = frames_BHW3.shape[1:3]
+    grid = (height // vq.config.downsampling, width // vq.config.downsampling)
+    decoded = to_frames(vq.decode(vq.encode_frames(frames_BHW3), grid))
+    return torch.cat([torch.cat(list(row), dim=1) for row in (frames_BHW3, decoded)])
+
+
 class VQTraining(nn.Module):
     """The tokenizer with its loss: reconstruction + commitment + entropy, per frame."""
 
