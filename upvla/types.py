@@ -230,6 +230,7 @@ class Sample(NamedTuple):
     action_is_pad: np.ndarray | None  # bool[C]
     text: str  # robot: the instruction
     turns: tuple[tuple[str, str], ...]  # qa: (question, answer) rounds
+    description: str = ""  # robot: what the model itself said of the scene before
 
 
 class Batch(NamedTuple):

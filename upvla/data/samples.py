@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from upvla.data.derived import CodeTable
+from upvla.data.descriptions import DescriptionTable
 from upvla.data.mixture import Mixture
 from upvla.data.table import Dataset
 from upvla.errors import ConfigError
@@ -66,7 +67,7 @@ class SampleReader:
 
     cameras, resize: frames of the understanding encoder. codes, code_cameras: tables of image codes by dataset name
     and the views taken from them; without tables rows carry no codes. paraphrases: other wordings by task name, one of
-    which is drawn by position.
+    which is drawn by position. descriptions: what a model said of the scenes, by dataset name.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class SampleReader:
         code_cameras: Sequence[str] = (),
         paraphrases: Mapping[str, Sequence[str]] | None = None,
         published_windows: bool = False,
+        descriptions: Mapping[str, DescriptionTable] | None = None,
     ):
         self.mixture, self.chunk, self.cameras, self.resize = mixture, chunk, tuple(cameras), resize
         self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
         self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
+        self.descriptions = dict(descriptions or {})
         names = dict.fromkeys(source.dataset for source in mixture.plan.sources)
         manifests = [mixture.datasets[name].manifest for name in names]
         self.action_space = manifests[0].action_space
@@ -139,6 +142,7 @@ class SampleReader:
             action_is_pad=is_pad,
             text=self._wording(span.task, span.text, position),
             turns=(),
+            description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
         )
 
     def _frames(self, dataset: Dataset, ref: SampleRef) -> dict[str, np.ndarray]:
@@ -157,7 +161,7 @@ class Collator:
     """Samples -> `Batch` of numpy arrays. The tokenizer comes as two functions, so this room needs none of its own.
 
     encode_text: text -> ids. encode_turns: rounds of (question, answer) -> (ids, labels), labels -100 where not
-    supervised.
+    supervised. condition: (ids of a description, ids of an instruction) -> ids of the prompt made of both.
     """
 
     def __init__(
@@ -166,7 +170,9 @@ class Collator:
         encode_text: Callable[[str], Sequence[int]],
         encode_turns: Callable[[Sequence[tuple[str, str]]], tuple[Sequence[int], Sequence[int]]],
         pad_id: int,
+        condition: Callable[[Sequence[int], Sequence[int]], Sequence[int]] | None = None,
     ):
+        self._condition = condition
         self._shape, self._encode_text, self._encode_turns = shape, encode_text, encode_turns
         self._pad_id = pad_id
 
@@ -174,7 +180,7 @@ class Collator:
         robot = [sample for sample in samples if sample.kind == "robot"]
         asked = [sample for sample in samples if sample.kind == "qa"]
         shape = self._shape
-        texts = [self._encode_text(sample.text) for sample in robot]
+        texts = [self._prompt(sample) for sample in robot]
         turns = [self._encode_turns(sample.turns) for sample in asked]
         codes = (shape.num_views, shape.num_codes)
         return Batch(
@@ -190,6 +196,12 @@ class Collator:
             qa_labels=_padded([labels for _, labels in turns], IGNORED),
             positions=np.array([sample.position for sample in (*robot, *asked)], np.int64),
         )
+
+    def _prompt(self, sample: Sample) -> Sequence[int]:
+        instruction = self._encode_text(sample.text)
+        if self._condition is None:
+            return instruction
+        return self._condition(self._encode_text(sample.description), instruction)
 
     def _images(self, samples: Sequence[Sample]) -> np.ndarray:
         size = self._shape.image_size

@@ -68,8 +68,9 @@ class Finetuning(Line):
 
     def train(self, plan: Result, champion: Result) -> Result:
         """`stage.steps` more steps from the champion's weights, with its statistics and tokenizers."""
-        spec = self._spec("policy", self.config.stage, plan, parent_url=champion["url"], parent_id=champion["model_id"])
-        return self._train(spec)
+        parent = {"parent_url": champion["url"], "parent_id": champion["model_id"]}
+        described = self.describe(plan, champion)
+        return self._train(self._spec("policy", self.config.stage, plan, description_id=described, **parent))
 
     def promote(self, model: Result, champion: Result, scored: Result) -> Result:
         """Register the challenger; it becomes champion if it is better on the same chains beyond chance.
