@@ -54,7 +54,7 @@ PUBLISHED = {
     "backbone": {"width": 64, "blocks": 2, "heads": 4, "mlp": 256},
     "vision": {"width": 64, "blocks": 3, "heads": 4, "mlp": 256},
     "vq": {
-        "channels": 32,
+        "channels": 16,
         "encoder_multipliers": (1, 1, 1, 1, 1),
         "encoder_blocks": (1, 1, 1, 1, 1),
         "decoder_multipliers": (1, 1, 1, 1, 1),
@@ -63,7 +63,7 @@ PUBLISHED = {
     "system_ids": tuple(range(100, 128)),
 }
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # preset, changes, robot rows, question rows
-    "published": ("base", PUBLISHED, 2, 2),
+    "published": ("base", PUBLISHED, 1, 1),
     "tiny": ("tiny", {}, 13, 3),
 }
 INSTRUCTION, CONVERSATION, ANSWER = 12, 120, 60  # tokens; capped by the budgets

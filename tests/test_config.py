@@ -11,7 +11,12 @@ from pydantic import BaseModel
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, configs_root, fingerprint, load
 from upvla.errors import ConfigError
 
-KINDS: dict[str, type[BaseModel]] = {"pretrain": RunConfig, "ablation": RunConfig, "finetune": FinetuneConfig, "site": SiteConfig}
+KINDS: dict[str, type[BaseModel]] = {
+    "pretrain": RunConfig,
+    "ablation": RunConfig,
+    "finetune": FinetuneConfig,
+    "site": SiteConfig,
+}
 WHOLE = sorted(
     str(p.relative_to(configs_root()).with_suffix("")) for kind in KINDS for p in configs_root().glob(f"{kind}/*.yaml")
 )

@@ -77,11 +77,11 @@ class InitConfig(Section):
     """What a run starts from instead of random weights: URLs written by `upvla weights import`."""
 
     weights: tuple[str, ...] = Field(
-        (), description="kinds showo, upvla, phi, clip, in this order into the fresh policy"
+        default=(), description="kinds showo, upvla, phi, clip, in this order into the fresh policy"
     )
-    vq: str = Field("", description="kind magvit: no image tokenizer is trained")
+    vq: str = Field(default="", description="kind magvit: no image tokenizer is trained")
     text: str = Field(
-        "", description="URL of a tokenizer.json that comes with the weights: no text tokenizer is trained"
+        default="", description="URL of a tokenizer.json that comes with the weights: no text tokenizer is trained"
     )
 
 

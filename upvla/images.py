@@ -22,7 +22,7 @@ class Resize(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(gt=0)
-    width: int | None = Field(None, gt=0)
+    width: int | None = Field(default=None, gt=0)
     filter: Literal["area", "linear", "cubic", "pil_bicubic"] = "area"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.model.conftest import mini_config
+from upvla.errors import Mismatch
 from upvla.model.config import VisionConfig
 from upvla.model.vision import CLIP_MEAN, CLIP_STD, ClipTower, Keypoints, VisionEncoder
 
@@ -47,8 +49,12 @@ def test_clip_gives_the_state_before_its_last_block_and_takes_cached_features() 
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad and found.shape == (2, 4, 32)
     assert torch.equal(encoder(found[:, None]), found)
+    torch.testing.assert_close(encoder.camera_features(images[:, 0]), found)
     assert encoder.input_shapes == ((1, 28, 28, 3), (1, 4, 32))
 
 
 def test_a_tower_that_learns_takes_frames_only() -> None:
-    assert VisionEncoder(mini_config().vision).input_shapes == ((2, 32, 32, 3),)
+    encoder = VisionEncoder(mini_config().vision)
+    assert encoder.input_shapes == ((2, 32, 32, 3),)
+    with pytest.raises(Mismatch, match="makes no features that could be kept"):
+        encoder.camera_features(torch.zeros(1, 32, 32, 3).byte())

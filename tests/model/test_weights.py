@@ -204,7 +204,7 @@ def test_files_that_are_not_weights_are_refused_without_being_executed(tmp_path:
     with pytest.raises(NotFound, match=r"holds no weights; looked for model\.safetensors"):
         weights.read_state(tmp_path)
     file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(pickle.dumps({"a": Trap()}))
+    file.write_bytes(pickle.dumps({"a": Trap()}, protocol=2))
     with pytest.raises(Mismatch, match="a pickle of more than tensors, it was not executed"):
         weights.read_state(tmp_path)
     torch.save({"a": torch.ones(1), "step": 3}, file)

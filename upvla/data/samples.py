@@ -14,8 +14,8 @@ import numpy as np
 
 from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
+from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
-from upvla.data.table import Dataset
 from upvla.errors import ConfigError
 from upvla.images import Resize, decode_image, resize
 from upvla.types import ActionSpace, Batch, Sample, SampleRef
@@ -60,6 +60,7 @@ class RowShape(NamedTuple):
     num_codes: int
     chunk: int
     action_dim: int
+    features: tuple[int, int] | None = None  # [P,D] a camera where patch features are read in place of frames
 
 
 class SampleReader:
@@ -68,6 +69,7 @@ class SampleReader:
     cameras, resize: frames of the understanding encoder. codes, code_cameras: tables of image codes by dataset name
     and the views taken from them; without tables rows carry no codes. paraphrases: other wordings by task name, one of
     which is drawn by position. descriptions: what a model said of the scenes, by dataset name.
+    features: patch features by dataset name, which take the place of frames.
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class SampleReader:
         paraphrases: Mapping[str, Sequence[str]] | None = None,
         published_windows: bool = False,
         descriptions: Mapping[str, DescriptionTable] | None = None,
+        features: Mapping[str, FeatureTable] | None = None,
     ):
         self.mixture, self.chunk, self.cameras, self.resize = mixture, chunk, tuple(cameras), resize
         self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
         self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
-        self.descriptions = dict(descriptions or {})
+        self.descriptions, self.features = dict(descriptions or {}), dict(features or {})
         names = dict.fromkeys(source.dataset for source in mixture.plan.sources)
         manifests = [mixture.datasets[name].manifest for name in names]
         self.action_space = manifests[0].action_space
@@ -112,6 +115,7 @@ class SampleReader:
             num_codes,
             self.chunk,
             len(self.action_space),
+            next(iter(self.features.values())).shape if self.features else None,
         )
 
     def read(self, ref: SampleRef, position: int) -> Sample:
@@ -119,7 +123,7 @@ class SampleReader:
         dataset = self.mixture.datasets[name]
         if ref.kind == "qa":
             row = dataset.qa[ref.qa]
-            images = self._frames(dataset, ref)
+            images = self._frames(name, ref)
             return Sample(position, "qa", images, None, None, None, None, "", ((row.question, row.answer),))
         span = dataset.episodes[ref.episode].spans[ref.span]
         steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
@@ -135,7 +139,7 @@ class SampleReader:
         return Sample(
             position=position,
             kind="robot",
-            images=self._frames(dataset, ref),
+            images=self._frames(name, ref),
             codes=codes,
             future_codes=future_codes,
             actions=actions,
@@ -145,8 +149,12 @@ class SampleReader:
             description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
         )
 
-    def _frames(self, dataset: Dataset, ref: SampleRef) -> dict[str, np.ndarray]:
-        found = dataset.read(ref.episode, [ref.step], [f"image_{camera}" for camera in self.cameras])
+    def _frames(self, name: str, ref: SampleRef) -> dict[str, np.ndarray]:
+        if self.features:
+            return self.features[name].get(ref.episode, ref.step, self.cameras)
+        found = self.mixture.datasets[name].read(
+            ref.episode, [ref.step], [f"image_{camera}" for camera in self.cameras]
+        )
         return {camera: resize(decode_image(found[f"image_{camera}"][0]), self.resize) for camera in self.cameras}
 
     def _wording(self, task: str, text: str, position: int) -> str:
@@ -204,8 +212,9 @@ class Collator:
         return self._condition(self._encode_text(sample.description), instruction)
 
     def _images(self, samples: Sequence[Sample]) -> np.ndarray:
-        size = self._shape.image_size
-        images = np.empty((len(samples), self._shape.num_cameras, size, size, 3), np.uint8)
+        size, features = self._shape.image_size, self._shape.features
+        one: tuple[int, ...] = features or (size, size, 3)
+        images = np.empty((len(samples), self._shape.num_cameras, *one), np.float32 if features else np.uint8)
         for row, sample in zip(images, samples, strict=True):
             for view, frame in zip(row, sample.images.values(), strict=True):
                 view[:] = frame

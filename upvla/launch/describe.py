@@ -1,4 +1,4 @@
-"""Descriptions of a dataset by a trained model, as Ray tasks, one a shard: text for the MMU-conditioned action prompt."""
+"""Descriptions of a dataset by a trained model, as Ray tasks, one a shard: text of the MMU-conditioned prompt."""
 
 from __future__ import annotations
 

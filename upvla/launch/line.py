@@ -64,19 +64,25 @@ class Line:
         }
 
     def encode(self, plan: Result, vq: Result, model: ModelConfig) -> Result:
-        """Image codes of every frame, once: sidecars of the shards, keyed by the tokenizer."""
+        """What frozen networks say of every frame, once: sidecars of the shards, keyed by tokenizer and tower."""
+        tower_id = self.tower_id(vq)
 
         def work() -> Result:
             counts = [
-                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"))
+                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"), tower_id)
                 for name, version in plan["versions"].items()
             ]
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
-        return once(self.store, "encode", {"versions": plan["versions"], "vq": vq["vq_id"]}, work)
+        key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
+        return once(self.store, "encode", key, work)
+
+    def tower_id(self, source: Result) -> str:
+        """Id of the frozen understanding encoder whose features are kept; empty where it learns with the rest."""
+        return str(source.get("tower_id", ""))
 
     def describe(self, plan: Result, describer: Result) -> str:
-        """Id of what the checkpoint `describer` says of the datasets; empty where its model asks for no descriptions."""
+        """Id of what the checkpoint `describer` says of the datasets; empty where its model asks for nothing."""
         config = load_bundle(describer["url"]).config.description
         if config is None:
             return ""

@@ -11,10 +11,12 @@ from upvla.errors import ConfigError
 from upvla.launch.ingest import run_ingest
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
-from upvla.launch.tokenizers import save_text, save_vq
-from upvla.launch.weights import start_from, weights_id
+from upvla.launch.tokenizers import save_text, save_tower, save_vq
+from upvla.launch.weights import load_weights, start_from, weights_id, weights_kind
 from upvla.model.text import TextTokenizer
+from upvla.model.vision import VisionEncoder
 from upvla.model.vq import VQTokenizer
+from upvla.model.weights import fill
 from upvla.rollout.evaluate import as_metrics
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.recorder import collect
@@ -87,6 +89,26 @@ class Pretraining(Line):
             return once(self.store, "vq", {"weights": weights_id(self.config.init.vq)}, work)
         return self._train(self._spec("vq", self.config.vq, plan, model=self.config.model))
 
+    def tower_id(self, source: Result) -> str:
+        """A frozen tower is the one that `init.weights` brings; there is no use for one with random weights."""
+        vision = self.config.model.vision
+        if not vision.frozen:
+            return ""
+        urls = [url for url in self.config.init.weights if weights_kind(url) == "clip"]
+        if not urls:
+            raise ConfigError("model.vision is frozen and init.weights name no weights of kind clip: import them first")
+
+        def work() -> Result:
+            tower = VisionEncoder(vision)
+            state = load_weights(urls[-1])[1]
+            fill(tower, {name.removeprefix("vision."): value for name, value in state.items()})
+            return {"tower_id": save_tower(self.store, tower)}
+
+        made = once(
+            self.store, "tower", {"weights": weights_id(urls[-1]), "vision": vision.model_dump(mode="json")}, work
+        )
+        return str(made["tower_id"]) if vision.cacheable else ""
+
     def train_stage(self, name: str, plan: Result, text: Result, vq: Result, parent: Result | None = None) -> Result:
         """`stage1` (prediction and understanding) or `stage2` (and action, from the weights of `parent`).
 
@@ -107,11 +129,12 @@ class Pretraining(Line):
                 model=self.config.model,
                 text_id=text["text_id"],
                 vq_id=vq["vq_id"],
+                tower_id=self.tower_id(vq),
                 weights_urls=urls,
                 weights_ids=tuple(weights_id(url) for url in urls),
             )
         else:
-            from_parent = {"parent_url": parent["url"], "parent_id": parent["model_id"]}
+            from_parent = {"tower_id": self.tower_id(vq), "parent_url": parent["url"], "parent_id": parent["model_id"]}
             if "act" in stage.weights:
                 from_parent["description_id"] = self.describe(plan, parent)
             spec = self._spec("policy", stage, plan, **from_parent)

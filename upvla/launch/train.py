@@ -69,6 +69,7 @@ class TrainSpec(BaseModel):
     parent_url: str = ""
     parent_id: str = ""
     description_id: str = ""
+    tower_id: str = ""
     weights_urls: tuple[str, ...] = ()
     weights_ids: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = {}

@@ -66,6 +66,10 @@ def weights_id(url: str) -> str:
     return str(_marker(url)["sha256"])[:16]
 
 
+def weights_kind(url: str) -> str:
+    return str(_marker(url)["kind"])
+
+
 def load_weights(url: str) -> tuple[str, dict[str, Tensor]]:
     """Kind and tensors of imported weights; `Corrupt` where the bytes are not those that were imported."""
     marker = _marker(url)

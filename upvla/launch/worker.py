@@ -21,6 +21,7 @@ from torch import nn
 from upvla.checkpoint import Bundle, export, load_bundle
 from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
+from upvla.data.features import FeatureTable
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture, plan_from_json
 from upvla.data.samples import Collator, SampleReader
@@ -57,6 +58,7 @@ class Inputs:
     text: TextTokenizer | None
     vq: VQTokenizer | None
     description_id: str = ""
+    tower_id: str = ""
 
     def check(self, spec: TrainSpec) -> None:
         """Raise what would make every worker fail."""
@@ -82,6 +84,9 @@ class Inputs:
             codes={name: CodeTable(dataset, self.vq.id) for name, dataset in mixture.datasets.items()},
             code_cameras=config.code_cameras,
             descriptions=self.descriptions(mixture),
+            features={name: FeatureTable(dataset, self.tower_id) for name, dataset in mixture.datasets.items()}
+            if self.tower_id
+            else None,
         )
 
     def descriptions(self, mixture: Mixture) -> dict[str, DescriptionTable]:
@@ -115,7 +120,7 @@ def open_inputs(spec: TrainSpec) -> Inputs:
         text = parent.text if parent is not None else load_text(store, spec.text_id)
         vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
     mixtures = [_open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
-    return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id)
+    return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
 
 
 def _open_mixture(store: Store, plan_id: str) -> Mixture:

@@ -111,6 +111,11 @@ class VisionConfig(_Section):
             return (self.num_patches,) * len(self.pool)
         return tuple((self.grid // p) ** 2 + (self.keypoints > 0) for p in self.pool)
 
+    @property
+    def cacheable(self) -> bool:
+        """Its features can be made once: it does not learn, and every camera gives as many."""
+        return self.frozen and len(set(self.patches_by_camera)) == 1
+
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
         if self.num_patches is None and any(self.grid % p for p in self.pool):
@@ -158,11 +163,11 @@ class DescriptionConfig(_Section):
 
     question: str = "Please describe this image in detail."
     """The released configuration's generic question; the paper's own wording is not known."""
-    budget: int = Field(64, gt=0)
+    budget: int = Field(default=64, gt=0)
     """Longest description in tokens; what is longer is cut. The text span grows by this."""
-    every_steps: int = Field(30, gt=0)
+    every_steps: int = Field(default=30, gt=0)
     """Training frames share the description of the first frame of each such stretch of a recording."""
-    every_chunks: int = Field(0, ge=0)
+    every_chunks: int = Field(default=0, ge=0)
     """In a rollout it is made anew with each instruction, and again after so many chunks (0: never)."""
 
 

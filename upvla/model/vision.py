@@ -12,7 +12,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from upvla.errors import Mismatch
 from upvla.model.config import VisionConfig
+from upvla.model.vq import content_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,17 +41,28 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.tower is None or images.is_floating_point():
             return images.flatten(1, 2).to(self.dtype)
-        frames = images.flatten(0, 1).permute(0, 3, 1, 2)
-        features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g + keypoint token,D]
-        cameras = []
-        for k, pool in enumerate(self.config.pool):
-            tokens = features[:, k]
-            if pool > 1:
-                patches, rest = tokens.split((self.config.grid**2, tokens.shape[1] - self.config.grid**2), dim=1)
-                grid = patches.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
-                tokens = torch.cat([F.avg_pool2d(grid, pool).flatten(2).transpose(1, 2), rest], dim=1)
-            cameras.append(tokens + self.camera[k] if self.config.kind == "vit" else tokens)
+        features = self.tower(images.flatten(0, 1).permute(0, 3, 1, 2)).unflatten(0, images.shape[:2])
+        cameras = [self._pooled(features[:, k], pool) for k, pool in enumerate(self.config.pool)]
+        if self.config.kind == "vit":
+            cameras = [tokens + self.camera[k] for k, tokens in enumerate(cameras)]
         return torch.cat(cameras, dim=1)
+
+    def camera_features(self, frames_BHW3: Tensor) -> Tensor:
+        """u8[B,H,W,3] of any camera -> f[B,P,D]: what a cache holds of a frozen tower."""
+        if self.tower is None or not self.config.cacheable:
+            raise Mismatch(
+                f"vision.kind {self.config.kind!r} makes no features that could be kept: it learns, or has none"
+            )
+        return self._pooled(self.tower(frames_BHW3.permute(0, 3, 1, 2)), self.config.pool[0])
+
+    def _pooled(self, tokens_BPD: Tensor, pool: int) -> Tensor:
+        """Squares of `pool` x `pool` patches averaged; tokens behind the patches (keypoints) stay as they are."""
+        if pool == 1:
+            return tokens_BPD
+        grid = self.config.grid
+        patches, rest = tokens_BPD.split((grid**2, tokens_BPD.shape[1] - grid**2), dim=1)
+        image = patches.transpose(1, 2).unflatten(2, (grid, grid))
+        return torch.cat([F.avg_pool2d(image, pool).flatten(2).transpose(1, 2), rest], dim=1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +76,12 @@ class VisionEncoder(nn.Module):
         features = (cameras, config.patches_by_camera[0], config.width)
         if self.tower is None:
             return (features,)
-        return (frames, features) if config.frozen else (frames,)
+        return (frames, features) if config.cacheable else (frames,)
+
+    @property
+    def id(self) -> str:
+        """Content hash of geometry and weights: features made by two towers agree only if this does."""
+        return content_id(self.config.model_dump_json(), self)
 
 
 def make_projector(inner: int, outer: int) -> nn.Sequential:

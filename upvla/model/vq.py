@@ -48,12 +48,7 @@ class VQTokenizer(nn.Module):
     @property
     def id(self) -> str:
         """Content hash of geometry and weights: codes made by two tokenizers agree only if this does."""
-        geometry = self.config.model_dump_json(exclude={"loss"})
-        digest = hashlib.sha256(geometry.encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return content_id(self.config.model_dump_json(exclude={"loss"}), self)
 
     def _check(self, shape: torch.Size) -> None:
         step = self.config.downsampling
@@ -106,6 +101,15 @@ class VQTraining(nn.Module):
     def counts(self, frames_BHW3: Tensor) -> dict[str, float]:
         """Supervised elements by objective, without a forward pass."""
         return {"vq": float(len(frames_BHW3))}
+
+
+def content_id(geometry: str, module: nn.Module) -> str:
+    """Identity of a module that others' data is made with: its geometry and every tensor."""
+    digest = hashlib.sha256(geometry.encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def to_pixels(frames_BHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
