@@ -1,6 +1,6 @@
 """What a training step costs: the published row layout beside ours, one saving after the other.
 
-    python benchmarks/model_step.py [--json out.json] [--only published|tiny] [--steps N]
+    python benchmarks/model_step.py [--json out.json] [--only published|tiny] [--steps N] [--variants NAME ...]
 
 `published` has the published sequence sizes (text budget 576, 1024 codes of a 512 px frame, 576 patches of a 336 px
 frame, vocabulary 58,498); only width and depth are cut until a CPU bears it. `tiny` is the preset. Same weights, same
@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +137,19 @@ def our_loss(model: UPVLA, batch: Batch) -> Tensor:
 
 def measure(case: str, variant: str, steps: int) -> dict[str, float]:
     """One variant, in this process: CPU seconds a step (the best), peak memory in MB, the loss of the first step."""
-    torch.set_num_threads(1)
     name, changes, rows, questions = CASES[case]
     config = preset(name, **{**changes, **_merged(changes, VARIANTS[variant])})
     torch.manual_seed(0)
     vq, model = VQTokenizer(config.vq).eval(), UPVLA(config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     raw, frames = make_batch(config, rows, questions)
-    ready = with_features(model, with_codes(vq, raw, frames))
     if variant == "online encoding":
 
         def batch() -> Batch:
             return with_codes(vq, raw, frames)
+
     else:
+        ready = with_features(model, with_codes(vq, raw, frames))
         del vq, frames
 
         def batch() -> Batch:
@@ -193,21 +191,35 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def table(case: str, steps: int) -> list[dict[str, Any]]:
+def apart(case: str, variant: str, steps: int) -> dict[str, float]:
+    """`measure` in a forked process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(measure(case, variant, steps)))
+    process.start()
+    theirs.close()
+    try:
+        return dict(ours.recv())
+    except EOFError as error:
+        process.join()
+        raise RuntimeError(
+            f"{case}, {variant}: the process ended with {process.exitcode}; too little memory?"
+        ) from error
+    finally:
+        process.join()
+
+
+def table(case: str, variants: Sequence[str], steps: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    print(f"\n{case}\n{'variant':<18} {'rows/s':>8} {'x':>6} {'peak MB':>8} {'of published':>12} {'loss':>8}")
-    for variant in VARIANTS:
-        command = [sys.executable, __file__, "--case", case, "--variant", variant, "--steps", str(steps)]
-        # glibc gives freed memory back at once, so that a peak is what the step needed
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        found = {"variant": variant} | json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{case}\n{'variant':<16} {'rows/s':>8} {'x':>6} {'peak MB':>8} {'of first':>8} {'loss':>8}")
+    for variant in variants:
+        found = {"variant": variant} | apart(case, variant, steps)
         found["rows_per_s"] = found["rows"] / found["seconds"]
         rows.append(found)
         base = rows[0]
         print(
-            f"{variant:<18} {found['rows_per_s']:>8.3g} {found['rows_per_s'] / base['rows_per_s']:>6.2f} "
-            f"{found['peak_mb']:>8.0f} {found['peak_mb'] / base['peak_mb']:>12.0%} {found['loss']:>8.4f}",
+            f"{variant:<16} {found['rows_per_s']:>8.3g} {found['rows_per_s'] / base['rows_per_s']:>6.2f} "
+            f"{found['peak_mb']:>8.0f} {found['peak_mb'] / base['peak_mb']:>8.0%} {found['loss']:>8.4f}",
             flush=True,
         )
     return rows
@@ -215,16 +227,14 @@ def table(case: str, steps: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--only", choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--case", choices=list(CASES), help="one variant in this process (with --variant)")
-    parser.add_argument("--variant", choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one that is not")
     options = parser.parse_args()
-    if options.variant:
-        print(json.dumps(measure(options.case, options.variant, options.steps)))
-        return
-    found = {case: table(case, options.steps) for case in CASES if options.only in (None, case)}
+    torch.set_num_threads(1)  # before the forks; and so that CPU time is wall time on a free core
+    cases = [case for case in CASES if options.only in (None, case)]
+    found = {case: table(case, options.variants, options.steps) for case in cases}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
 

@@ -149,7 +149,7 @@ def test_a_stage_starts_from_imported_weights_and_reads_features_and_description
     store, references = prepared
     values = model.model_dump() | {"description": {"question": "is the drawer open?", "budget": 8, "every_steps": 4}}
     values["vision"] = {"kind": "clip", "image_size": 32, "patch": 16, "width": 32, "blocks": 2, "heads": 2,
-                        "mlp": 32, "pool": (1, 1), "frozen": True}  # fmt: skip
+                        "mlp": 32, "pool": (1, 1), "frozen": True, "keypoints": 0, "stem": ()}  # fmt: skip
     conditioned = ModelConfig.model_validate(values)
     source = UPVLA(conditioned)
     published = {n.removeprefix(TOWER): v for n, v in source.state_dict().items() if n.startswith(TOWER)}

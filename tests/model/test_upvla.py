@@ -265,3 +265,17 @@ def test_prompts_over_budget_are_refused_when_acting_and_asking(batch: Batch) ->
     cut = mini_model(overlong="cut")
     actions, _ = cut.predict(batch.images[:1], batch.codes[:1], long, torch.tensor([40]))
     assert torch.isfinite(actions).all()
+
+
+@pytest.mark.gpu
+def test_block_masks_on_a_gpu_change_nothing_beyond_rounding(batch: Batch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: FlexAttention has no backward pass on a CPU")
+    on_gpu = Batch(*(value.cuda() for value in batch))
+    plain, flex = (mini_model(backbone={"attention": kind}).cuda() for kind in ("sdpa", "flex"))
+    expected, found = plain(on_gpu), flex(on_gpu)
+    for name in OBJECTIVES:
+        torch.testing.assert_close(found.objectives[name].total, expected.objectives[name].total, rtol=1e-3, atol=1e-3)
+    ours, theirs = gradients(flex, loss(found)), gradients(plain, loss(expected))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3, msg=name)
