@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import ray
@@ -29,7 +30,8 @@ def encode_dataset(
     """Write the sidecars that are missing (features only of a tower that is named); the others are only counted."""
     shards = [shard.key for shard in load_manifest(store, dataset, version).shards]
     with connected():
-        encode = ray.remote(num_cpus=1, max_retries=3)(encode_shard)  # a shard's codes depend on nothing else
+        # A shard's codes depend on nothing else. Any: Ray's own types end at six arguments.
+        encode: Any = ray.remote(num_cpus=1, max_retries=3)(encode_shard)
         waiting = [encode.remote(store, dataset, version, vq_id, model, shard, tower_id) for shard in shards]
         written = 0
         while waiting:

@@ -48,10 +48,14 @@ def import_weights(kind: str, path: str, to_url: str, model: ModelConfig) -> dic
         key = f"weights-{sha256[:16]}.safetensors"
         store.upload(file, key)
         size = file.stat().st_size
-    marker = {"format": _FORMAT, "kind": kind, "file": key, "bytes": size, "sha256": sha256}
-    marker |= {
-        "loaded": {g: list(c) for g, c in audit.loaded.items()},
-        "fresh": {g: list(c) for g, c in audit.fresh.items()},
+    marker = {
+        "format": _FORMAT,
+        "kind": kind,
+        "file": key,
+        "bytes": size,
+        "sha256": sha256,
+        "loaded": {group: list(count) for group, count in audit.loaded.items()},
+        "fresh": {group: list(count) for group, count in audit.fresh.items()},
     }
     try:
         store.create_json(MARKER, marker)
