@@ -70,6 +70,7 @@ class Golden:
     def config(self, **changes: Any) -> ModelConfig:
         """The published row layout at the folder's sizes: fixed text budget, full-vocabulary softmax."""
         v, vq = self.values, self.values["vq"]
+        codes = self.batch_tensors["pre_image_tokens"].shape[1] // v["views"]
         values = {
             "preset": "golden",
             "text_vocab_size": v["tok_vocab"],
@@ -96,7 +97,7 @@ class Golden:
             },
             "vision": {"kind": "features", "image_size": 1, "width": v["clip_dim"], "num_patches": v["n_clip"]},
             "vq": {
-                "image_size": tuple(2 ** (len(vq["enc_mult"]) - 1) * side for side in _grid(v["num_vq"])),
+                "image_size": tuple(2 ** (len(vq["enc_mult"]) - 1) * side for side in _grid(codes)),
                 "channels": vq["ch"],
                 "encoder_multipliers": vq["enc_mult"],
                 "encoder_blocks": vq["enc_blk"],
