@@ -150,12 +150,16 @@ class Pretraining(Line):
     def conclude(self, stages: Mapping[str, Result]) -> Result:
         """One report of a finished line, written to the store and to the pipeline's run: what `upvla demo` prints."""
         trained = {name: stages[name] for name in ("vq", "stage1", "stage2") if "losses" in stages[name]}
-        losses = {name: loss for result in trained.values() for name, loss in result["losses"].items()}
-        shown = ("vq", "pre", "mmu", "act")
+        first = "stage1" if "stage1" in trained else "stage2"
+        learnt_in = {"vq": "vq", "pre": first, "mmu": first, "act": "stage2"}
         plan, scored = stages["mix"], stages["evaluate"]["scores"]
         report = {
             "stage_seconds": {name: float(result["seconds"]) for name, result in stages.items() if result},
-            "losses": {name: losses[name] for name in shown if name in losses},
+            "losses": {
+                name: trained[stage]["losses"][name]
+                for name, stage in learnt_in.items()
+                if name in trained.get(stage, {}).get("losses", {})
+            },
             "scores": scored,
             "versions": {f"dataset {name}": version for name, version in plan["versions"].items()}
             | {"mixture": plan["train"], "text": stages["text"]["text_id"], "vq": stages["vq"]["vq_id"]}
