@@ -24,7 +24,12 @@ def gradients(model: UPVLA, value: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [{}, {"image_softmax": "full"}, {"action_head": {"supervise_padding": False}}])
+TWO_VIEWS = {"code_cameras": ("static", "gripper"), "join_rows": False}  # with questions, which have their own length
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"image_softmax": "full"}, {"action_head": {"supervise_padding": False}}, TWO_VIEWS]
+)
 def test_losses_do_not_depend_on_how_a_batch_is_split(changes: dict[str, object]) -> None:
     model = mini_model(**changes)
     batch = mini_batch(model.config, rows=5, questions=4)
