@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from upvla.cli import app
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("up", "down", "status", "env", "collect", "ingest", "mix", "train", "evaluate", "demo")
+VERBS = ("up", "down", "status", "env", "collect", "ingest", "mix", "train", "evaluate", "weights import", "demo")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_has_an_example(verb: str) -> None:
-    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert re.search(rf"Example: .*upvla {verb}", shown.output)
 

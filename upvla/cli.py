@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look into data sets.")
 app.add_typer(data_app, name="data")
+weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
+app.add_typer(weights_app, name="weights")
 
 Config = Annotated[str, typer.Option(help="Run configuration under configs/, without .yaml.")]
 SiteName = Annotated[str, typer.Option("--site", help="Site file under configs/site/: where things are.")]
@@ -155,6 +157,30 @@ def data_show(name: str, site: SiteName = "local", as_json: Json = False) -> Non
     from upvla.launch.line import show_dataset
 
     _show(show_dataset(_open("pretrain/full", site, None).store, name), as_json)
+
+
+@weights_app.command("import")
+def weights_import(
+    kind: Annotated[str, typer.Argument(help="showo, upvla, phi, magvit or clip.")],
+    path: Annotated[str, typer.Argument(help="Local folder or file, or hub:owner/name where there is a network.")],
+    to: Annotated[str, typer.Option(help="URL to write the audited weights to, for `init` of a run configuration.")],
+    preset: Annotated[str, typer.Option(help="Size of the model that they must fit.")] = "base",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Another size, e.g. --set backbone.blocks=2 (repeatable).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Audit published weights and store them. Example: upvla weights import showo ./show-o --to ~/weights/showo"""
+    from upvla.config import assignments
+    from upvla.launch.weights import import_weights
+    from upvla.model.config import preset as model_preset
+
+    result = import_weights(kind, path, to, model_preset(preset, **assignments(set_ or [])))
+    if as_json:
+        _show(result, as_json)
+        return
+    print(result.pop("audit"))
+    _show(result, as_json)
 
 
 @app.command()

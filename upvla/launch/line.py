@@ -22,6 +22,7 @@ from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.cluster import connected
+from upvla.launch.describe import describe_dataset, description_id
 from upvla.launch.encode import encode_dataset
 from upvla.launch.jobs import Jobs
 from upvla.launch.steps import once
@@ -63,16 +64,36 @@ class Line:
         }
 
     def encode(self, plan: Result, vq: Result, model: ModelConfig) -> Result:
-        """Image codes of every frame, once: sidecars of the shards, keyed by the tokenizer."""
+        """What frozen networks say of every frame, once: sidecars of the shards, keyed by tokenizer and tower."""
+        tower_id = self.tower_id(vq)
 
         def work() -> Result:
             counts = [
-                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"))
+                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"), tower_id)
                 for name, version in plan["versions"].items()
             ]
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
-        return once(self.store, "encode", {"versions": plan["versions"], "vq": vq["vq_id"]}, work)
+        key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
+        return once(self.store, "encode", key, work)
+
+    def tower_id(self, source: Result) -> str:
+        """Id of the frozen understanding encoder whose features are kept; empty where it learns with the rest."""
+        return str(source.get("tower_id", ""))
+
+    def describe(self, plan: Result, describer: Result) -> str:
+        """Id of what the checkpoint `describer` says of the datasets; empty where its model asks for nothing."""
+        config = load_bundle(describer["url"]).config.description
+        if config is None:
+            return ""
+
+        def work() -> Result:
+            for name, version in plan["versions"].items():
+                describe_dataset(self.store, name, version, describer["url"], self._counting("described shards"))
+            return {"description_id": description_id(describer["model_id"], config.question, config.every_steps)}
+
+        key = {"versions": plan["versions"], "model": describer["model_id"]}
+        return str(once(self.store, "describe", key, work)["description_id"])
 
     def evaluation_key(self, checkpoint_url: str) -> str:
         """Equal for equal weights and an equal protocol: starting the same evaluation twice runs it once."""
