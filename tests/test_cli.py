@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from upvla.cli import app
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("up", "down", "status", "collect", "ingest", "mix", "train", "evaluate", "demo")
+VERBS = ("up", "down", "status", "collect", "ingest", "mix", "train", "evaluate", "demo", "doctor")
 
 
 @pytest.mark.parametrize("verb", VERBS)
