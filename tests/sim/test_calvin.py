@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from upvla.data.sources import open_source
 from upvla.errors import ConfigError
 from upvla.rollout.benchmarks import Places, open_suite
 from upvla.sim import calvin
 from upvla.sim.contract import BLOCK_POSE
+from upvla.sim.recording import record_suite
 from upvla.sim.remote.calvin_world import pyhash_fnv1_32
+from upvla.sim.suite import World
+from upvla.types import CALVIN_RELATIVE, Chain
 
 real = pytest.mark.skipif(
     "UPVLA_CALVIN" not in os.environ or importlib.util.find_spec("pybullet") is None,
@@ -88,6 +94,27 @@ def test_blocks_stand_where_their_names_say(scene: str) -> None:
             np.testing.assert_allclose(pose[:3], env.places()[f"block_{block}"], atol=1e-6)
     finally:
         env.close()
+
+
+@real
+@pytest.mark.slow
+def test_an_expert_plug_in_records_what_calvin_s_own_reader_takes(tmp_path: Path) -> None:
+    def still(env: World, task: str, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        for _ in range(3):
+            yield np.array([0, 0, 0, 0, 0, 0, 1.0])
+
+    robot, scene = _start()
+    chain = Chain("A", robot, calvin._placed(list(scene), "A"), ("turn_on_led",), 0)
+    suite = dataclasses.replace(_suite(), name="calvin-a")
+    found = record_suite(suite, [chain], tmp_path, expert=still)
+    assert found == {"recordings": 1, "frames": 3, "spans": 0, "tasks": {"turn_on_led": [1, 0]}}
+    source = open_source("calvin", str(tmp_path / "training"))
+    (episode,) = [source.read(key) for key in list(source.keys())]
+    assert (episode.scene, episode.rate_hz, episode.action_space) == ("calvin_scene_A", 30.0, CALVIN_RELATIVE)
+    assert episode.state.shape == (3, 15) and episode.scene_state is not None
+    np.testing.assert_allclose(episode.scene_state[0, 6:9], scene[18:21], atol=2e-3)  # A's first block is the pink one
+    with pytest.raises(ConfigError, match="--expert module:function"):
+        suite.expert(None, "turn_on_led")
 
 
 @real

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import ConfigError
+from upvla.errors import ConfigError, Mismatch
 from upvla.launch.evaluate import map_chains
 from upvla.rollout.benchmarks import Places, Recorded, SuiteJudge, open_suite, suite_fingerprint
 from upvla.rollout.evaluate import summarise
@@ -44,7 +44,13 @@ def replay_dataset(
 
 
 def recorded_segments(store: Store, dataset: str, suite: Suite, num: int | None) -> tuple[list[Chain], Recorded]:
-    """(one-task chains, their actions) of the annotated segments of `NAME@VERSION`."""
+    """(one-task chains, their actions) of the annotated segments of `NAME@VERSION`. Only CALVIN's worlds can be set to
+    a recorded state; recordings from elsewhere are refused."""
+    if not suite.name.startswith("calvin-"):
+        raise ConfigError(
+            f"replay needs worlds that can be set to a recorded state, which {suite.name}'s cannot: calvin-d"
+        )
+    home = "calvin_scene_"
     name, _, version = dataset.partition("@")
     table = Dataset(store, load_manifest(store, name, int(version) if version else None))
     table.manifest.action_space.require_equal(
@@ -53,12 +59,16 @@ def recorded_segments(store: Store, dataset: str, suite: Suite, num: int | None)
     chains: list[Chain] = []
     recorded: list[tuple[np.ndarray, ...]] = []
     for number, row in enumerate(table.episodes):
+        if not row.scene.startswith(home):
+            raise Mismatch(
+                f"{dataset}: {row.source_key} was recorded in {row.scene!r}, not in CALVIN: it cannot tell "
+                "whether this simulator is CALVIN's"
+            )
         for span in row.spans:
             steps = range(span.start, min(span.end + 1, row.length))  # some sources count an end as the last step
             found = table.read(number, steps, ("state", "scene_state", "action"))
-            scene = row.scene.rpartition("_")[2]
-            start = np.float64(found["state"][0]), np.float64(found["scene_state"][0])
-            chains.append(Chain(scene, *start, (span.task,), len(chains)))
+            robot, scene = (np.asarray(found[name][0], np.float64) for name in ("state", "scene_state"))
+            chains.append(Chain(row.scene.removeprefix(home), robot, scene, (span.task,), len(chains)))
             recorded.append((np.asarray(found["action"]),))
     if not chains:
         raise ConfigError(f"{dataset} has no annotated segment to replay")
@@ -81,7 +91,7 @@ def _judge(
     suite: Suite, chains: Sequence[Chain], judge: SuiteJudge, workers: int, progress: Progress | None
 ) -> dict[str, Any]:
     began = time.monotonic()
-    fingerprint = suite_fingerprint(suite, chains, judge.replan, cameras=judge.sees)
+    fingerprint = suite_fingerprint(suite, chains, judge.replan)
     records: list[ChainRecord] = []
 
     def keep(found: Sequence[ChainRecord]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -84,20 +85,20 @@ def load_policy(name: str, suite: Suite) -> Policy:
     return policy
 
 
-def suite_fingerprint(suite: Suite, chains: Sequence[Chain], replan: int, *, cameras: bool) -> str:
+def suite_fingerprint(suite: Suite, chains: Sequence[Chain], replan: int) -> str:
     """Asks the world itself, and what it will be told: scores compare only if all of that is equal."""
-    world = suite.open(chains[0].scene, cameras=cameras)
+    world = suite.open(chains[0].scene)
     try:
         about = dict(world.fingerprint())
     finally:
         world.close()
     tasks = sorted({task for chain in chains for task in chain.tasks})
     about["instructions"] = content_hash([suite.instruction(task) for task in tasks])
-    kind = "chains" if max(len(chain.tasks) for chain in chains) > 1 else "tasks"
-    config = SuiteConfig(name=suite.name, kind=kind, scenes=tuple(sorted({c.scene for c in chains})), num=len(chains))
-    return protocol_fingerprint(
-        EvalConfig(suites=(config,), max_steps=suite.max_steps, replan=replan), config, chains, about
-    )
+    kind: Literal["chains", "tasks"] = "chains" if max(len(chain.tasks) for chain in chains) > 1 else "tasks"
+    scenes = tuple(sorted({chain.scene for chain in chains}))
+    asked = SuiteConfig(name=suite.name, kind=kind, scenes=scenes, num=len(chains))
+    limits = EvalConfig(suites=(asked,), max_steps=suite.max_steps, replan=replan, videos=0)
+    return protocol_fingerprint(limits, asked, chains, about)
 
 
 def drive(

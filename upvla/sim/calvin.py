@@ -257,20 +257,20 @@ class CalvinSuite:
         return bool(now["achieved"](task, start["snapshot"], now["snapshot"]))
 
     def instruction(self, task: str) -> str:
-        return self._sentences[task][0]
+        return self._sentences["validation"][task][0]
+
+    def paraphrases(self, task: str) -> list[str]:
+        """The official wordings of the training data."""
+        return self._sentences["training"][task]
 
     def expert(self, env: Any, task: str) -> Iterator[np.ndarray]:
         raise ConfigError("CALVIN ships no expert: name one as a plug-in, `--expert module:function`")
 
     @cached_property
-    def _sentences(self) -> dict[str, list[str]]:
-        return self.sentences("validation")
-
-    def sentences(self, kind: str) -> dict[str, list[str]]:
-        """The official wording by task: `validation` (one each) or `training`."""
+    def _sentences(self) -> dict[str, dict[str, list[str]]]:
         protocol = self.checkout.require().protocol()
         try:
-            return dict(protocol.call("sentences", kind=kind))
+            return {kind: protocol.call("sentences", kind=kind) for kind in ("validation", "training")}
         finally:
             protocol.close()
 

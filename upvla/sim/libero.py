@@ -153,6 +153,9 @@ class LiberoSuite:
     def instruction(self, task: str) -> str:
         return self._tasks[task]
 
+    def paraphrases(self, task: str) -> tuple[str, ...]:
+        return (self.instruction(task),)
+
     def expert(self, env: Any, task: str) -> Iterator[np.ndarray]:
         """Picks the first object that the task names and drops it over the second; made for libero-object."""
         if self.name != "libero-object":

@@ -161,7 +161,10 @@ class MetaworldEnv:
 
     def fingerprint(self) -> dict[str, str]:
         packages = {name: version(name) for name in ("metaworld", "mujoco", "gymnasium", "numpy")}
-        return {**packages, "renderer": _renderer_name() if self._renders else "none"}
+        if not self._renders:
+            return {**packages, "renderer": "none"}
+        self._frame("gripper")  # a renderer has a name once it has rendered
+        return {**packages, "renderer": _renderer_name()}
 
     def close(self) -> None:
         for renderer in self._renderers.values():
@@ -175,7 +178,13 @@ class MetaworldEnv:
         if camera not in self._renderers:
             # Shadows, reflections and multisampling cost ten times the rest of a frame.
             self._env.model.vis.quality.offsamples = 0
-            renderer = mujoco.Renderer(self._env.model, size, size)
+            try:
+                renderer = mujoco.Renderer(self._env.model, size, size)
+            except Exception as error:  # a missing GL library surfaces as several kinds
+                raise ConfigError(
+                    f"{self.name} cannot render ({error}): apt-get install -y --no-install-recommends libosmesa6, "
+                    "and set MUJOCO_GL=osmesa before anything imports mujoco"
+                ) from error
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 renderer.scene.flags[flag] = 0
             self._renderers[camera] = renderer
@@ -218,12 +227,16 @@ class MetaworldSuite:
     def instruction(self, task: str) -> str:
         return INSTRUCTIONS[task]
 
+    def paraphrases(self, task: str) -> tuple[str, ...]:
+        return (self.instruction(task),)
+
     def expert(self, env: Any, task: str) -> Iterator[np.ndarray]:
         """Meta-World's own scripted policy, which reads the true state."""
         _load()
         from metaworld.policies import ENV_POLICY_MAP
 
-        policy = ENV_POLICY_MAP[f"{task}-v3"]()
+        policy: Any = ENV_POLICY_MAP[f"{task}-v3"]  # its declared type is the abstract base
+        policy = policy()
         while True:
             yield np.clip(policy.get_action(env.truth()), -1, 1)
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def load_expert(place: str) -> Expert:
         raise ConfigError(f"no expert at {place!r} ({error}); write it as module:function") from error
     if not callable(found):
         raise ConfigError(f"{place!r} is a {type(found).__name__}, not a function (env, task, rng) -> actions")
-    return found  # type: ignore[no-any-return]
+    return cast(Expert, found)
 
 
 def record_suite(
@@ -52,15 +52,13 @@ def record_suite(
     out_dir: str | Path,
     *,
     expert: Expert | None = None,
-    sentences: Callable[[str], Sequence[str]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Record every chain until its first failure under `out_dir`; what is there already is not recorded again.
 
-    expert: the suite's own without one. sentences: what may be said for a task; the suite's instruction without it.
-    Returns {recordings, frames, spans, tasks: {name: [tried, succeeded]}}. Raises `ConfigError` when the folder holds
-    other recordings.
+    expert: the suite's own without one. Returns {recordings, frames, spans, tasks: {name: [tried,
+    succeeded]}}. Raises `ConfigError` when the folder holds other recordings.
     """
     out = Path(out_dir)
     work = out / ".collect"
@@ -69,7 +67,6 @@ def record_suite(
     )
     _claim(work, mark)
     play = expert or (lambda env, task, rng: suite.expert(env, task))
-    say = sentences or (lambda task: (suite.instruction(task),))
     worlds: dict[str, World] = {}
     try:
         for i, chain in enumerate(chains):
@@ -78,9 +75,7 @@ def record_suite(
                     for name in list(worlds):
                         worlds.pop(name).close()
                     worlds[chain.scene] = suite.open(chain.scene)
-                _record(
-                    suite, worlds[chain.scene], chain, work / f"{i:05d}", play, say, np.random.default_rng((seed, i))
-                )
+                _record(suite, worlds[chain.scene], chain, work / f"{i:05d}", play, np.random.default_rng((seed, i)))
             if progress:
                 progress(i + 1, len(chains))
     finally:
@@ -103,7 +98,6 @@ def _record(
     chain: Chain,
     folder: Path,
     expert: Expert,
-    sentences: Callable[[str], Sequence[str]],
     rng: np.random.Generator,
 ) -> None:
     part = folder.with_suffix(".part")
@@ -112,7 +106,7 @@ def _record(
     env.reset(chain.robot_state, chain.scene_state)
     steps, spans, tried = 0, [], []
     for task in chain.tasks:
-        texts = sentences(task)
+        texts = suite.paraphrases(task)
         first, start, text, done = steps, env.info(), texts[int(rng.integers(len(texts)))], False
         for action in islice(expert(env, task, rng), suite.max_steps):
             _save_frame(part / f"{steps}.npz", env, action)
@@ -129,17 +123,12 @@ def _record(
 
 def _save_frame(path: Path, env: World, action: np.ndarray) -> None:
     before = env.observe()
+    arrays = {f"rgb_{camera}": frame for camera, frame in before.images.items()}
+    arrays |= {"rel_actions": action, "robot_obs": before.state, "scene_obs": env.truth()}
     env.step(action)
-    after = env.state()
+    arrays["actions"] = np.append(env.state()[: len(action) - 1], action[-1])
     with path.open("wb") as file:
-        np.savez(
-            file,
-            actions=np.append(after[: len(action) - 1], action[-1]),
-            rel_actions=action,
-            robot_obs=before.state,
-            scene_obs=before.scene_state,
-            **{f"rgb_{camera}": frame for camera, frame in before.images.items()},
-        )
+        np.savez(file, **cast(Any, arrays))
 
 
 def _assemble(suite: Suite, chains: Sequence[Chain], split: Path, work: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A suite pickles into worker processes; it holds names and paths, never an engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,9 +36,16 @@ class World(Env, Protocol):
 
 
 class Suite(Protocol):
-    name: str
-    action_space: ActionSpace
-    max_steps: int  # environment steps a task before it counts as failed
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def action_space(self) -> ActionSpace: ...
+
+    @property
+    def max_steps(self) -> int:
+        """Environment steps that a task may take before it counts as failed."""
+        ...
 
     def chains(self, num: int) -> list[Chain]:
         """The first `num` official chains; of a suite of single tasks, `num` official starts of every task."""
@@ -52,6 +59,10 @@ class Suite(Protocol):
 
     def instruction(self, task: str) -> str:
         """What a policy is told; it belongs to the protocol."""
+        ...
+
+    def paraphrases(self, task: str) -> Sequence[str]:
+        """What may be said for the task in recordings."""
         ...
 
     def expert(self, env: World, task: str) -> Iterator[np.ndarray]:

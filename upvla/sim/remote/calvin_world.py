@@ -94,13 +94,11 @@ class Protocol:
 
     def __init__(self, models: str) -> None:
         self._conf = Path(models) / "conf" / "annotations"
-        for name, attributes in {
-            "pyhash": {"fnv1_32": lambda: pyhash_fnv1_32},
-            "torch": {},  # of these two only functions that are not called here use anything
-            "calvin_agent.models.mcil": {"MCIL": None},
-            "calvin_agent.utils.utils": {"add_text": None, "format_sftp_path": None},
-        }.items():
-            _stand_in(name, **attributes)
+        _stand_in("pyhash", fnv1_32=lambda: pyhash_fnv1_32)
+        # The rest is imported beside what is wanted here, for functions that are never called.
+        _stand_in("torch")
+        _stand_in("calvin_agent.models.mcil", MCIL=None)
+        _stand_in("calvin_agent.utils.utils", add_text=None, format_sftp_path=None)
 
     def chains(self, workers: int) -> list[dict[str, Any]]:
         """All 1000, in the official order: tasks, and the states of robot and scene that they start from."""
@@ -127,7 +125,7 @@ def _config(checkout: Path, scene: str) -> Any:
     from omegaconf import OmegaConf
 
     conf = checkout / "conf"
-    fingers = {k: v for k, v in OmegaConf.load(conf / "robot/panda_longer_finger.yaml").items() if k != "defaults"}
+    fingers: Any = {k: v for k, v in OmegaConf.load(conf / "robot/panda_longer_finger.yaml").items() if k != "defaults"}
     return OmegaConf.create(
         {
             "data_path": os.fspath(checkout / "data"),
