@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from upvla.cli import app
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("up", "down", "status", "env", "collect", "ingest", "mix", "train", "evaluate", "weights import", "demo")
+VERBS = (
+    "up", "down", "status", "env", "doctor",
+    "collect", "ingest", "mix", "train", "evaluate", "weights import", "demo",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

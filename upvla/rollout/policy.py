@@ -89,14 +89,14 @@ def _camera(images: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 class StillPolicy:
-    """Does nothing: zero motion, gripper open."""
+    """Does nothing: zero motion, gripper open, whichever sign that is."""
 
     name = "still"
 
     def __init__(self, action_space: ActionSpace, chunk: int = 10) -> None:
         self.action_space = action_space
         self._actions = np.zeros((chunk, len(action_space)), np.float32)
-        self._actions[:, -1] = 1.0
+        self._actions[:, -1] = -1.0 if "-1=open" in action_space.dims[-1].convention else 1.0
 
     def reset(self, instruction: str) -> None:
         pass
