@@ -83,6 +83,13 @@ def _bar(what: str) -> Any:
     return progress
 
 
+def _places(site: str, calvin: str, libero: str) -> Any:
+    from upvla.config import SiteConfig, load
+    from upvla.rollout.benchmarks import Places
+
+    return Places(calvin, libero, str(load(f"site/{site}", SiteConfig).home / "benchmarks"))
+
+
 def _evaluate_suite(
     model: str, suite: str, places: Any, dataset: str, chains: int, workers: int, line: Any
 ) -> dict[str, Any]:
@@ -182,11 +189,12 @@ def collect(
     With --env, in another benchmark: upvla collect --env metaworld-mt10 --chains 5 --out recordings"""
     if env:
         from upvla.launch.benchmarks import collect_suite
-        from upvla.rollout.benchmarks import Places
 
         suite = "calvin-a" if env == "calvin" else env
         _show(
-            collect_suite(suite, Places(calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")),
+            collect_suite(
+                suite, _places(site, calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")
+            ),
             as_json,
         )
         return
@@ -289,9 +297,7 @@ def evaluate(
 
     With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100"""
     if suite:
-        from upvla.rollout.benchmarks import Places
-
-        places = Places(calvin, libero)
+        places = _places(site, calvin, libero)
         line = partial(_open, config, site, set_)
         _show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
         return

@@ -36,7 +36,7 @@ class Places:
 
     calvin: str = ""  # a checkout of mees/calvin with calvin_env in it
     libero: str = ""  # a Python that holds LIBERO
-    cache: str = "~/.cache/upvla"
+    cache: str = ".upvla/benchmarks"  # what takes minutes to work out
 
 
 def suite_names() -> list[str]:
