@@ -81,8 +81,8 @@ def test_standing_still_keeps_the_gripper_open_whatever_its_sign() -> None:
 
 @pytest.mark.slow
 def test_the_scripted_policies_reach_their_reference() -> None:
-    """All 50 tasks, four starts each. The row in docs/benchmarks.md (982 of 1000) has its few failures at fixed starts, so
-    a small sample may hold more of them than 2 %: it must not be significantly worse than 98 %, nor any task fail."""
+    """All 50 tasks, four starts each. The row in docs/benchmarks.md (982 of 1000) has its few failures at fixed starts,
+    of which a small sample may hold more than 2 %: it must not be significantly worse than 98 %, nor any task fail."""
     suite = open_suite("metaworld-mt50", Places())
     records = SuiteJudge(suite, "expert")(list(enumerate(suite.chains(4))))
     failed = [(record.scene, record.error) for record in records if not record.succeeded]
