@@ -80,6 +80,7 @@ def test_standing_still_keeps_the_gripper_open_whatever_its_sign() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_scripted_policies_reach_their_reference() -> None:
     """All 50 tasks, four starts each. The row in docs/benchmarks.md (982 of 1000) has its few failures at fixed starts,
     of which a small sample may hold more than 2 %: it must not be significantly worse than 98 %, nor any task fail."""
