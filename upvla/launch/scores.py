@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.launch.evaluate import map_chains
 from upvla.launch.steps import once
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig, summarise
@@ -57,7 +57,7 @@ def film(config: EvalConfig, suite: SuiteConfig, checkpoint: Checkpoint) -> dict
     with connected():
         task = ray.remote(num_cpus=1, max_retries=2)(_film)
         waiting = [task.remote(checkpoint.url, config, index, chains[index]) for index in dict.fromkeys(spread)]
-        return {name: data for files in ray.get(waiting) for name, data in files.items()}
+        return {name: data for files in map(result_of, waiting) for name, data in files.items()}
 
 
 def _judge_all(
