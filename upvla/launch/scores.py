@@ -86,8 +86,8 @@ def _film(source: str, config: EvalConfig, index: int, chain: Chain) -> dict[str
 
 
 def _record(row: Sequence[Any]) -> ChainRecord:
-    index, scene, tasks, succeeded, steps, error = row
-    return ChainRecord(index, scene, tuple(tasks), succeeded, tuple(steps), error)
+    number, scene, tasks, succeeded, steps, *more = row
+    return ChainRecord(number, scene, tuple(tasks), succeeded, tuple(steps), *more)
 
 
 def _report(value: dict[str, Any]) -> EvalReport:
