@@ -31,6 +31,8 @@ CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calv
 LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+_INTERRUPTED = 130  # how Typer ends on Ctrl-C
+
 
 def main() -> None:
     """Entry point: errors that we raise on purpose become one sentence and exit code 1."""
@@ -39,9 +41,10 @@ def main() -> None:
     except UpvlaError as error:
         print(f"upvla: {error.code}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
