@@ -25,7 +25,10 @@ SCENE_STATE = (
 )  # fmt: skip
 
 Symbols = Mapping[str, str | int]
-"""A symbolic state: slider left/right, drawer open/closed, lightbulb and led 0/1, grasped 0/1, <block>_block: where."""
+"""A symbolic state: slider left/right, drawer open/closed, lightbulb and led 0/1, grasped 0/1, and <block>_block: where.
+
+A block is on the table, slider_left, slider_right (a half of the cabinet), drawer, grasped, stacked_top or stacked_bottom.
+"""
 
 INITIAL_SYMBOLS: dict[str, tuple[str | int, ...]] = {
     "led": (0, 1),
@@ -39,10 +42,16 @@ INITIAL_SYMBOLS: dict[str, tuple[str | int, ...]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """One way in which a task applies: what must hold before, and what holds after."""
+    """One way in which a task applies: what must hold before (a tuple: any of these), and what holds after."""
 
-    before: Symbols
+    before: Mapping[str, str | int | tuple[str, ...]]
     after: Symbols
+
+    def applies(self, symbols: Symbols) -> bool:
+        return all(
+            symbols[key] in wanted if isinstance(wanted, tuple) else symbols[key] == wanted
+            for key, wanted in self.before.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -54,31 +63,71 @@ class TaskSpec:
     rules: tuple[Rule, ...] = field(repr=False)
 
 
-def _free(before: Symbols, after: Symbols) -> tuple[Rule, ...]:
+_SIDES = ("right", "left")
+_OPPOSITE = {"right": "left", "left": "right"}
+
+
+def _free(before: Mapping[str, str | int | tuple[str, ...]], after: Symbols) -> Rule:
     """A task that starts with an empty gripper."""
-    return (Rule({**before, "grasped": 0}, after),)
+    return Rule({**before, "grasped": 0}, after)
 
 
-def _specs() -> dict[str, TaskSpec]:
+def _furniture() -> list[TaskSpec]:
     specs = [
-        TaskSpec("open_drawer", 3, _free({"drawer": "closed"}, {"drawer": "open"})),
-        TaskSpec("close_drawer", 3, _free({"drawer": "open"}, {"drawer": "closed"})),
-        TaskSpec("move_slider_left", 2, _free({"slider": "right"}, {"slider": "left"})),
-        TaskSpec("move_slider_right", 2, _free({"slider": "left"}, {"slider": "right"})),
-        *(TaskSpec(f"turn_on_{light}", 8, _free({light: 0}, {light: 1})) for light in ("lightbulb", "led")),
+        *(TaskSpec(f"move_slider_{side}", 2, (_free({"slider": _OPPOSITE[side]}, {"slider": side}),)) for side in _SIDES),
+        TaskSpec("open_drawer", 3, (_free({"drawer": "closed"}, {"drawer": "open"}),)),
+        TaskSpec("close_drawer", 3, (_free({"drawer": "open"}, {"drawer": "closed"}),)),
     ]
+    for light in ("lightbulb", "led"):
+        specs += [TaskSpec(f"turn_{word}_{light}", 8, (_free({light: 1 - lit}, {light: lit}),)) for word, lit in _LIT]
+    return specs
+
+
+_LIT = (("on", 1), ("off", 0))
+
+
+def _one_block(block: str) -> list[TaskSpec]:
+    """Tasks that name a block. One in the cabinet can be taken while the door stands before the other half."""
+    key, held = f"{block}_block", {f"{block}_block": "grasped", "grasped": 1}
+    here = {key: "table"}
+    slider = tuple(_free({key: f"slider_{side}", "slider": _OPPOSITE[side]}, held) for side in ("left", "right"))
+    return [
+        *(TaskSpec(f"{verb}_{block}_block_{side}", 1, (_free(here, here),)) for verb in ("rotate", "push") for side in _SIDES),
+        TaskSpec(f"lift_{block}_block_table", 4, (_free(here, held),)),
+        TaskSpec(f"lift_{block}_block_slider", 5, slider),
+        TaskSpec(f"lift_{block}_block_drawer", 6, (_free({key: "drawer", "drawer": "open"}, held),)),
+    ]
+
+
+def _any_block() -> list[TaskSpec]:
+    """Tasks about the block in the gripper, about two, or about the only one on the table."""
+    in_slider, in_drawer, stack, unstack, push_in = [], [], [], [], []
     for block in BLOCK_POSE:
-        here: Symbols = {f"{block}_block": "table"}
-        specs += [TaskSpec(f"push_{block}_block_{side}", 1, _free(here, here)) for side in ("right", "left")]
-        held: Symbols = {f"{block}_block": "grasped", "grasped": 1}
-        specs.append(TaskSpec(f"lift_{block}_block_table", 4, _free(here, held)))
-    return {spec.name: spec for spec in specs}
+        key, others = f"{block}_block", [f"{other}_block" for other in BLOCK_POSE if other != block]
+        for door, half in _OPPOSITE.items():  # the open half; CALVIN notes the door's own side, from where none can lift
+            in_slider.append(Rule({key: "grasped", "slider": door, "grasped": 1}, {key: f"slider_{half}", "grasped": 0}))
+        in_drawer.append(Rule({key: "grasped", "drawer": "open", "grasped": 1}, {key: "drawer", "grasped": 0}))
+        for other in others:
+            on_it: Symbols = {key: "stacked_top", other: "stacked_bottom"}
+            stack.append(Rule({key: "grasped", other: "table", "grasped": 1}, {**on_it, "grasped": 0}))
+            unstack.append(_free(on_it, {key: "table", other: "table"}))
+        away = {other: ("slider_right", "slider_left") for other in others}
+        push_in.append(_free({key: "table", **away, "drawer": "open"}, {key: "drawer"}))
+    return [
+        TaskSpec("place_in_slider", 7, tuple(in_slider)),
+        TaskSpec("place_in_drawer", 7, tuple(in_drawer)),
+        TaskSpec("push_into_drawer", 9, tuple(push_in)),
+        TaskSpec("stack_block", 10, tuple(stack)),
+        TaskSpec("unstack_block", 11, tuple(unstack)),
+    ]
 
 
-SPECS: dict[str, TaskSpec] = _specs()
+SPECS: dict[str, TaskSpec] = {
+    spec.name: spec for spec in (*_furniture(), *(s for block in BLOCK_POSE for s in _one_block(block)), *_any_block())
+}
 
 
 def next_symbols(task: str, symbols: Symbols) -> Symbols | None:
     """The state after `task`, or None where it does not apply in exactly one way."""
-    matches = [rule for rule in SPECS[task].rules if all(symbols[key] == value for key, value in rule.before.items())]
+    matches = [rule for rule in SPECS[task].rules if rule.applies(symbols)]
     return {**symbols, **matches[0].after} if len(matches) == 1 else None

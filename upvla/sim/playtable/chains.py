@@ -15,8 +15,10 @@ from upvla.sim.playtable.tasks import TASKS
 from upvla.types import Chain
 
 _START = np.array(((-0.07, -0.19, 0.57), (0.11, -0.07, 0.63)))  # box of robot start positions
-_ROWS = (-0.135, -0.045)  # y of the two rows of blocks on the desk: one can be pushed past the other
+_ROWS = (-0.145, -0.065)  # y of the two rows of blocks on the desk: one can be pushed past the other
+_APART = 0.075  # m in x between two blocks on the desk: room for a turning gripper
 _ATTEMPTS = 2_000
+_PREPARATIONS = 3  # most tasks that lie between an initial state and one in which any given task applies
 
 
 @lru_cache(maxsize=len(s.LAYOUTS))
@@ -34,27 +36,62 @@ def symbols_at_random(rng: np.random.Generator) -> c.Symbols:
             return symbols
 
 
+def symbols_for(task: str, rng: np.random.Generator) -> c.Symbols:
+    """A state in which `task` applies: an initial one, or one that a few other tasks lead to from there."""
+    while True:
+        symbols: c.Symbols = symbols_at_random(rng)
+        for _ in range(_PREPARATIONS):
+            if c.next_symbols(task, symbols) is not None:
+                return symbols
+            after = [state for name in _PREPARING if (state := c.next_symbols(name, symbols)) is not None]
+            symbols = after[int(rng.integers(len(after)))]
+        if c.next_symbols(task, symbols) is not None:
+            return symbols
+
+
+_PREPARING = tuple(name for name in TASKS if not name.startswith(("push", "rotate", "turn")))
+
+
 def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(robot f64[15], scene f64[24]) in which `symbols` hold, with varied gripper and block poses."""
+    """(robot f64[15], scene f64[24]) in which `symbols` hold, at rest, with varied gripper and block poses."""
     layout, state = s.layout(scene), np.zeros(24)
     state[c.SLIDER] = s.SLIDE_RANGE if symbols["slider"] == "left" else 0.0
     state[c.DRAWER] = s.DRAWER_RANGE if symbols["drawer"] == "open" else 0.0
     state[c.SWITCH] = s.SWITCH_RANGE if symbols["lightbulb"] else 0.0
     state[c.LIGHTBULB], state[c.LED] = symbols["lightbulb"], symbols["led"]
-    rows = list(rng.permutation(_ROWS))
-    for block, where in c.BLOCK_POSE.items():
-        place = symbols[f"{block}_block"]
-        if place == "table":
-            low, high = layout.blocks_x
-            if block == "blue":
-                low, high = low + 0.02, high - 0.13  # room for the gripper on its left, and to be pushed right
-            x, y = rng.uniform(low, high), rows.pop() + rng.uniform(-0.012, 0.012)
+    robot = _arm(scene).robot_state_at(rng.uniform(*_START))
+    spots = _desk_spots(layout, rng)
+    for block, where in sorted(c.BLOCK_POSE.items(), key=lambda item: symbols[f"{item[0]}_block"] == "stacked_top"):
+        place, yaw = symbols[f"{block}_block"], np.pi / 2 + rng.uniform(-np.pi / 10, np.pi / 10)
+        z = s.DESK_Z + s.BLOCK_HEIGHT / 2
+        if place in ("table", "stacked_bottom"):
+            x, y = spots.pop()
+        elif place == "stacked_top":  # its partner is placed by now
+            bottom = next(other for other in s.BLOCKS if symbols[f"{other}_block"] == "stacked_bottom")
+            x, y, *_, yaw = state[c.BLOCK_POSE[bottom]]
+            z += s.BLOCK_HEIGHT
+        elif place == "drawer":
+            x, y = layout.drawer_x + rng.uniform(-0.05, 0.05), -0.30 + rng.uniform(-0.02, 0.02)
+            y, z = y + s.DRAWER_RANGE - state[c.DRAWER], s.DRAWER_FLOOR + s.BLOCK_HEIGHT / 2
+        elif place == "grasped":
+            (x, y, z), yaw = robot[c.TCP_POSITION] + (0, 0, 0.004), np.pi / 2
+            robot[c.GRIPPER_WIDTH], robot[c.GRIPPER_ACTION] = s.BLOCK_WIDTH, -1.0
         else:
-            x = layout.cabinet_x + (0.15 if place == "slider_right" else -0.15) + rng.uniform(-0.06, 0.06)
-            y = 0.10 + rng.uniform(-0.01, 0.01)
-        z = s.DESK_Z + s.BLOCK_HEIGHT / 2 + (0.002 if place != "table" else 0.0)
-        state[where] = (x, y, z, 0, 0, np.pi / 2 + rng.uniform(-np.pi / 10, np.pi / 10))
-    return _arm(scene).robot_state_at(rng.uniform(*_START)), state
+            x = layout.cabinet_x + (0.15 if place == "slider_right" else -0.15) + rng.uniform(-0.03, 0.03)
+            y, z = 0.10 + rng.uniform(-0.01, 0.01), z + 0.002
+        state[where] = (x, y, z, 0, 0, yaw)
+    return robot, state
+
+
+def _desk_spots(layout: s.Layout, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Two places for blocks on the desk, in rows of their own and apart in x."""
+    (low, high), rows = layout.blocks_x, rng.permutation(_ROWS) + rng.uniform(-0.006, 0.006, 2)
+    first = rng.uniform(low, high)
+    free = [(low, first - _APART), (first + _APART, high)]
+    left, right = (max(0.0, end - start) for start, end in free)
+    along = rng.uniform(0, left + right)
+    second = low + along if along < left else first + _APART + along - left
+    return [(float(first), float(rows[0])), (float(second), float(rows[1]))]
 
 
 @cache
@@ -111,8 +148,13 @@ def sample_chains(
 
 
 def sample_starts(scene: str, task: str, num: int, seed: int) -> list[Chain]:
-    """`num` one-task chains from initial states in which `task` applies."""
-    return sample_chains(scene, num, seed, 1, (task,))
+    """`num` one-task chains from states in which `task` applies. Start i depends on (scene, task, seed, i) alone."""
+    starts = []
+    for index in range(num):
+        rng = np.random.default_rng((seed, index, sum(scene.encode()), 2))
+        robot, state = state_at_random(scene, symbols_for(task, rng), rng)
+        starts.append(Chain(scene, robot, state, (task,), seed))
+    return starts
 
 
 def sample_shared_starts(scene: str, tasks: Sequence[str], num: int, seed: int) -> list[Chain]:

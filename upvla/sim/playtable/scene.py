@@ -19,13 +19,15 @@ import numpy as np
 from upvla.errors import ConfigError
 
 DESK_Z = 0.44
-BLOCK_HEIGHT = 0.04
+BLOCK_HEIGHT, BLOCK_WIDTH = 0.04, 0.04
+DRAWER_FLOOR = 0.298
+DESK_FRONT_Y = -0.18
 BLOCKS = ("red", "blue", "pink")
-ROBOT_BASE = (-0.41, -0.40, 0.24)
+ROBOT_BASE = (-0.34, -0.40, 0.24)
 SLIDE_RANGE, DRAWER_RANGE, BUTTON_RANGE, SWITCH_RANGE = 0.28, 0.22, 0.02, 0.088
 DRAWER_BAR = (-0.294, 0.362)  # (y, z) of the drawer's handle bar when shut
 DOOR_HANDLE = (0.022, DESK_Z + 0.088)  # (y, z) of the middle of the door's handle
-SWITCH_Y, BUTTON_Y = -0.115, -0.09  # the switch when off
+SWITCH_Y, BUTTON_Y = -0.15, -0.09  # the switch when off
 STATIC_SIZE, GRIPPER_SIZE = 200, 84
 
 Rgb = tuple[float, float, float]
@@ -58,22 +60,22 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "A": Layout(
-        -0.02, 0.14, 0.255, -0.26, (-0.13, 0.14), 0.21, 0.02,
+        -0.02, 0.14, 0.285, -0.29, (-0.095, 0.095), 0.21, 0.02,
         ((0.80, 0.62, 0.42), (0.62, 0.44, 0.27)), ((0.55, 0.36, 0.22), (0.42, 0.26, 0.15)),
         (0.58, 0.60, 0.63), (0.15, 0.15, 0.17), (0.80, 0.80, 0.78), (0.8, -0.9, 2.0), (0.056, 0.064, 0.050),
     ),
     "B": Layout(
-        0.00, 0.06, -0.26, 0.25, (-0.13, 0.14), -0.02, 0.16,
+        0.00, 0.06, -0.29, 0.28, (-0.095, 0.09), -0.02, 0.16,
         ((0.72, 0.55, 0.40), (0.50, 0.34, 0.24)), ((0.86, 0.78, 0.64), (0.74, 0.64, 0.50)),
         (0.46, 0.50, 0.47), (0.62, 0.45, 0.18), (0.86, 0.80, 0.70), (-0.6, -1.0, 2.0), (0.050, 0.064, 0.056),
     ),
     "C": Layout(
-        0.03, 0.17, 0.26, -0.25, (-0.12, 0.145), 0.02, 0.20,
+        0.00, 0.15, 0.29, -0.28, (-0.09, 0.10), 0.02, 0.20,
         ((0.88, 0.80, 0.66), (0.76, 0.66, 0.50)), ((0.60, 0.66, 0.62), (0.50, 0.56, 0.53)),
         (0.66, 0.62, 0.57), (0.30, 0.31, 0.34), (0.74, 0.78, 0.84), (0.2, -1.2, 2.2), (0.064, 0.050, 0.056),
     ),
     "D": Layout(
-        -0.04, 0.10, 0.25, -0.265, (-0.13, 0.135), 0.19, 0.00,
+        -0.04, 0.10, 0.28, -0.285, (-0.095, 0.09), 0.19, 0.00,
         ((0.66, 0.48, 0.34), (0.46, 0.30, 0.20)), ((0.78, 0.60, 0.40), (0.64, 0.46, 0.29)),
         (0.52, 0.55, 0.62), (0.84, 0.84, 0.82), (0.82, 0.78, 0.74), (0.9, -0.4, 2.1), (0.056, 0.050, 0.064),
     ),
@@ -204,9 +206,9 @@ def _furniture(spec: Layout) -> str:
         f'<joint name="drawer" type="slide" axis="0 -1 0" range="0 {DRAWER_RANGE}" frictionloss="1.5" damping="6" '
         'armature="0.3"/>'
         + _box((0, 0.0, 0.345), (0.150, 0.010, 0.060), "front", 'mass="0.3"')
-        + _box((0, 0.14, 0.292), (0.132, 0.13, 0.006), "plank", 'mass="0.2"')
+        + _box((0, 0.14, DRAWER_FLOOR - 0.006), (0.132, 0.13, 0.006), "plank", 'mass="0.2"')
         + _box((0, 0.27, 0.335), (0.132, 0.006, 0.040), "front", 'mass="0.1"')
-        + "".join(_box((x, 0.14, 0.335), (0.006, 0.13, 0.040), "front", 'mass="0.1"') for x in (-0.13, 0.13))
+        + "".join(_box((x, 0.14, 0.327), (0.006, 0.13, 0.032), "front", 'mass="0.1"') for x in (-0.13, 0.13))
         + _box((0, DRAWER_BAR[0] + 0.20, DRAWER_BAR[1]), (0.095, 0.010, 0.012), "handle", 'mass="0.05"')
         + "".join(
             _box((x, DRAWER_BAR[0] + 0.244, DRAWER_BAR[1]), (0.008, 0.044, 0.010), "handle", 'mass="0.02"')
@@ -231,7 +233,7 @@ def _furniture(spec: Layout) -> str:
 def _blocks(spec: Layout) -> str:
     return "".join(
         f'<body name="block_{colour}" pos="{0.3 * i - 0.3} 0 1"><freejoint name="block_{colour}"/>'
-        f'<geom class="block" type="box" size="{_v((spec.block_length[i] / 2, 0.02, BLOCK_HEIGHT / 2))}" '
+        f'<geom class="block" type="box" size="{_v((spec.block_length[i] / 2, BLOCK_WIDTH / 2, BLOCK_HEIGHT / 2))}" '
         f'material="{colour}"/></body>'
         for i, colour in enumerate(BLOCKS)
     )
