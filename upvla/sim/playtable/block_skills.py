@@ -25,6 +25,8 @@ from upvla.sim.playtable.motion import (
 )
 
 _TURN = np.radians(72)  # what a turn aims at; 60 degrees are asked
+_BEFORE_DRAWER_Y = -0.13  # from here a push of some centimetres takes a block over the edge
+_LANE_Y = -0.02  # blocks on the desk lie before it
 _DESK_TOP = s.DESK_Z + s.BLOCK_HEIGHT / 2  # z of the middle of a block that lies on the desk
 
 
@@ -37,12 +39,16 @@ def push(block: str, direction: float, v: View) -> Plan:
 
 
 def push_into_drawer(v: View) -> Plan:
-    """From behind over the front edge; first sideways until the block stands before the drawer."""
-    block = min(s.BLOCKS, key=lambda b: abs(v.block(b)[2] - _DESK_TOP) + max(0.0, v.block(b)[1] + 0.02))
-    place = v.block(block)
-    off = v.layout.drawer_x - place[0]
-    if abs(off) > 0.075 and place[1] > s.DESK_FRONT_Y:
-        return push(block, float(np.sign(off)), v)
+    """Draw the block along the desk until it stands before the drawer, let go, and push it over the edge from behind."""
+    block = min(s.BLOCKS, key=lambda b: abs(v.block(b)[2] - _DESK_TOP) + max(0.0, v.block(b)[1] - _LANE_Y))
+    place, off = v.block(block), v.layout.drawer_x - v.block(block)[0]
+    if v.held(block) and (abs(off) > 0.03 or place[1] > _BEFORE_DRAWER_Y + 0.015):
+        spot = np.array((v.layout.drawer_x, _BEFORE_DRAWER_Y, _DESK_TOP + 0.001))
+        return Plan(towards(spot - place), CLOSE, v.yaw)
+    if abs(off) > 0.07 or place[1] > _BEFORE_DRAWER_Y + 0.04:
+        return grasp(v, block, grip_yaw(v, block))
+    if v.held(block):
+        return Plan(np.zeros(3), OPEN, v.yaw)
     point = np.array((place[0], place[1] + 0.065, s.DESK_Z + 0.026))
     gap = v.tcp[1] - place[1]
     behind = 0.02 < gap < 0.10 and abs(v.tcp[0] - place[0]) < 0.016 and v.tcp[2] < point[2] + 0.015
@@ -79,9 +85,14 @@ def _start_axis(v: View, block: str) -> float:
 
 
 def place_in_slider(v: View) -> Plan:
-    """Into the half of the cabinet that the door leaves open."""
-    side = 1 if v.state[c.SLIDER] > s.SLIDE_RANGE / 2 else -1
-    return _place(v, np.array((v.layout.cabinet_x + side * 0.145, 0.10, _DESK_TOP + 0.006)))
+    """Into the half of the cabinet that the door leaves open, beside what lies there."""
+    side, block = 1 if v.state[c.SLIDER] > s.SLIDE_RANGE / 2 else -1, carried(v)
+    there = [side * (v.block(b)[0] - v.layout.cabinet_x) for b in s.BLOCKS if b != block and v.block(b)[1] > 0.03]
+    along = s.SHELF_X
+    for other in sorted(there):
+        if abs(other - along) < s.SHELF_APART:
+            along = other + s.SHELF_APART
+    return _place(v, np.array((v.layout.cabinet_x + side * along, s.SHELF_Y, _DESK_TOP + 0.006)))
 
 
 def place_in_drawer(v: View) -> Plan:
@@ -115,7 +126,7 @@ def unstack(v: View) -> Plan:
     """Grasp the upper block, carry it aside and put it down."""
     stacked = [b for b in s.BLOCKS if _rests_on_blocks(v, b)]
     top = max(stacked or s.BLOCKS, key=lambda b: v.start["blocks"][b]["position"][2])
-    return _put_down(v, top) if v.held(top) else grasp(v, top, grip_yaw(v, top))
+    return put_down(v, top) if v.held(top) else grasp(v, top, grip_yaw(v, top))
 
 
 def _rests_on_blocks(v: View, block: str) -> bool:
@@ -128,13 +139,8 @@ def in_hand(v: View) -> str | None:
     return next((block for block in s.BLOCKS if v.held(block)), None)
 
 
-def put_down(v: View) -> Plan | None:
-    """Empty the gripper onto the desk before a task that needs it free; None when it is."""
-    block = in_hand(v)
-    return None if block is None else _put_down(v, block)
-
-
-def _put_down(v: View, block: str) -> Plan:
+def put_down(v: View, block: str) -> Plan:
+    """Lay the block in hand on a free part of the desk: before a task that needs the gripper empty."""
     place = v.block(block)
     others = [v.block(other)[:2] for other in s.BLOCKS if other != block]
     spots = [

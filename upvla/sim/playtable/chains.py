@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 
@@ -60,7 +61,7 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
     state[c.SWITCH] = s.SWITCH_RANGE if symbols["lightbulb"] else 0.0
     state[c.LIGHTBULB], state[c.LED] = symbols["lightbulb"], symbols["led"]
     robot = _arm(scene).robot_state_at(rng.uniform(*_START))
-    spots = _desk_spots(layout, rng)
+    spots, shelves = _desk_spots(layout, rng), Counter[str | int]()
     for block, where in sorted(c.BLOCK_POSE.items(), key=lambda item: symbols[f"{item[0]}_block"] == "stacked_top"):
         place, yaw = symbols[f"{block}_block"], np.pi / 2 + rng.uniform(-np.pi / 10, np.pi / 10)
         z = s.DESK_Z + s.BLOCK_HEIGHT / 2
@@ -77,8 +78,10 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
             (x, y, z), yaw = robot[c.TCP_POSITION] + (0, 0, 0.004), np.pi / 2
             robot[c.GRIPPER_WIDTH], robot[c.GRIPPER_ACTION] = s.BLOCK_WIDTH, -1.0
         else:
-            x = layout.cabinet_x + (0.15 if place == "slider_right" else -0.15) + rng.uniform(-0.03, 0.03)
-            y, z = 0.10 + rng.uniform(-0.01, 0.01), z + 0.002
+            along = s.SHELF_X + s.SHELF_APART * shelves[place] + rng.uniform(-0.02, 0.01)
+            shelves[place] += 1
+            x = layout.cabinet_x + (along if place == "slider_right" else -along)
+            y, z = s.SHELF_Y + rng.uniform(-0.01, 0.01), z + 0.002
         state[where] = (x, y, z, 0, 0, yaw)
     return robot, state
 

@@ -39,15 +39,13 @@ _EXPERTS: Mapping[str, Callable[[View], Plan]] = {
     "stack_block": blocks.stack,
     "unstack_block": blocks.unstack,
 }
-_HANDS_FULL = ("lift", "place", "rotate", "stack", "unstack")  # tasks in which a block is held on purpose
+_ANY_IN_HAND = ("place_in_slider", "place_in_drawer", "push_into_drawer", "stack_block", "unstack_block")
 
 
 def _plan(task: str, view: View) -> Plan:
-    if not task.startswith(_HANDS_FULL):
-        full = blocks.put_down(view)
-        if full is not None:
-            return full
-    return _EXPERTS[task](view)
+    held = blocks.in_hand(view)
+    wanted = task in _ANY_IN_HAND or (task.startswith(("lift", "rotate")) and f"_{held}_" in task)
+    return _EXPERTS[task](view) if held is None or wanted else blocks.put_down(view, held)
 
 
 class Expert:

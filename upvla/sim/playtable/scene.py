@@ -22,6 +22,7 @@ DESK_Z = 0.44
 BLOCK_HEIGHT, BLOCK_WIDTH = 0.04, 0.04
 DRAWER_FLOOR = 0.298
 DESK_FRONT_Y = -0.18
+SHELF_X, SHELF_Y, SHELF_APART = 0.12, 0.10, 0.09  # blocks in a half of the cabinet: from its middle, and between two
 BLOCKS = ("red", "blue", "pink")
 ROBOT_BASE = (-0.34, -0.40, 0.24)
 SLIDE_RANGE, DRAWER_RANGE, BUTTON_RANGE, SWITCH_RANGE = 0.28, 0.22, 0.02, 0.088
@@ -170,7 +171,7 @@ def _furniture(spec: Layout) -> str:
         *(_box((x, 0.02, 0.20), (0.016, 0.185, 0.205), "desk") for x in (-0.38, 0.38)),
         *(_box((spec.drawer_x + side * 0.155, 0.0, 0.345), (0.012, 0.175, 0.066), "desk") for side in (-1, 1)),
         _box((cabinet, back, top + 0.095), (half, 0.012, 0.095), "desk"),
-        *(_box((cabinet + side * half, 0.10, top + 0.05), (0.010, 0.08, 0.05), "desk") for side in (-1, 1)),
+        *(_box((cabinet + side * half, 0.10, top + 0.025), (0.010, 0.08, 0.025), "desk") for side in (-1, 1)),
         _box((cabinet, 0.013, top + 0.006), (half, 0.008, 0.006), "metal"),
         f'<geom name="plank" type="box" pos="{_v((cabinet, 0.10, top + 0.001))}" size="{half - 0.01} 0.078 0.001" '
         'material="plank"/>',
@@ -194,7 +195,7 @@ def _furniture(spec: Layout) -> str:
         f'<body name="slide" pos="{_v((spec.handle_x, 0, top))}">'
         f'<joint name="slide" type="slide" axis="-1 0 0" range="0 {SLIDE_RANGE}" frictionloss="1.5" damping="6" '
         'armature="0.3"/>'
-        f'<geom type="box" pos="{_v(middle)}" size="0.148 0.098 0.006" mass="0.5" material="front" '
+        f'<geom type="box" pos="{_v(middle)}" size="0.138 0.098 0.006" mass="0.5" material="front" '
         f'xyaxes="1 0 0 {_v(door_up)}"/>'
         + _box((0, DOOR_HANDLE[0], DOOR_HANDLE[1] - top), (0.010, 0.010, 0.034), "handle", 'mass="0.05"')
         + _box((0, 0.040, 0.075), (0.009, 0.020, 0.009), "handle", 'mass="0.02"')
