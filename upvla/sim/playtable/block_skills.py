@@ -8,6 +8,7 @@ import numpy as np
 
 from upvla.sim import contract as c
 from upvla.sim.playtable import scene as s
+from upvla.sim.playtable.furniture_skills import open_drawer, slide
 from upvla.sim.playtable.motion import (
     CLOSE,
     OPEN,
@@ -26,6 +27,7 @@ from upvla.sim.playtable.motion import (
 
 _TURN = np.radians(72)  # what a turn aims at; 60 degrees are asked
 _BEFORE_DRAWER_Y = -0.13  # from here a push of some centimetres takes a block over the edge
+_AJAR = 0.03  # m that door or drawer may lack to its stop
 _LANE_Y = -0.02  # blocks on the desk lie before it
 _DESK_TOP = s.DESK_Z + s.BLOCK_HEIGHT / 2  # z of the middle of a block that lies on the desk
 
@@ -40,6 +42,8 @@ def push(block: str, direction: float, v: View) -> Plan:
 
 def push_into_drawer(v: View) -> Plan:
     """Draw the block along the desk until it stands before the drawer, let go, and push it over the edge from behind."""
+    if s.DRAWER_RANGE - v.state[c.DRAWER] > _AJAR and in_hand(v) is None:
+        return open_drawer(v)
     block = min(s.BLOCKS, key=lambda b: abs(v.block(b)[2] - _DESK_TOP) + max(0.0, v.block(b)[1] - _LANE_Y))
     place, off = v.block(block), v.layout.drawer_x - v.block(block)[0]
     if v.held(block) and (abs(off) > 0.03 or place[1] > _BEFORE_DRAWER_Y + 0.015):
@@ -56,9 +60,21 @@ def push_into_drawer(v: View) -> Plan:
 
 
 def lift(block: str, v: View) -> Plan:
-    if v.held(block):
-        return rise(v, CLOSE)
-    return grasp(v, block, grip_yaw(v, block))
+    return rise(v, CLOSE) if v.held(block) else grasp(v, block, grip_yaw(v, block))
+
+
+def lift_from_slider(block: str, v: View) -> Plan:
+    """Door out of the way first: the task that moved it may have ended half-way."""
+    ajar = v.state[c.SLIDER] if v.block(block)[0] < v.layout.cabinet_x else s.SLIDE_RANGE - v.state[c.SLIDER]
+    if not v.held(block) and ajar > _AJAR:
+        return slide(-1.0 if v.block(block)[0] > v.layout.cabinet_x else 1.0, v)
+    return lift(block, v)
+
+
+def lift_from_drawer(block: str, v: View) -> Plan:
+    if not v.held(block) and s.DRAWER_RANGE - v.state[c.DRAWER] > _AJAR:
+        return open_drawer(v)
+    return lift(block, v)
 
 
 def rotate(block: str, direction: float, v: View) -> Plan:
@@ -88,22 +104,23 @@ def place_in_slider(v: View) -> Plan:
     """Into the half of the cabinet that the door leaves open, beside what lies there."""
     side, block = 1 if v.state[c.SLIDER] > s.SLIDE_RANGE / 2 else -1, carried(v)
     there = [side * (v.block(b)[0] - v.layout.cabinet_x) for b in s.BLOCKS if b != block and v.block(b)[1] > 0.03]
-    along = s.SHELF_X
+    ajar = s.SLIDE_RANGE - v.state[c.SLIDER] if side > 0 else v.state[c.SLIDER]
+    along = max(s.SHELF_X, ajar + 0.10)  # clear of a door that is not fully open
     for other in sorted(there):
         if abs(other - along) < s.SHELF_APART:
             along = other + s.SHELF_APART
-    return _place(v, np.array((v.layout.cabinet_x + side * along, s.SHELF_Y, _DESK_TOP + 0.006)))
+    return _place(v, np.array((v.layout.cabinet_x + side * along, s.SHELF_Y, _DESK_TOP + s.SHELF + 0.004)))
 
 
 def place_in_drawer(v: View) -> Plan:
-    y = -0.30 + s.DRAWER_RANGE - v.state[c.DRAWER]
+    y = -0.187 - v.state[c.DRAWER] / 2  # the middle of what stands out from under the desk
     return _place(v, np.array((v.layout.drawer_x, y, s.DRAWER_FLOOR + s.BLOCK_HEIGHT / 2 + 0.012)))
 
 
 def stack(v: View) -> Plan:
     """Onto the nearest other block that lies on the desk."""
     top = carried(v)
-    others = [b for b in s.BLOCKS if b != top and "table" in v.info["blocks"][b]["contacts"]]
+    others = [b for b in s.BLOCKS if b != top and "table" in v.info["blocks"][b]["contacts"]]  # a shelf is no table
     bottom = min(others or [b for b in s.BLOCKS if b != top], key=lambda b: float(np.linalg.norm(v.block(b) - v.tcp)))
     return _place(v, v.block(bottom) + (0, 0, s.BLOCK_HEIGHT + 0.005), grip_yaw(v, bottom))
 
@@ -137,6 +154,11 @@ def _rests_on_blocks(v: View, block: str) -> bool:
 def in_hand(v: View) -> str | None:
     """A block between closed fingers."""
     return next((block for block in s.BLOCKS if v.held(block)), None)
+
+
+def between_fingers(v: View) -> bool:
+    """A block that closing the fingers would catch."""
+    return any(np.abs(v.block(block) - v.tcp).max() < 0.045 for block in s.BLOCKS)
 
 
 def put_down(v: View, block: str) -> Plan:

@@ -81,7 +81,7 @@ def state_at_random(scene: str, symbols: c.Symbols, rng: np.random.Generator) ->
             along = s.SHELF_X + s.SHELF_APART * shelves[place] + rng.uniform(-0.02, 0.01)
             shelves[place] += 1
             x = layout.cabinet_x + (along if place == "slider_right" else -along)
-            y, z = s.SHELF_Y + rng.uniform(-0.01, 0.01), z + 0.002
+            y, z = s.SHELF_Y + rng.uniform(-0.01, 0.01), z + s.SHELF
         state[where] = (x, y, z, 0, 0, yaw)
     return robot, state
 

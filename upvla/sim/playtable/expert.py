@@ -16,7 +16,7 @@ from upvla.sim.playtable import block_skills as blocks
 from upvla.sim.playtable import furniture_skills as furniture
 from upvla.sim.playtable import scene as s
 from upvla.sim.playtable.env import DOWN, PlaytableEnv
-from upvla.sim.playtable.motion import Plan, View, angle_between, look
+from upvla.sim.playtable.motion import CLOSE, OPEN, Plan, View, angle_between, look, rise
 from upvla.sim.playtable.tasks import Info, succeeded
 from upvla.sim.playtable.tasks import task as task_row
 
@@ -32,7 +32,9 @@ _EXPERTS: Mapping[str, Callable[[View], Plan]] = {
     "turn_off_lightbulb": partial(furniture.push_switch, -1.0),
     **{f"push_{b}_block_{side}": partial(blocks.push, b, sign) for b in s.BLOCKS for side, sign in _SIDES},
     **{f"rotate_{b}_block_{side}": partial(blocks.rotate, b, -sign) for b in s.BLOCKS for side, sign in _SIDES},
-    **{f"lift_{b}_block_{at}": partial(blocks.lift, b) for b in s.BLOCKS for at in ("table", "slider", "drawer")},
+    **{f"lift_{b}_block_table": partial(blocks.lift, b) for b in s.BLOCKS},
+    **{f"lift_{b}_block_slider": partial(blocks.lift_from_slider, b) for b in s.BLOCKS},
+    **{f"lift_{b}_block_drawer": partial(blocks.lift_from_drawer, b) for b in s.BLOCKS},
     "push_into_drawer": blocks.push_into_drawer,
     "place_in_slider": blocks.place_in_slider,
     "place_in_drawer": blocks.place_in_drawer,
@@ -43,9 +45,13 @@ _ANY_IN_HAND = ("place_in_slider", "place_in_drawer", "push_into_drawer", "stack
 
 
 def _plan(task: str, view: View) -> Plan:
-    held = blocks.in_hand(view)
-    wanted = task in _ANY_IN_HAND or (task.startswith(("lift", "rotate")) and f"_{held}_" in task)
-    return _EXPERTS[task](view) if held is None or wanted else blocks.put_down(view, held)
+    held, grasps = blocks.in_hand(view), task in _ANY_IN_HAND or task.startswith(("lift", "rotate"))
+    if held is not None and task not in _ANY_IN_HAND and not (grasps and f"_{held}_" in task):
+        return blocks.put_down(view, held)
+    plan = _EXPERTS[task](view)
+    if plan.gripper == CLOSE and not (grasps or view.closing) and blocks.between_fingers(view):
+        return rise(view, OPEN)  # else it would take along what the last task let go of
+    return plan
 
 
 class Expert:

@@ -22,6 +22,7 @@ DESK_Z = 0.44
 BLOCK_HEIGHT, BLOCK_WIDTH = 0.04, 0.04
 DRAWER_FLOOR = 0.298
 DESK_FRONT_Y = -0.18
+SHELF = 0.004  # thickness of the cabinet's floor
 SHELF_X, SHELF_Y, SHELF_APART = 0.12, 0.10, 0.09  # blocks in a half of the cabinet: from its middle, and between two
 BLOCKS = ("red", "blue", "pink")
 ROBOT_BASE = (-0.34, -0.40, 0.24)
@@ -173,7 +174,7 @@ def _furniture(spec: Layout) -> str:
         _box((cabinet, back, top + 0.095), (half, 0.012, 0.095), "desk"),
         *(_box((cabinet + side * half, 0.10, top + 0.025), (0.010, 0.08, 0.025), "desk") for side in (-1, 1)),
         _box((cabinet, 0.013, top + 0.006), (half, 0.008, 0.006), "metal"),
-        f'<geom name="plank" type="box" pos="{_v((cabinet, 0.10, top + 0.001))}" size="{half - 0.01} 0.078 0.001" '
+        f'<geom name="plank" type="box" pos="{_v((cabinet, 0.10, top + SHELF / 2))}" size="{half - 0.01} 0.078 {SHELF / 2}" '
         'material="plank"/>',
         f'<geom class="picture" type="cylinder" pos="{_v((spec.lamp_x, back, top + 0.20))}" size="0.024 0.012" '
         'material="handle"/>',
