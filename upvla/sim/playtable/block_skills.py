@@ -74,7 +74,8 @@ def lift_from_slider(block: str, v: View) -> Plan:
 def lift_from_drawer(block: str, v: View) -> Plan:
     if not v.held(block) and s.DRAWER_RANGE - v.state[c.DRAWER] > _AJAR:
         return open_drawer(v)
-    return lift(block, v)
+    side_on = grip_yaw(v, block, -0.8, 0.8)  # else the hand's long side would meet the desk
+    return rise(v, CLOSE) if v.held(block) else grasp(v, block, side_on)
 
 
 def rotate(block: str, direction: float, v: View) -> Plan:

@@ -102,11 +102,14 @@ def angle_between(goal: float, current: float) -> float:
 
 
 def grip_yaw(view: View, block: str, low: float = -YAW_LIMIT, high: float = YAW_LIMIT) -> float:
-    """The gripper's yaw across the block's narrow side, within [low, high] of `YAW`: the one that is less of a turn."""
-    offset = angle_between(view.long_axis(block), YAW)
-    choices = [turn for turn in (offset - np.pi, offset, offset + np.pi) if low <= turn <= high]
-    now = angle_between(view.yaw, YAW)
-    return YAW + min(choices, key=lambda turn: abs(turn - now) + 0.3 * abs(turn))
+    """The gripper's yaw across a block, within [low, high] of `YAW`: across its narrow side if that can be, and of
+    those the one that is less of a turn."""
+    across, now = angle_between(view.long_axis(block), YAW), angle_between(view.yaw, YAW)
+    for first in (across, across + np.pi / 2):
+        turns = [turn for turn in first + np.pi * np.arange(-2, 2) if low <= turn <= high]
+        if turns:
+            return YAW + float(min(turns, key=lambda turn: abs(turn - now) + 0.3 * abs(turn)))
+    raise ValueError(f"no grip of {block} within [{low}, {high}]: the range is narrower than a quarter turn")
 
 
 def grasp(view: View, block: str, yaw: float) -> Plan:
@@ -120,8 +123,8 @@ def grasp(view: View, block: str, yaw: float) -> Plan:
 
 
 def rise(view: View, gripper: float) -> Plan:
-    """Straight up."""
-    return Plan(np.array((0, 0, 0.6)), gripper, view.yaw)
+    """Straight up, to where everything on the table is below."""
+    return Plan(np.array((0, 0, np.clip(towards(np.array([TRAVEL_Z + 0.05 - view.tcp[2]]))[0], -0.6, 0.6))), gripper, view.yaw)
 
 
 def carried(view: View) -> str:
