@@ -201,7 +201,9 @@ def run(home: Path, pictures: Path, overrides: Sequence[str], say: Any = print) 
 
     config = line.config.eval
     starts = own_starts(Dataset(small.store, load_manifest(small.store, "overfit")))
-    suite = SuiteConfig(name="gate", kind="tasks", scenes=("A", "B", "C"), num=8, seed=20_077)
+    suite = SuiteConfig(
+        name="gate", kind="tasks", scenes=("A", "B", "C"), tasks=line.config.data.collect.tasks, num=8, seed=20_077
+    )
     unseen = suite_chains(suite)
 
     def overfit() -> dict[str, Estimate]:

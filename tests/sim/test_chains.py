@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from upvla.errors import ConfigError
 from upvla.sim import contract as c
 from upvla.sim.playtable import chains, scene
-from upvla.sim.playtable.tasks import TASKS
+from upvla.sim.playtable.env import PlaytableEnv
+from upvla.sim.playtable.tasks import TASKS, succeeded
 
 
 def valid(tasks: tuple[str, ...], symbols: c.Symbols) -> bool:
@@ -23,8 +25,11 @@ def valid(tasks: tuple[str, ...], symbols: c.Symbols) -> bool:
 
 def test_drawn_chains_are_exactly_those_that_the_rule_allows_and_equally_likely() -> None:
     rng = np.random.default_rng(3)
-    names = tuple(TASKS)
-    symbols = chains.symbols_at_random(rng) | {"red_block": "table", "blue_block": "slider_left"}
+    names = (
+        "open_drawer", "close_drawer", "move_slider_left", "turn_on_led", "turn_on_lightbulb", "push_blue_block_right",
+        "lift_red_block_table", "stack_block",
+    )  # fmt: skip
+    symbols = chains.symbols_at_random(rng) | {"red_block": "table", "blue_block": "table", "pink_block": "slider_left"}
     allowed = {tasks for tasks in permutations(names, 3) if valid(tasks, symbols)}
     draws = [chains.chain_at_random(symbols, 3, names, rng) for _ in range(60 * len(allowed))]
     counts = {tasks: draws.count(tasks) for tasks in set(draws)}
@@ -66,9 +71,41 @@ def test_every_start_of_a_task_admits_it_and_no_two_are_alike() -> None:
 
 
 def test_shared_starts_offer_as_many_tasks_as_can_apply_together() -> None:
-    for start in chains.sample_shared_starts("A", tuple(TASKS), 3, seed=0):
-        assert len(start.tasks) == 6  # drawer and slider admit one direction each
+    tasks = ("open_drawer", "close_drawer", "lift_red_block_table", "push_blue_block_right", "lift_pink_block_slider")
+    for start in chains.sample_shared_starts("A", tasks, 3, seed=0):
+        assert len(start.tasks) == 4  # the drawer admits one direction
         assert {"lift_red_block_table", "push_blue_block_right"} <= set(start.tasks)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_starts_of_every_task_hold_what_its_rule_asks(task: str) -> None:
+    """Also those that no initial state admits: a block in the gripper, in the drawer, on another block."""
+    env = PlaytableEnv("B")
+    for start in chains.sample_starts("B", task, 3, seed=2):
+        env.reset(start.robot_state, start.scene_state)
+        before = env.info()
+        places = {block: row["contacts"] for block, row in before["blocks"].items()}
+        if task in ("place_in_slider", "place_in_drawer", "stack_block"):
+            (held,) = before["robot"]["contacts"]
+            assert places[held.removeprefix("block_")] == {"robot"}
+        else:
+            assert not before["robot"]["contacts"]
+        if task == "unstack_block":
+            assert any(on and all(name.startswith("block_") for name in on) for on in places.values())
+        if task.startswith("lift_red"):
+            surface = {"table": "table", "slider": "plank", "drawer": "drawer"}[task.rsplit("_", 1)[1]]
+            assert surface in places["red"]
+        assert not succeeded(task, before, before)
+
+
+def test_a_thousand_chains_of_a_scene_use_every_task_and_come_from_one_draw() -> None:
+    found = chains.sample_chains("D", 1000, seed=0)
+    assert {task for chain in found for task in chain.tasks} == set(TASKS)
+    assert all(len({c.SPECS[task].category for task in chain.tasks}) == 5 for chain in found)
+    began = time.perf_counter()
+    again = chains.sample_chains("D", 1000, seed=0)
+    assert time.perf_counter() - began < 0.5  # kept
+    assert all(one is same for one, same in zip(found, again, strict=True))
 
 
 def test_impossible_chains_are_refused() -> None:

@@ -70,7 +70,7 @@ class Pretraining(Line):
                 given = TextTokenizer(open_store(folder).read(name).decode(), self.config.model.text_vocab_size)
                 return {"text_id": save_text(self.store, given), "texts": 0}
             texts = {text for name in plan["versions"] for text in self._texts(self._dataset(name, plan))}
-            texts |= {text for row in tasks.TASKS.values() for text in row.train}
+            texts |= {text for name in self.config.data.collect.tasks for text in tasks.task(name).train}
             text = TextTokenizer.train(texts, self.config.model.text_vocab_size)
             return {"text_id": save_text(self.store, text), "texts": len(texts)}
 

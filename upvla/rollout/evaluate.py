@@ -27,6 +27,8 @@ class SuiteConfig(BaseModel):
     name: str
     kind: Literal["chains", "tasks"]
     scenes: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    """Which tasks chains and starts are made of; empty: all of them."""
     num: int = Field(gt=0, description="chains a scene, or starts a task and scene")
     seed: int = 0
 

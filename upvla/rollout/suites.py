@@ -27,11 +27,12 @@ REFERENCES = ("random", "still")
 def suite_chains(suite: SuiteConfig) -> list[Chain]:
     """Initial states and tasks of a suite, from its seed alone."""
     found: list[Chain] = []
+    names = tuple(tasks.task(name).spec.name for name in suite.tasks) or tuple(tasks.TASKS)
     for scene in suite.scenes:
         if suite.kind == "chains":
-            found += chains.sample_chains(scene, suite.num, suite.seed)
+            found += chains.sample_chains(scene, suite.num, suite.seed, tasks=names)
         else:
-            for task in tasks.TASKS:
+            for task in names:
                 found += chains.sample_starts(scene, task, suite.num, suite.seed)
     return found
 

@@ -135,19 +135,23 @@ def sample_chains(
     scene: str, num: int, seed: int, length: int = c.CHAIN_LENGTH, tasks: Sequence[str] = tuple(TASKS)
 ) -> list[Chain]:
     """`num` chains of `length` tasks of different categories, each applicable in its turn. Chain i depends on
-    (scene, seed, i) and the tasks alone. Raises `ConfigError` when the tasks admit no such chain."""
-    found = []
-    for index in range(num):
-        rng = np.random.default_rng((seed, index, sum(scene.encode())))
-        for _ in range(_ATTEMPTS):
-            symbols = symbols_at_random(rng)
-            if (chosen := chain_at_random(symbols, length, tuple(tasks), rng)) is not None:
-                break
-        else:
-            raise ConfigError(f"no chain of {length} tasks of different categories exists among {', '.join(tasks)}")
-        robot, state = state_at_random(scene, symbols, rng)
-        found.append(Chain(scene, robot, state, chosen, seed))
-    return found
+    (scene, seed, i) and the tasks alone, and is drawn once a process. Raises `ConfigError` when there is none."""
+    return [_chain(scene, index, seed, length, tuple(tasks)) for index in range(num)]
+
+
+@lru_cache(maxsize=10_000)
+def _chain(scene: str, index: int, seed: int, length: int, tasks: tuple[str, ...]) -> Chain:
+    rng = np.random.default_rng((seed, index, sum(scene.encode())))
+    for _ in range(_ATTEMPTS):
+        symbols = symbols_at_random(rng)
+        if (chosen := chain_at_random(symbols, length, tasks, rng)) is not None:
+            break
+    else:
+        raise ConfigError(f"no chain of {length} tasks of different categories exists among {', '.join(tasks)}")
+    robot, state = state_at_random(scene, symbols, rng)
+    for values in (robot, state):
+        values.flags.writeable = False  # it is shared
+    return Chain(scene, robot, state, chosen, seed)
 
 
 def sample_starts(scene: str, task: str, num: int, seed: int) -> list[Chain]:
