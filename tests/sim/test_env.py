@@ -167,6 +167,25 @@ def test_bad_input_is_refused_by_name(env: PlaytableEnv) -> None:
         env.robot_state_at(np.array((0.9, 0.5, 0.6)))
 
 
+def test_a_missing_gl_library_is_answered_with_what_to_install() -> None:
+    code = """
+import ctypes
+class Absent(ctypes.CDLL):  # a machine without the package
+    def __init__(self, name, *rest, **options):
+        if "osmesa" in str(name).lower():
+            raise OSError(f"{name}: cannot open shared object file")
+        super().__init__(name, *rest, **options)
+ctypes.CDLL = ctypes.cdll._dlltype = Absent
+from upvla.sim.playtable.env import PlaytableEnv
+PlaytableEnv("A").observe()
+"""
+    environment = {**os.environ, "MUJOCO_GL": "osmesa"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert found.returncode == 1
+    assert "ConfigError" in found.stderr.splitlines()[-1]
+    assert "apt-get install -y --no-install-recommends libosmesa6" in found.stderr
+
+
 def test_unstable_physics_is_an_error_until_the_next_reset(env: PlaytableEnv) -> None:
     env.reset(*env.rest_state())
     env.data.qvel[-1] = 1e12

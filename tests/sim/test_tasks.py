@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from upvla.data.language import DRAWER_HANDLE_X
 from upvla.errors import ConfigError
 from upvla.sim import contract
+from upvla.sim.playtable.scene import LAYOUTS
 from upvla.sim.playtable.tasks import TASKS, instruction, succeeded, task
 
 
@@ -158,3 +160,7 @@ def test_a_block_goes_into_the_half_that_the_door_leaves_open_and_is_shut_in_by_
     shut = contract.next_symbols("move_slider_left", stored)
     assert shut is not None and contract.next_symbols("lift_red_block_slider", shut) is None
     assert contract.next_symbols("lift_red_block_slider", stored) is not None
+
+
+def test_questions_know_where_each_scene_has_its_drawer_handle() -> None:
+    assert {f"playtable_{name}": layout.drawer_x for name, layout in LAYOUTS.items()} == DRAWER_HANDLE_X

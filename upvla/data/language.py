@@ -46,6 +46,9 @@ STATES = {
     "bulb": State(4, 0.5, 0.5001, ("off", "on"), "light bulb"),
     "led": State(5, 0.5, 0.5001, ("off", "on"), "led"),
 }
+DRAWER_HANDLE_X = {"playtable_A": 0.14, "playtable_B": 0.06, "playtable_C": 0.15, "playtable_D": 0.10}
+"""x of the middle of the drawer's handle in scenes of known furniture; others are not asked about it."""
+_HANDLE = "drawer handle"
 RELATIONS = {0: ("to the left of", "to the right of"), 1: ("in front of", "behind")}
 
 _WHICH = Templates(
@@ -63,19 +66,19 @@ _WHETHER = Templates(
 )
 _WHERE = Templates(
     (
-        "is the {a} block {x} or {y} the {b} block?",
-        "where is the {a} block, {x} or {y} the {b} block?",
-        "tell me whether the {a} block is {x} or {y} the {b} block.",
+        "is the {a} {x} or {y} the {b}?",
+        "where is the {a}, {x} or {y} the {b}?",
+        "tell me whether the {a} is {x} or {y} the {b}.",
     ),
-    ("would you say the {a} block is {x} or {y} the {b} block?", "the {a} block: {x} or {y} the {b} block?"),
+    ("would you say the {a} is {x} or {y} the {b}?", "the {a}: {x} or {y} the {b}?"),
 )
 _RELATED = Templates(
     (
-        "is the {a} block {word} the {b} block?",
-        "does the {a} block lie {word} the {b} block?",
-        "is it true that the {a} block is {word} the {b} block?",
+        "is the {a} {word} the {b}?",
+        "does the {a} lie {word} the {b}?",
+        "is it true that the {a} is {word} the {b}?",
     ),
-    ("would you say the {a} block is {word} the {b} block?", "the {a} block is {word} the {b} block, right?"),
+    ("would you say the {a} is {word} the {b}?", "the {a} is {word} the {b}, right?"),
 )
 
 
@@ -96,18 +99,18 @@ class _Fact(NamedTuple):
     truth: bool
 
 
-def questions(scenes: Sequence[tuple[str, np.ndarray]], per_episode: int) -> list[Question]:
-    """(episode id, scene state f32[T,24]) of a set of recordings -> at most `per_episode` facts each on average, every
-    fact asked once in a wording for training and once in a held-out one. A function of its arguments only.
+def questions(scenes: Sequence[tuple[str, np.ndarray, str]], per_episode: int) -> list[Question]:
+    """(episode id, scene state f32[T,24], scene's name) of a set of recordings -> at most `per_episode` facts each on
+    average, every fact asked once in a wording for training and once in a held-out one. A function of its arguments.
 
     All topics look at the same few steps of a recording, so that one picture is asked about many times.
     """
     topics: dict[str, list[_Fact]] = {}
-    for episode_id, scene in scenes:
+    for episode_id, scene, name in scenes:
         steps = sorted(range(len(scene)), key=lambda step: _digest(episode_id, step))[
             : -(-per_episode // _FACTS_A_STEP)
         ]
-        for topic, truth in _truths(scene):
+        for topic, truth in _truths(scene, DRAWER_HANDLE_X.get(name)):
             facts = [_Fact(episode_id, step, bool(truth[step])) for step in steps if truth[step] >= 0]
             topics.setdefault(topic, []).extend(facts)
     rows = []
@@ -121,7 +124,7 @@ def questions(scenes: Sequence[tuple[str, np.ndarray]], per_episode: int) -> lis
     return sorted(rows)
 
 
-def _truths(scene: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+def _truths(scene: np.ndarray, handle_x: float | None) -> Iterable[tuple[str, np.ndarray]]:
     """(topic, i8[T]): 1 true, 0 false, -1 not to be asked about."""
     for topic, state in STATES.items():
         reading = scene[:, state.column]
@@ -133,6 +136,11 @@ def _truths(scene: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
             distance = first[:, axis] - second[:, axis]
             clear = visible & (np.abs(distance) >= _MIN_DISTANCE_M)
             yield f"{a}-{b}-{axis}", np.where(clear, (distance < 0).astype(int), -1)
+    if handle_x is not None:
+        for block in BLOCKS:
+            x, _, z = scene[:, _BLOCK_COLUMN[block] : _BLOCK_COLUMN[block] + 3].T
+            clear = (z > _TABLE_Z_M) & (np.abs(x - handle_x) >= _MIN_DISTANCE_M)
+            yield f"{block}-{_HANDLE}-0", np.where(clear, (x < handle_x).astype(int), -1)
 
 
 def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"], coin: int) -> Question:
@@ -143,7 +151,8 @@ def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"], coin: int
         open_wordings, closed_wordings = _WHICH, _WHETHER
     else:
         *blocks, axis = topic.split("-")
-        words, named = RELATIONS[int(axis)], dict(zip("ab", blocks, strict=True))
+        names = [name if name == _HANDLE else f"{name} block" for name in blocks]
+        words, named = RELATIONS[int(axis)], dict(zip("ab", names, strict=True))
         open_wordings, closed_wordings = _WHERE, _RELATED
     truth = words[fact.truth if topic in STATES else not fact.truth]
     x, y = words[::-1] if swapped else words

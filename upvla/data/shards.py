@@ -141,7 +141,7 @@ def stage(
         identity = episode_id(episode)
         writer.add(episode, identity, token)
         if episode.scene_state is not None:
-            scenes.append((identity, episode.scene_state))
+            scenes.append((identity, episode.scene_state, episode.scene))
     writer.close()
     asked = questions(scenes, qa_per_episode) if qa_per_episode else []
     return Staged(
