@@ -64,11 +64,10 @@ def test_an_expert_recovers_what_a_hand_undid(envs: dict[str, PlaytableEnv]) -> 
     env = envs["C"]
     start = sample_starts("C", "place_in_slider", 1, seed=8)[0]
     env.reset(start.robot_state, start.scene_state)
-    expert, before, steps, fallen = Expert(env), env.info(), 0, False
+    expert, before, fallen = Expert(env), env.info(), False
     (held,) = before["robot"]["contacts"]
-    for action in expert.actions("place_in_slider"):
-        env.step(np.append(action[:6], 1.0) if 2 <= steps < 8 else action)
-        steps += 1
+    for step, action in enumerate(expert.actions("place_in_slider")):
+        env.step(np.append(action[:6], 1.0) if 2 <= step < 8 else action)
         fallen |= "table" in env.info()["blocks"][held.removeprefix("block_")]["contacts"]
     assert fallen
     assert succeeded("place_in_slider", before, env.info())

@@ -83,7 +83,12 @@ STACKED = info(red=at(0, 0.5, "block_blue"), blue=at(0, 0.46, "table", "block_re
         ("rotate_red_block_left", info(), info(red=at(0, 0.46, "table", "robot", yaw=61)), True),
         ("rotate_red_block_left", info(), info(red=at(0, 0.46, "robot", yaw=90)), False),  # still in the air
         ("rotate_red_block_left", info(), info(red=at(0.11, 0.46, "table", yaw=90)), False),  # moved too far
-        ("rotate_red_block_left", info(red=at(0, 0.46, "table", yaw=170)), info(red=at(0, 0.46, "table", yaw=240)), True),
+        (
+            "rotate_red_block_left",
+            info(red=at(0, 0.46, "table", yaw=170)),
+            info(red=at(0, 0.46, "table", yaw=240)),
+            True,
+        ),
         ("place_in_slider", HELD, info(red=at(0, 0.46, "plank")), True),
         ("place_in_slider", HELD, info(red=at(0, 0.46, "plank", "robot")), False),
         ("place_in_slider", HELD, info(red=at(0, 0.46, "table")), False),

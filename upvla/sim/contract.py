@@ -25,9 +25,9 @@ SCENE_STATE = (
 )  # fmt: skip
 
 Symbols = Mapping[str, str | int]
-"""A symbolic state: slider left/right, drawer open/closed, lightbulb and led 0/1, grasped 0/1, and <block>_block: where.
+"""A symbolic state: slider left/right, drawer open/closed, lightbulb and led 0/1, grasped 0/1, <block>_block: where.
 
-A block is on the table, slider_left, slider_right (a half of the cabinet), drawer, grasped, stacked_top or stacked_bottom.
+A block is at: table, slider_left or slider_right (a half of the cabinet), drawer, grasped, stacked_top, stacked_bottom.
 """
 
 INITIAL_SYMBOLS: dict[str, tuple[str | int, ...]] = {
@@ -74,7 +74,10 @@ def _free(before: Mapping[str, str | int | tuple[str, ...]], after: Symbols) -> 
 
 def _furniture() -> list[TaskSpec]:
     specs = [
-        *(TaskSpec(f"move_slider_{side}", 2, (_free({"slider": _OPPOSITE[side]}, {"slider": side}),)) for side in _SIDES),
+        *(
+            TaskSpec(f"move_slider_{side}", 2, (_free({"slider": _OPPOSITE[side]}, {"slider": side}),))
+            for side in _SIDES
+        ),
         TaskSpec("open_drawer", 3, (_free({"drawer": "closed"}, {"drawer": "open"}),)),
         TaskSpec("close_drawer", 3, (_free({"drawer": "open"}, {"drawer": "closed"}),)),
     ]
@@ -88,11 +91,16 @@ _LIT = (("on", 1), ("off", 0))
 
 def _one_block(block: str) -> list[TaskSpec]:
     """Tasks that name a block. One in the cabinet can be taken while the door stands before the other half."""
-    key, held = f"{block}_block", {f"{block}_block": "grasped", "grasped": 1}
-    here = {key: "table"}
+    key = f"{block}_block"
+    held: Symbols = {key: "grasped", "grasped": 1}
+    here: Symbols = {key: "table"}
     slider = tuple(_free({key: f"slider_{side}", "slider": _OPPOSITE[side]}, held) for side in ("left", "right"))
     return [
-        *(TaskSpec(f"{verb}_{block}_block_{side}", 1, (_free(here, here),)) for verb in ("rotate", "push") for side in _SIDES),
+        *(
+            TaskSpec(f"{verb}_{block}_block_{side}", 1, (_free(here, here),))
+            for verb in ("rotate", "push")
+            for side in _SIDES
+        ),
         TaskSpec(f"lift_{block}_block_table", 4, (_free(here, held),)),
         TaskSpec(f"lift_{block}_block_slider", 5, slider),
         TaskSpec(f"lift_{block}_block_drawer", 6, (_free({key: "drawer", "drawer": "open"}, held),)),
@@ -104,14 +112,19 @@ def _any_block() -> list[TaskSpec]:
     in_slider, in_drawer, stack, unstack, push_in = [], [], [], [], []
     for block in BLOCK_POSE:
         key, others = f"{block}_block", [f"{other}_block" for other in BLOCK_POSE if other != block]
-        for door, half in _OPPOSITE.items():  # the open half; CALVIN notes the door's own side, from where none can lift
-            in_slider.append(Rule({key: "grasped", "slider": door, "grasped": 1}, {key: f"slider_{half}", "grasped": 0}))
+        for (
+            door,
+            half,
+        ) in _OPPOSITE.items():  # the open half; CALVIN notes the door's own side, from where none can lift
+            in_slider.append(
+                Rule({key: "grasped", "slider": door, "grasped": 1}, {key: f"slider_{half}", "grasped": 0})
+            )
         in_drawer.append(Rule({key: "grasped", "drawer": "open", "grasped": 1}, {key: "drawer", "grasped": 0}))
         for other in others:
             on_it: Symbols = {key: "stacked_top", other: "stacked_bottom"}
             stack.append(Rule({key: "grasped", other: "table", "grasped": 1}, {**on_it, "grasped": 0}))
             unstack.append(_free(on_it, {key: "table", other: "table"}))
-        away = {other: ("slider_right", "slider_left") for other in others}
+        away = dict.fromkeys(others, ("slider_right", "slider_left"))
         push_in.append(_free({key: "table", **away, "drawer": "open"}, {key: "drawer"}))
     return [
         TaskSpec("place_in_slider", 7, tuple(in_slider)),

@@ -41,7 +41,7 @@ def push(block: str, direction: float, v: View) -> Plan:
 
 
 def push_into_drawer(v: View) -> Plan:
-    """Draw the block along the desk until it stands before the drawer, let go, and push it over the edge from behind."""
+    """Draw the block along the desk until it stands before the drawer, let go, push it over the edge from behind."""
     if s.DRAWER_RANGE - v.state[c.DRAWER] > _AJAR and in_hand(v) is None:
         return open_drawer(v)
     block = min(s.BLOCKS, key=lambda b: abs(v.block(b)[2] - _DESK_TOP) + max(0.0, v.block(b)[1] - _LANE_Y))
@@ -123,7 +123,7 @@ def stack(v: View) -> Plan:
     top = carried(v)
     others = [b for b in s.BLOCKS if b != top and "table" in v.info["blocks"][b]["contacts"]]  # a shelf is no table
     bottom = min(others or [b for b in s.BLOCKS if b != top], key=lambda b: float(np.linalg.norm(v.block(b) - v.tcp)))
-    return _place(v, v.block(bottom) + (0, 0, s.BLOCK_HEIGHT + 0.005), grip_yaw(v, bottom))
+    return _place(v, v.block(bottom) + np.array((0, 0, s.BLOCK_HEIGHT + 0.005)), grip_yaw(v, bottom))
 
 
 def _place(v: View, spot: np.ndarray, yaw: float = YAW) -> Plan:
@@ -177,4 +177,3 @@ def put_down(v: View, block: str) -> Plan:
         return Plan(np.zeros(3), OPEN, v.yaw)
     grip = v.tcp - place
     return Plan(reach(v.tcp, np.array((*spot, _DESK_TOP + 0.002)) + grip), CLOSE, v.yaw)
-

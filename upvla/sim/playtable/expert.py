@@ -71,7 +71,9 @@ class Expert:
         info, robot = self.env.info(), self.env.robot_state()
         view = look(robot, self.env.scene_state(), self.env.layout, info, info if start is None else start)
         plan = _plan(task, view)
-        tilt = [angle_between(goal, now) for goal, now in zip((DOWN[0], DOWN[1], plan.yaw), robot[c.TCP_EULER], strict=True)]
+        tilt = [
+            angle_between(goal, now) for goal, now in zip((DOWN[0], DOWN[1], plan.yaw), robot[c.TCP_EULER], strict=True)
+        ]
         motion = np.concatenate([plan.velocity, np.clip(_TURN_GAIN * np.array(tilt) / 0.05, -1, 1)])
         if self.noise:
             motion += self.noise * self._rng.standard_normal(6)

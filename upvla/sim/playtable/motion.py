@@ -124,7 +124,9 @@ def grasp(view: View, block: str, yaw: float) -> Plan:
 
 def rise(view: View, gripper: float) -> Plan:
     """Straight up, to where everything on the table is below."""
-    return Plan(np.array((0, 0, np.clip(towards(np.array([TRAVEL_Z + 0.05 - view.tcp[2]]))[0], -0.6, 0.6))), gripper, view.yaw)
+    return Plan(
+        np.array((0, 0, np.clip(towards(np.array([TRAVEL_Z + 0.05 - view.tcp[2]]))[0], -0.6, 0.6))), gripper, view.yaw
+    )
 
 
 def carried(view: View) -> str:

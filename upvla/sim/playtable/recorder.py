@@ -38,8 +38,8 @@ from upvla.sim.playtable.tasks import TASKS, instruction, succeeded, task
 from upvla.store import content_hash
 from upvla.types import Chain
 
-_FORMAT = 1  # of what `record` writes; raise it when recordings change for the same config
-_GIVE_UP = 150  # steps after which an expert's attempt counts as failed
+_FORMAT = 2  # of what `record` writes; raise it when recordings change for the same config
+_GIVE_UP = 240  # steps after which an expert's attempt counts as failed
 
 Progress = Callable[[int, int], None]
 """(recordings done, recordings in all)"""

@@ -174,8 +174,7 @@ def _furniture(spec: Layout) -> str:
         _box((cabinet, back, top + 0.095), (half, 0.012, 0.095), "desk"),
         *(_box((cabinet + side * half, 0.10, top + 0.025), (0.010, 0.08, 0.025), "desk") for side in (-1, 1)),
         _box((cabinet, 0.013, top + 0.006), (half, 0.008, 0.006), "metal"),
-        f'<geom name="plank" type="box" pos="{_v((cabinet, 0.10, top + SHELF / 2))}" size="{half - 0.01} 0.078 {SHELF / 2}" '
-        'material="plank"/>',
+        _box((cabinet, 0.10, top + SHELF / 2), (half - 0.01, 0.078, SHELF / 2), "plank", 'name="plank"'),
         f'<geom class="picture" type="cylinder" pos="{_v((spec.lamp_x, back, top + 0.20))}" size="0.024 0.012" '
         'material="handle"/>',
         f'<geom name="lightbulb" class="picture" type="sphere" pos="{_v((spec.lamp_x, back, top + 0.235))}" '

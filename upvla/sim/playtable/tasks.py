@@ -152,9 +152,7 @@ def _judges() -> dict[str, Judge]:
 
 def _tasks() -> dict[str, Task]:
     judges = _judges()
-    return {
-        name: Task(spec, judges[name], wording(name).train, wording(name).held_out) for name, spec in SPECS.items()
-    }
+    return {name: Task(spec, judges[name], wording(name).train, wording(name).held_out) for name, spec in SPECS.items()}
 
 
 TASKS: dict[str, Task] = _tasks()

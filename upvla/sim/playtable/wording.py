@@ -46,14 +46,16 @@ _BULB_ON = _family(
     "turn on the light bulb with the switch",
     "push the purple switch to light the bulb", "switch the bulb on", "make the yellow lamp shine",
     "the light bulb should be on", "use the switch to turn on the lamp", "flip the switch so the bulb glows",
-    "move the lever to turn the bulb on", "please switch on the light bulb", "slide the purple switch up to the cabinet",
+    "move the lever to turn the bulb on", "please switch on the light bulb",
+    "slide the purple switch up to the cabinet",
     "turn the yellow light on", "get the lamp to light up",
 )  # fmt: skip
 _BULB_OFF = _family(
     "turn off the light bulb with the switch",
     "pull the purple switch to put out the bulb", "switch the bulb off", "make the yellow lamp go dark",
     "the light bulb should be off", "use the switch to turn off the lamp", "flip the switch so the bulb stops glowing",
-    "move the lever to turn the bulb off", "please switch off the light bulb", "slide the purple switch back to the front",
+    "move the lever to turn the bulb off", "please switch off the light bulb",
+    "slide the purple switch back to the front",
     "turn the yellow light off", "get the lamp to go out",
 )  # fmt: skip
 _LED_ON = _family(
@@ -65,14 +67,16 @@ _LED_ON = _family(
 )  # fmt: skip
 _LED_OFF = _family(
     "turn off the green led with the button",
-    "press the orange button to put out the led", "push the button to end the green light", "make the green light go dark",
+    "press the orange button to put out the led", "push the button to end the green light",
+    "make the green light go dark",
     "the led should be off", "use the button to switch off the led", "press the button so the led stops glowing",
     "hit the round button to turn off the green light", "please turn the led off", "darken the led",
     "tap the orange button to stop the green light", "put the green light out",
 )  # fmt: skip
 _ROTATE = _family(
     "rotate the {block} block towards the {side}",
-    "turn the {block} block to the {side}", "rotate the {block} block {side}", "grasp the {block} block and turn it {side}",
+    "turn the {block} block to the {side}", "rotate the {block} block {side}",
+    "grasp the {block} block and turn it {side}",
     "twist the {block} cube to the {side}", "take the {block} block and rotate it to the {side}",
     "spin the {block} block {way}", "the {block} block should be turned {side}", "turn the {block} cube {way}",
     "please rotate the {block} block to the {side}", "give the {block} block a turn to the {side}",
@@ -120,8 +124,10 @@ _PLACE_SLIDER = _family(
 )  # fmt: skip
 _PLACE_DRAWER = _family(
     "place what you hold into the drawer",
-    "put the grasped block in the drawer", "set the block down in the drawer", "store the held block in the open drawer",
-    "place the block on the bottom of the drawer", "lay the block into the drawer", "the held block belongs in the drawer",
+    "put the grasped block in the drawer", "set the block down in the drawer",
+    "store the held block in the open drawer",
+    "place the block on the bottom of the drawer", "lay the block into the drawer",
+    "the held block belongs in the drawer",
     "drop the block off in the drawer", "put what you are holding in the drawer", "let go of the block in the drawer",
     "please put the block into the drawer", "move the held block over the drawer and release it",
 )  # fmt: skip
