@@ -95,6 +95,17 @@ class Store(ABC):
     def download(self, key: str, path: str | Path) -> None:
         Path(path).write_bytes(self.read(key))
 
+    def local_copy(self, key: str, folder: str | Path) -> Path:
+        """A file with the object's bytes, for libraries that read files only: downloaded into `folder` unless it lies
+        on this machine already."""
+        path = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:16])
+        self.download(key, path)
+        return path
+
+    def size(self, key: str) -> int:
+        """Bytes of one object."""
+        return len(self.read(key))
+
     def parquet(self, key: str, metadata: FileMetaData | None = None) -> ParquetFile:
         """An open Parquet object for row-group reads; a cached footer as `metadata` saves reading it again."""
         from pyarrow import BufferReader
@@ -199,6 +210,15 @@ class LocalStore(Store):
     def download(self, key: str, path: str | Path) -> None:
         with self._translated(key):
             shutil.copyfile(self._path(key), path)
+
+    def local_copy(self, key: str, folder: str | Path) -> Path:
+        if not self.exists(key):
+            raise NotFound(f"{self._url_of(key)} does not exist")
+        return self._path(key)
+
+    def size(self, key: str) -> int:
+        with self._translated(key):
+            return self._path(key).stat().st_size
 
     def parquet(self, key: str, metadata: FileMetaData | None = None) -> ParquetFile:
         from pyarrow.parquet import ParquetFile
@@ -314,6 +334,10 @@ class S3Store(Store):
         with self._translated(key):
             self._client().upload_file(str(path), self.bucket, self.prefix + _checked(key))
 
+    def size(self, key: str) -> int:
+        with self._translated(key):
+            return int(self._client().head_object(**self._at(key))["ContentLength"])
+
     def download(self, key: str, path: str | Path) -> None:
         with self._translated(key):
             self._client().download_file(self.bucket, self.prefix + _checked(key), str(path))
@@ -372,6 +396,22 @@ class FsspecStore(Store):
             raise NotFound(f"{self._url_of(key)} does not exist") from error
         except OSError as error:
             raise StoreError(f"{self._url_of(key)}: {error}") from error
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        path = f"{self._root}/{_checked(key)}"
+        try:
+            parts = [bytes(self._files.cat_file(path, start, end)) for start, end in ranges]
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self._url_of(key)}: {error}") from error
+        return _require_whole(parts, ranges, self._url_of(key))
+
+    def size(self, key: str) -> int:
+        try:
+            return int(self._files.size(f"{self._root}/{_checked(key)}"))
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
 
     def tokens(self, prefix: str = "") -> dict[str, str]:
         folder = prefix.rpartition("/")[0]

@@ -26,13 +26,13 @@ class ActionDim:
     """One dimension of an action: its SI `unit`, and how many of those a value of 1.0 stands for (`scale`)."""
 
     name: str
-    unit: Literal["m", "rad", "gripper"]
+    unit: Literal["m", "rad", "gripper", "one"]
     frame: Literal["world", "tcp", "joint", "none"]
     mode: Literal["relative", "absolute"]
     scale: float = 1.0
     low: float = -1.0
     high: float = 1.0
-    convention: str = ""  # rotation: "euler_xyz"; gripper: "+1=open,-1=close"
+    convention: str = ""  # rotation: "euler_xyz"; gripper: "+1=open,-1=close", with ",continuous" if it may be between
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Talk:
+    """A conversation about one step of a recording, as rounds of (question, answer)."""
+
+    step: int
+    topic: str
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Episode:
     """One recording. Incoherent lengths raise `BadEpisode` at construction; `data.quality` judges the content.
 
@@ -115,6 +124,7 @@ class Episode:
     spans: tuple[Span, ...]
     absolute_actions: np.ndarray | None = None  # f32[T,A]
     scene_state: np.ndarray | None = None  # f32[T,Q]
+    talks: tuple[Talk, ...] = ()  # conversations that the source brings along
 
     def __post_init__(self) -> None:
         steps = len(self.timestamps)
@@ -132,9 +142,13 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """A place that recordings come from. Listing is cheap; reading one may raise `BadEpisode`."""
+    """A place that recordings come from. Listing is cheap; reading one may raise `BadEpisode`.
+
+    `notes` counts what the source itself found odd and passed over, such as a known erratum of a public set.
+    """
 
     format: str
+    notes: Mapping[str, int]
 
     def keys(self) -> Sequence[str]:
         """Stable identities of the recordings, in order."""

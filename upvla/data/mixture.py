@@ -179,7 +179,7 @@ class _QuestionSamples:
         self._rows = [
             (i, row.episode, row.step)
             for i, row in enumerate(dataset.qa)
-            if row.template_split == wording and dataset.episodes[row.episode].split == source.split
+            if row.template_split in (wording, "both") and dataset.episodes[row.episode].split == source.split
         ]
 
     def __len__(self) -> int:

@@ -117,7 +117,7 @@ class SampleReader:
         if ref.kind == "qa":
             row = dataset.qa[ref.qa]
             images = self._frames(dataset, ref)
-            return Sample(position, "qa", images, None, None, None, None, "", ((row.question, row.answer),))
+            return Sample(position, "qa", images, None, None, None, None, "", row.turns)
         span = dataset.episodes[ref.episode].spans[ref.span]
         steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
         moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]

@@ -280,7 +280,13 @@ class QuestionRow(NamedTuple):
     topic: str
     question: str
     answer: str
-    template_split: Literal["train", "held_out"]
+    template_split: Literal["train", "held_out", "both"]
+    more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """All rounds of (question, answer)."""
+        return ((self.question, self.answer), *self.more)
 
 
 class Dataset:
@@ -325,7 +331,11 @@ class Dataset:
         number = {episode.id: i for i, episode in enumerate(self.episodes)}
         rows = (row for ref in self.manifest.qa for row in self.root.parquet(ref.key).read().to_pylist())
         found = {
-            QuestionRow(number[identity], *(row[name] for name in QuestionRow._fields[1:]))
+            QuestionRow(
+                number[identity],
+                **{name: row[name] for name in QuestionRow._fields[1:-1]},
+                more=tuple((part["question"], part["answer"]) for part in row.get("more") or ()),
+            )
             for row in rows
             if (identity := row["episode_id"].hex()) in number
         }
