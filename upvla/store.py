@@ -81,6 +81,10 @@ class Store(ABC):
     def tokens(self, prefix: str = "") -> dict[str, str]:
         """Sorted keys that start with `prefix`, each with a string that changes when its object does."""
 
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        """Keys with the time of their last write, in seconds of the store's own clock."""
+        raise self._read_only(prefix)
+
     def list(self, prefix: str = "") -> list[str]:
         return list(self.tokens(prefix))
 
@@ -193,6 +197,9 @@ class LocalStore(Store):
                         stat = path.stat()
                         found[key] = f"{stat.st_size}-{stat.st_mtime_ns}"
         return dict(sorted(found.items()))
+
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        return {key: int(token.rpartition("-")[2]) / 1e9 for key, token in self.tokens(prefix).items()}
 
     def delete(self, key: str) -> None:
         with self._translated(key):
@@ -310,12 +317,19 @@ class S3Store(Store):
         raise OutcomeUnknown(f"creating {self._url_of(key)}: no reply ({last}); read it back before trying again")
 
     def tokens(self, prefix: str = "") -> dict[str, str]:
-        found: dict[str, str] = {}
+        listed = self._listed(prefix).items()
+        return {key: f"{item['Size']}-{item['ETag'].strip(chr(34))}" for key, item in listed}
+
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        return {key: item["LastModified"].timestamp() for key, item in self._listed(prefix).items()}
+
+    def _listed(self, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         with self._translated(prefix):
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
                 for item in page.get("Contents", ()):
-                    found[item["Key"].removeprefix(self.prefix)] = f"{item['Size']}-{item['ETag'].strip(chr(34))}"
+                    found[item["Key"].removeprefix(self.prefix)] = item
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:

@@ -194,6 +194,8 @@ class Manifest:
     quarantine: ShardRef | None = None  # one row a rejected recording: key, reason, detail
     options: Mapping[str, Any] = field(default_factory=dict)  # how it was imported
     content_id: str = ""  # hash over the content above, free of URLs and clocks
+    operation: Mapping[str, Any] = field(default_factory=dict)  # how it came from its parent
+    format: int = 1  # of this description; readers refuse newer ones
 
 
 # ------------------------------------------------------------------------------------------------------ a mixture

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from upvla.data.commit import DAMAGED, commit
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.sources import open_source
-from upvla.data.table import Dataset, commit, dataset_root, newest_manifest
+from upvla.data.table import Dataset
+from upvla.data.versions import dataset_root, newest_manifest
 from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
 from upvla.types import Episode, EpisodeSource, Manifest
@@ -160,7 +162,7 @@ def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
         return set()
     dataset = Dataset(store, manifest)
     accepted = {(episode.source_key, episode.source_token) for episode in dataset.episodes}
-    return accepted | {(row.key, row.token) for row in dataset.quarantine}
+    return accepted | {(row.key, row.token) for row in dataset.quarantine if row.reason != DAMAGED}
 
 
 def _write_report(store: Store, manifest: Manifest) -> str:

@@ -37,6 +37,8 @@ REASONS = {
     "span_range": "a language span that is empty or leaves the recording",
     "empty_language": "a language span without words",
     "duplicate": "the same content under another key",
+    "removed": "taken out on purpose; it stays out until its content changes",
+    "damaged": "its stored bytes could not be read any more; ingesting its source again brings it back",
 }
 
 

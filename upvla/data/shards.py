@@ -62,6 +62,7 @@ class Rejection(NamedTuple):
     reason: str
     detail: str
     token: str
+    episode_id: str = ""  # of a recording that is in a shard and was removed
 
 
 class Layout(BaseModel):
