@@ -211,6 +211,8 @@ class MixtureSource:
     kind: Literal["robot", "qa"]
     weight: float
     split: Literal["train", "validation"] = "train"
+    where: Mapping[str, Any] = field(default_factory=dict)  # an `EpisodeFilter` as JSON
+    cameras: Mapping[str, str] = field(default_factory=dict)  # the model's name -> this dataset's; "": no such view
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,9 @@ class MixturePlan:
     sources: tuple[MixtureSource, ...]
     seed: int
     global_batch: int
+    lanes: int = 1  # parallel streams that the order is dealt to; every world size divides them
+    spread: float = 32.0  # row groups of one lane that are open at a time
+    action_space: Mapping[str, Any] | None = None  # what all sources' actions are converted to, as JSON
     plan_id: str = ""  # content hash of the fields above
 
 

@@ -195,7 +195,7 @@ def test_descriptions_of_other_formats_are_read_or_refused(tmp_path: Path) -> No
     root.write_json("_manifest/v00000002.json", old | {"version": 2})
     assert Dataset(store, load_manifest(store, "d", 2)).episodes and load_manifest(store, "d", 2).format == 1
     root.write_json("_manifest/v00000003.json", value | {"format": 99})
-    with pytest.raises(Mismatch, match="format 99.*upgrade upvla"):
+    with pytest.raises(Mismatch, match=r"format 99.*upgrade upvla"):
         load_manifest(store, "d", 3)
 
 
@@ -211,7 +211,7 @@ def test_an_export_is_read_back_by_the_lerobot_source(tmp_path: Path) -> None:
         original = dataset.read(number, range(row.length), ["action", "state", "image_static"])
         assert np.array_equal(episode.actions, original["action"]) and np.array_equal(episode.state, original["state"])
         assert episode.images["static"] == original["image_static"] and episode.action_space == manifest.action_space
-        assert [span.text for span in episode.spans][0] == row.spans[0].text
+        assert episode.spans[0].text == row.spans[0].text
     stats = target.read_json("meta/stats.json")
     everything = np.concatenate([dataset.read(i, range(12), ["action"])["action"] for i in range(3)])
     assert np.allclose(stats["action"]["mean"], everything.mean(0), atol=1e-5)

@@ -33,6 +33,10 @@ class RowGroupPool:
         places = [(parts[int(group)], row - int(starts[group])) for group, row in zip(numbers, rows, strict=True)]
         return {name: _gather([(part[name], place) for part, place in places]) for name in columns}
 
+    def group_starts(self, key: str) -> np.ndarray:
+        """i64[groups]: the first row of every row group of an object."""
+        return self._file(key)[2]
+
     def _file(self, key: str) -> tuple[threading.Lock, pq.ParquetFile, np.ndarray]:
         with self._lock:
             if key not in self._files:

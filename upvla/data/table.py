@@ -12,11 +12,13 @@ Everything but manifests is named by its content, so writing it twice, or being 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from upvla.data.rowgroups import RowGroupPool
@@ -155,6 +157,27 @@ class Dataset:
     @property
     def quarantine(self) -> list[Rejection]:
         return read_quarantine(self.root, self.manifest)
+
+    @property
+    def row_group_bytes(self) -> float:
+        """Mean size of a row group."""
+        groups = sum(len(self._rows.group_starts(shard.key)) for shard in self.manifest.shards)
+        return sum(shard.num_bytes for shard in self.manifest.shards) / max(1, groups)
+
+    def row_groups_of(self, episode: int, start: int, end: int) -> list[tuple[int, int, int]]:
+        """(number of the row group in this version, first step, end) of the parts of the steps `[start, end)`."""
+        row = self.episodes[episode]
+        first, starts = self._group_numbers[row.shard], self._rows.group_starts(row.shard)
+        low, high = np.searchsorted(starts, [row.row0 + start, row.row0 + end - 1], side="right") - 1
+        edges = [start, *(int(starts[group]) - row.row0 for group in range(low + 1, high + 1)), end]
+        return [(first + low + i, a, b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+
+    @cached_property
+    def _group_numbers(self) -> dict[str, int]:
+        """Shard -> how many row groups the shards before it have."""
+        counts = [len(self._rows.group_starts(shard.key)) for shard in self.manifest.shards]
+        before = itertools.accumulate(counts, initial=0)
+        return {shard.key: count for shard, count in zip(self.manifest.shards, before, strict=False)}
 
     def read(self, episode: int, steps: Sequence[int], columns: Sequence[str]) -> dict[str, Any]:
         """Steps of one recording: numeric columns as arrays [K] or [K,D], `image_<camera>` as K encoded frames."""
