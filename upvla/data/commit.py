@@ -216,8 +216,8 @@ def _completed(
     stats = Statistics.merged(
         {name: Summary.from_json(part) for name, part in json.loads(row["summary"]).items()} for row in training
     )
-    if not root.exists(f"stats/{stats.stats_id}.json"):
-        root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())
+    if parent is None or parent.stats_id != stats.stats_id:
+        root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())  # named by its content: twice is harmless
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}
     manifest = replace(
         draft,

@@ -6,7 +6,7 @@ Every step is pure and none draws from a generator with a state:
    (Tijdeman's chairman assignment); lanes begin at different places of it, so that every batch has its shares too.
 3. A source's epoch: its row groups, permuted by (seed, source, epoch), make one stream of windows that is cut into
    equal parts, one a lane. In a lane a window's rank is its row group's plus a random number below `spread`: so a lane
-   about `spread` row groups open at a time, and reads each once. Neighbouring lanes run in opposite directions,
+   has about `spread` row groups open at a time, and reads each once. Neighbouring lanes run in opposite directions,
    because then a row group that was cut is read by both at the same time.
 Random numbers are raw Philox words keyed by a hash of their purpose: stable over platforms and numpy versions.
 """

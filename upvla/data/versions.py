@@ -11,6 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from upvla.data.shards import Rejection, refs
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound
 from upvla.store import Store, open_store
@@ -119,7 +122,8 @@ def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=512)
 def _cached_index(url: str, key: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = open_store(url).parquet(key).read().to_pylist()
+    data = open_store(url).read(key)  # small: one request instead of an open file's three
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
     return rows
 
 
