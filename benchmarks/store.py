@@ -3,7 +3,7 @@
     python benchmarks/store.py [--writers 8] [--commits 25] [--reads 100] [--json out.json]
 
 Against an S3 server of its own on loopback. `ratio_row_group`: our open handle with a cached footer against boto3,
-which gets the same bytes and parses nothing. Committers are processes; each of their commits must be in the last version.
+which gets the same bytes and parses nothing. Committers are processes; all their commits must be in the end.
 """
 
 from __future__ import annotations

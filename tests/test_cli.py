@@ -70,10 +70,10 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     (raw / "episode_0000007.npz").unlink()
     root = ["--root", str(tmp_path / "store")]
     command = ["ingest", "--format", "auto", "--source", str(raw), "--dataset", "mine", *root, "--json"]
-    found = _run(*command, "--option", "span_end=inclusive")
+    found = _run(*command, "--option", "span_end=exclusive")
     assert found["quarantined"] == {"missing_frame": 1} and found["seconds"] >= 0
     assert [found[key] for key in ("version", "recordings", "segments", "steps")] == [1, 2, 4, 12]
-    assert _run(*command, "--option", "span_end=inclusive")["version"] == 1
+    assert _run(*command, "--option", "span_end=exclusive")["version"] == 1
     assert _run("data", "show", "mine", *root, "--json")["quarantine"][0]["reason"] == "missing_frame"
     assert _run("data", "verify", "mine", *root, "--json")["damaged"] == []
     _run("data", "tag", "mine@1", "golden", *root)

@@ -212,6 +212,8 @@ def test_an_export_is_read_back_by_the_lerobot_source(tmp_path: Path) -> None:
         assert np.array_equal(episode.actions, original["action"]) and np.array_equal(episode.state, original["state"])
         assert episode.images["static"] == original["image_static"] and episode.action_space == manifest.action_space
         assert episode.spans[0].text == row.spans[0].text
+    tasks = pd.read_parquet(tmp_path / "out" / "meta" / "tasks.parquet")
+    assert list(tasks.columns) == ["task_index"] and tasks.iloc[0].name == dataset.episodes[0].spans[0].text
     stats = target.read_json("meta/stats.json")
     everything = np.concatenate([dataset.read(i, range(12), ["action"])["action"] for i in range(3)])
     assert np.allclose(stats["action"]["mean"], everything.mean(0), atol=1e-5)

@@ -113,12 +113,7 @@ class _Writer:
     def finish(self) -> dict[str, Any]:
         self._flush()
         tasks = pa.table({"task_index": list(self._tasks.values()), "task": list(self._tasks)})
-        index = {
-            "index_columns": ["task"],
-            "columns": [],
-            "column_indexes": [],
-        }  # pandas' own note: tasks are the index
-        tasks = tasks.replace_schema_metadata({"pandas": json.dumps(index)})
+        tasks = tasks.replace_schema_metadata({"pandas": json.dumps(_TASKS_AS_PANDAS)})
         self._put("meta/tasks.parquet", [tasks])
         self._put("meta/episodes/chunk-000/file-000.parquet", [pa.Table.from_pylist(self._episodes)])
         self._target.write_json("meta/stats.json", _merged(self._stats))
@@ -203,6 +198,14 @@ class _Writer:
         return described
 
 
+_TASKS_AS_PANDAS = {
+    "index_columns": ["task"],  # LeRobot looks instructions up in the frame's index
+    "column_indexes": [],
+    "columns": [
+        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
+        for name, kind, numpy in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
+    ],
+}
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
