@@ -9,7 +9,7 @@ export PYTHON
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint up down status bench
+.PHONY: help setup demo test test-slow test-readme faults lint up down status bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,13 +24,16 @@ demo: setup ## the whole line, from recordings to a registered policy
 	$(BIN)/upvla demo --size $(DEMO)
 
 test: setup ## fast tests and tests against real engines
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not e2e and not gpu"
 
 test-slow: setup ## the long tests
 	$(BIN)/pytest -m slow
 
 faults: setup ## faults and bad input, the long ones too
 	$(BIN)/pytest tests/faults
+
+test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
+	$(BIN)/pytest -m e2e
 
 lint: setup ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

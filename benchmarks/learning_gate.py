@@ -47,7 +47,7 @@ from upvla.types import Chain, Estimate, Observation, Policy, Prediction
 OVERFIT = ["data.collect.recordings_per_scene=0", "data.collect.starts_per_task=4", "data.collect.scenes=[A]",
            "data.collect.noise=0.05", "data.ingest.dataset=overfit", "data.ingest.validation_fraction=0.05",
            "mixture.sources=[{dataset: overfit, kind: robot, weight: 0.9}, {dataset: overfit, kind: qa, weight: 0.1}]",
-           "stage2.steps=450", "stage2.eval_every=450", "stage2.save_every=450"]  # fmt: skip
+           "stage2.steps=1000", "stage2.eval_every=1000", "stage2.save_every=1000"]  # fmt: skip
 
 
 class Blinded(UPVLAPolicy):
@@ -283,6 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_ADDRESS", "local")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let training yield to everything else here
     with tempfile.TemporaryDirectory(prefix="learning-gate-") as scratch:
         home = (options.home or Path(scratch)).resolve()
         options.pictures.mkdir(parents=True, exist_ok=True)

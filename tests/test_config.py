@@ -11,7 +11,12 @@ from pydantic import BaseModel
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, configs_root, fingerprint, load
 from upvla.errors import ConfigError
 
-KINDS: dict[str, type[BaseModel]] = {"pretrain": RunConfig, "finetune": FinetuneConfig, "site": SiteConfig}
+KINDS: dict[str, type[BaseModel]] = {
+    "pretrain": RunConfig,
+    "ablation": RunConfig,
+    "finetune": FinetuneConfig,
+    "site": SiteConfig,
+}
 WHOLE = sorted(
     str(p.relative_to(configs_root()).with_suffix("")) for kind in KINDS for p in configs_root().glob(f"{kind}/*.yaml")
 )
@@ -44,6 +49,25 @@ def test_an_override_reaches_its_key_and_changes_the_fingerprint() -> None:
     assert (changed.stage1.steps, changed.model.backbone.blocks) == (77, 3)
     assert changed.stage2 == plain.stage2
     assert fingerprint(plain) == fingerprint(load("pretrain/full", RunConfig)) != fingerprint(changed)
+
+
+def test_an_ablation_differs_from_the_full_run_in_its_switch_only() -> None:
+    full = load("pretrain/full", RunConfig).model_dump()
+    switches = {
+        "no_mmu": {"mixture", "stage1", "stage2"},
+        "no_prediction": {"stage1", "stage2"},
+        "no_stage1": {"stage1"},
+        "no_prompt": {"model"},
+        "described_prompt": {"model"},
+        "other_backbone": {"model"},
+    }
+    assert {f"ablation/{name}" for name in switches} == {name for name in WHOLE if name.startswith("ablation/")}
+    for name, sections in switches.items():
+        found = load(f"ablation/{name}", RunConfig).model_dump()
+        assert {key for key in full if found[key] != full[key]} == {"name", *sections}
+    for name, absent in {"no_mmu": "mmu", "no_prediction": "pre"}.items():
+        weights = load(f"ablation/{name}", RunConfig).stage2.weights
+        assert weights == full["stage2"]["weights"] | {absent: 0.0}
 
 
 def test_a_base_is_merged_under_its_heir() -> None:

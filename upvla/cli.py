@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from upvla.cli_data import data_app, ingest
 from upvla.console import Config, Json, Set, SiteName, open_line, show
-from upvla.errors import UpvlaError
+from upvla.errors import ConfigError, UpvlaError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +22,11 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(ingest)
+weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
+app.add_typer(weights_app, name="weights")
+
+CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calvin_env in it.")]
+LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
 
 
 def main() -> None:
@@ -33,7 +41,53 @@ def main() -> None:
         sys.exit(130)
 
 
+def _bar(what: str) -> Any:
+    """A progress callback (done, in all) on a terminal's error stream."""
+    bar = tqdm(desc=what, disable=not sys.stderr.isatty(), leave=False)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
+
+
+def _evaluate_suite(
+    model: str, suite: str, places: Any, dataset: str, chains: int, workers: int, line: Any
+) -> dict[str, Any]:
+    """`line` opens the site's line, which only registered names and recorded datasets need."""
+    from upvla.launch.benchmarks import evaluate_suite, replay_dataset
+    from upvla.rollout.benchmarks import BUILT_IN
+
+    about = {"workers": workers, "progress": _bar("chains")}
+    if model == "replay":
+        if not dataset:
+            raise ConfigError("replay needs recordings: name them with --dataset NAME@VERSION (`upvla data ls`)")
+        return replay_dataset(line().store, dataset, suite, places, num=None, **about)
+    url = model if model in BUILT_IN or "/" in model else line().checkpoint_url(model)
+    return evaluate_suite(url, suite, places, num=chains, **about)
+
+
 # ------------------------------------------------------------------------------------------------------- the stack
+
+
+@app.command()
+def doctor(
+    what: Annotated[str, typer.Argument(help="calvin, libero or metaworld.")],
+    path: Annotated[str, typer.Argument(help="CALVIN's checkout, or the Python that holds LIBERO.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a benchmark needs and what of it is missing. Example: upvla doctor calvin ~/calvin"""
+    from upvla.rollout.benchmarks import inspect
+
+    findings = inspect(what, path)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{'ok' if finding.found else 'MISSING':<8} {finding.what:<40} {finding.detail}")
+    if not all(finding.found for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -67,15 +121,69 @@ def status(site: SiteName = "local", as_json: Json = False) -> None:
         print(f"{part['name']:<16} {'healthy' if part['healthy'] else 'DOWN':<8} {part['address']:<32} {part['log']}")
 
 
+@app.command()
+def env(site: SiteName = "local") -> None:
+    """Print the stack's addresses and credentials for a shell. Example: eval "$(upvla env)" """
+    from upvla import stack
+
+    for name, value in stack.environment(stack.load_site(site)).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
 # -------------------------------------------------------------------------------------------------------- the line
 
 
 @app.command()
 def collect(
-    config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False
+    env: Annotated[str, typer.Option(help="Another benchmark: calvin, or a suite such as metaworld-mt50.")] = "",
+    expert: Annotated[str, typer.Option(help="Plug-in module:function for it; default: the suite's own.")] = "",
+    chains: Annotated[int, typer.Option(help="With --env: its first N chains, or starts a task.")] = 10,
+    out: Annotated[str, typer.Option(help="With --env: folder to write.")] = "recordings",
+    calvin: CalvinPath = "",
+    libero: LiberoPython = "",
+    config: Config = "pretrain/full",
+    site: SiteName = "local",
+    set_: Set = None,
+    as_json: Json = False,
 ) -> None:
-    """Record scripted experts in the playtable. Example: upvla collect --set data.collect.seed=1"""
+    """Record scripted experts in the playtable. Example: upvla collect --set data.collect.seed=1
+
+    With --env, in another benchmark: upvla collect --env metaworld-mt10 --chains 5 --out recordings"""
+    if env:
+        from upvla.launch.benchmarks import collect_suite
+        from upvla.rollout.benchmarks import Places
+
+        suite = "calvin-a" if env == "calvin" else env
+        show(
+            collect_suite(suite, Places(calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")),
+            as_json,
+        )
+        return
     show(open_line(config, site, set_).collect(), as_json)
+
+
+@weights_app.command("import")
+def weights_import(
+    kind: Annotated[str, typer.Argument(help="showo, upvla, phi, magvit or clip.")],
+    path: Annotated[str, typer.Argument(help="Local folder or file, or hub:owner/name where there is a network.")],
+    to: Annotated[str, typer.Option(help="URL to write the audited weights to, for `init` of a run configuration.")],
+    preset: Annotated[str, typer.Option(help="Size of the model that they must fit.")] = "base",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Another size, e.g. --set backbone.blocks=2 (repeatable).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Audit published weights and store them. Example: upvla weights import showo ./show-o --to ~/weights/showo"""
+    from upvla.config import assignments
+    from upvla.launch.weights import import_weights
+    from upvla.model.config import preset as model_preset
+
+    result = import_weights(kind, path, to, model_preset(preset, **assignments(set_ or [])))
+    if as_json:
+        show(result, as_json)
+        return
+    print(result.pop("audit"))
+    show(result, as_json)
 
 
 @app.command()
@@ -92,15 +200,36 @@ def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint URL, or a registered name such as upvla-tiny@champion.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint URL, a registered name such as upvla-tiny@champion, or with --suite: random, "
+            "still, expert, replay."
+        ),
+    ],
+    suite: Annotated[str, typer.Option(help="A benchmark, e.g. calvin-d, libero-object, metaworld-mt50.")] = "",
+    chains: Annotated[int, typer.Option(help="Its first N chains; of single tasks, starts a task.")] = 10,
+    workers: Annotated[int, typer.Option(help="Processes; more than one run on Ray.")] = 1,
+    dataset: Annotated[str, typer.Option(help="replay: NAME@VERSION whose segments are played.")] = "",
+    calvin: CalvinPath = "",
+    libero: LiberoPython = "",
     config: Config = "pretrain/full",
     site: SiteName = "local",
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion"""
-    line = open_line(config, site, set_)
-    show(line.evaluate(line.checkpoint_url(model)), as_json)
+    """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion
+
+    With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100"""
+    if suite:
+        from upvla.rollout.benchmarks import Places
+
+        places = Places(calvin, libero)
+        line = partial(open_line, config, site, set_)
+        show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
+        return
+    opened = open_line(config, site, set_)
+    show(opened.evaluate(opened.checkpoint_url(model)), as_json)
 
 
 @app.command()

@@ -73,13 +73,26 @@ class LineConfig(Section):
     eval: EvalConfig
 
 
+class InitConfig(Section):
+    """What a run starts from instead of random weights: URLs written by `upvla weights import`."""
+
+    weights: tuple[str, ...] = Field(
+        default=(), description="kinds showo, upvla, phi, clip, in this order into the fresh policy"
+    )
+    vq: str = Field(default="", description="kind magvit: no image tokenizer is trained")
+    text: str = Field(
+        default="", description="URL of a tokenizer.json that comes with the weights: no text tokenizer is trained"
+    )
+
+
 class RunConfig(LineConfig):
-    """One pre-training run, from recordings to a registered policy."""
+    """One pre-training run, from recordings to a registered policy. Without `stage1` the action stage starts afresh."""
 
     data: DataConfig
     model: ModelConfig
+    init: InitConfig = InitConfig()
     vq: StageConfig
-    stage1: StageConfig
+    stage1: StageConfig | None
     stage2: StageConfig
 
     @property
@@ -102,16 +115,22 @@ def configs_root() -> Path:
 
 def load(name: str, kind: type[_Config], overrides: Sequence[str] = ()) -> _Config:
     """`load("pretrain/full", RunConfig, ["stage1.steps=10"])`. Raises `ConfigError` naming file, key and next move."""
-    values = _read(name)
+    values = assignments(overrides, _read(name))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, name)) from error
+
+
+def assignments(overrides: Sequence[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`["a.b=1"]` -> `{"a": {"b": 1}}`, on top of `values`. Raises `ConfigError` for what is not `key.path=value`."""
+    values = {} if values is None else values
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: write it as key.path=value")
         _assign(values, key.strip().split("."), yaml.safe_load(text))
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, kind, name)) from error
+    return values
 
 
 def fingerprint(config: BaseModel) -> str:

@@ -83,3 +83,9 @@ class JobFailed(UpvlaError):
     """A long job ended without its result: the message says why; run it again to go on from where it was."""
 
     code = "job_failed"
+
+
+class SimulatorError(UpvlaError):
+    """A simulator refused, died or hung: its chain is not judged; the message holds what it said last."""
+
+    code = "simulator"

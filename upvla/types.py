@@ -244,13 +244,14 @@ class Sample(NamedTuple):
 
     position: int
     kind: str
-    images: Mapping[str, np.ndarray]  # camera -> u8[H,W,3] at the model's understanding size
+    images: Mapping[str, np.ndarray]  # camera -> u8[H,W,3] at the model's understanding size, or f32[P,D] features
     codes: np.ndarray | None  # i64[V,N] of the current frame
     future_codes: np.ndarray | None  # i64[V,N]
     actions: np.ndarray | None  # f32[C,A], padded by standing still with the last gripper value
     action_is_pad: np.ndarray | None  # bool[C]
     text: str  # robot: the instruction
     turns: tuple[tuple[str, str], ...]  # qa: (question, answer) rounds
+    description: str = ""  # robot: what the model itself said of the scene before
 
 
 class Batch(NamedTuple):
@@ -262,7 +263,9 @@ class Batch(NamedTuple):
 
     text_ids: Any  # i64[R,L]  instruction ids, right-padded
     text_len: Any  # i64[R]
-    images: Any  # u8[R,K,H,W,3] frames for the understanding encoder, K cameras as the model's config names them
+    images: (
+        Any  # u8[R,K,H,W,3] frames for the understanding encoder's K cameras, or f32[R,K,P,D] features of a frozen one
+    )
     codes: Any  # i64[R,V,N] current frame
     future_codes: Any  # i64[R,V,N]
     actions: Any  # f32[R,C,A]
@@ -363,7 +366,10 @@ class Chain(NamedTuple):
 
 
 class ChainRecord(NamedTuple):
-    """How far one chain got; `steps` are env steps a subtask, `error` why it could not be judged, else empty."""
+    """How far one chain got; `steps` are env steps a subtask, `error` why it could not be judged, else empty.
+
+    `failure` is the kind of the failure that ended it (`upvla.rollout.failures.REASONS`), empty when none did.
+    """
 
     number: int
     scene: str
@@ -371,6 +377,7 @@ class ChainRecord(NamedTuple):
     succeeded: int
     steps: tuple[int, ...]
     error: str = ""
+    failure: str = ""
 
 
 class Estimate(NamedTuple):

@@ -33,10 +33,15 @@ def _holds(question: Question, scene: np.ndarray) -> str:
     if "block" in text:
         place = {colour: scene[6 + 6 * i : 9 + 6 * i] for i, colour in enumerate(BLOCKS)}
         first, second = (place[block] for block in blocks)
-        relation = next(r for r in ("left", "right", "in front", "behind") if r in text.replace(", right?", ""))
-        axis, sign = {"left": (0, 1), "right": (0, -1), "in front": (1, 1), "behind": (1, -1)}[relation]
+        named = re.findall("left|right|in front|behind", text.replace(", right?", ""))
+        axis = 0 if named[0] in ("left", "right") else 1
         assert abs(first[axis] - second[axis]) >= 0.05 and min(first[2], second[2]) > 0.43
-        return "yes" if sign * (second[axis] - first[axis]) > 0 else "no"
+        truth = (("right", "left"), ("behind", "in front"))[axis][int(second[axis] > first[axis])]
+        return (
+            {"left": "to the left of", "right": "to the right of", "in front": "in front of"}.get(truth, truth)
+            if (len(named) == 2)
+            else ("yes" if named == [truth] else "no")
+        )
     name = next(name for name in devices if name in text)
     low, high, reading = devices[name]
     rest = text.replace(name, "").replace(", right?", "")

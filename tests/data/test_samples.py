@@ -22,9 +22,9 @@ def encoder(frames: np.ndarray) -> np.ndarray:
 
 
 def encode_turns(turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    ((question, answer),) = turns
-    ids = list((question + answer).encode())
-    return ids, [IGNORED] * len(question) + list(answer.encode())
+    ids = [byte for question, answer in turns for byte in (question + answer).encode()]
+    labels = [n for question, answer in turns for n in (*[IGNORED] * len(question), *answer.encode())]
+    return ids, labels
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,21 @@ def test_batches_hold_both_kinds(reader: SampleReader) -> None:
     for ids, length, sample in zip(batch.text_ids, batch.text_len, rows, strict=True):
         assert bytes(ids[:length].tolist()).decode() == sample.text and (ids[length:] == 300).all()
     for ids, labels, sample in zip(batch.qa_ids, batch.qa_labels, asked, strict=True):
-        ((question, answer),) = sample.turns
-        assert bytes(ids[ids < 300].tolist()).decode() == question + answer
-        assert bytes(labels[labels != IGNORED].tolist()).decode() == answer
+        assert bytes(ids[ids < 300].tolist()).decode() == "".join(map("".join, sample.turns))
+        assert bytes(labels[labels != IGNORED].tolist()).decode() == "".join(answer for _, answer in sample.turns)
+
+
+def test_a_question_row_asks_everything_about_its_frame(dataset: Dataset, reader: SampleReader) -> None:
+    asked = {}
+    for position in range(80):
+        ref = reader.mixture.sample_at(position)
+        if ref.kind == "qa":
+            drawn = dataset.qa[ref.qa]
+            asked[ref.qa] = turns = reader.read(ref, position).turns
+            same = [q for q in dataset.qa if q[:2] == drawn[:2] and q.template_split == drawn.template_split]
+            assert turns[0] == (drawn.question, drawn.answer)
+            assert sorted(turns) == sorted((q.question, q.answer) for q in same)
+    assert max(map(len, asked.values())) > 2
 
 
 def test_batches_of_one_kind_keep_the_other_empty(reader: SampleReader) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.factories import write_calvin
 from tests.launch.conftest import RayHead
@@ -20,14 +21,18 @@ from upvla.checkpoint import load_bundle
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.mixture import MixtureConfig
 from upvla.errors import ConfigError, Mismatch, NotFound
+from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
 from upvla.launch.jobs import Jobs
-from upvla.launch.tokenizers import load_vq, save_text, save_vq
+from upvla.launch.tokenizers import load_vq, save_text, save_tower, save_vq
 from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, main, run_training, share_done
+from upvla.launch.weights import import_weights
 from upvla.launch.worker import open_inputs, work
 from upvla.model.config import ModelConfig, preset
 from upvla.model.text import TextTokenizer
+from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer
+from upvla.model.weights import TOWER
 from upvla.store import Store, open_store
 from upvla.train.resume import latest
 
@@ -135,6 +140,36 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     assert bundle.stats == load_bundle(first["url"]).stats
     assert bundle.vq.id == references["vq_id"]
     assert (second["step"], second["resumed_from"]) == (8, 0)
+
+
+def test_a_stage_starts_from_imported_weights_and_reads_features_and_descriptions(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], model: ModelConfig, tmp_path: Path
+) -> None:
+    """The whole MMU-conditioned prompt on a frozen tower: import, features, stage 1, what it says, stage 2."""
+    store, references = prepared
+    values = model.model_dump() | {"description": {"question": "is the drawer open?", "budget": 8, "every_steps": 4}}
+    values["vision"] = {"kind": "clip", "image_size": 32, "patch": 16, "width": 32, "blocks": 2, "heads": 2,
+                        "mlp": 32, "pool": (1, 1), "frozen": True, "keypoints": 0, "stem": ()}  # fmt: skip
+    conditioned = ModelConfig.model_validate(values)
+    source = UPVLA(conditioned)
+    published = {n.removeprefix(TOWER): v for n, v in source.state_dict().items() if n.startswith(TOWER)}
+    torch.save(published, tmp_path / "pytorch_model.bin")
+    imported = import_weights("clip", str(tmp_path), str(tmp_path / "weights"), conditioned)
+    tower_id = save_tower(store, source.vision)
+    assert encode_shard(store, "toy", 1, references["vq_id"], conditioned, only_shard(store), tower_id) == 1
+    started = {"weights_urls": [imported["url"]], "weights_ids": [imported["id"]], "tower_id": tower_id}
+    inputs = references | started | {"model": conditioned}
+    first = run_stage(two_workers, spec_of(store, inputs, name="described1", weights={"pre": 1.0, "mmu": 1.0}))
+    described = describe_shard(store, "toy", 1, first["url"], only_shard(store))
+    plans = {name: references[name] for name in ("train_plan", "validation_plan")}
+    parent = {"parent_url": first["url"], "parent_id": first["model_id"], "tower_id": tower_id}
+    spec = spec_of(store, plans | parent | {"description_id": described}, name="described2", weights={"act": 1.0})
+    second = run_stage(two_workers, spec)
+    assert second["losses"]["act"]["last"] < second["losses"]["act"]["first"]
+    bundle = load_bundle(second["url"])
+    assert bundle.model.vision.id == tower_id, "a frozen tower stays what it was"
+    reader = open_inputs(spec).reader(open_inputs(spec).train)
+    assert reader.shape.features == (4, 32) and set(reader.descriptions) == {"toy"}
 
 
 def test_killing_a_worker_of_the_ray_job_changes_nothing_in_the_result(

@@ -18,6 +18,15 @@ def test_presets_load_and_survive_json(name: str) -> None:
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def test_small_is_a_model_for_one_gpu() -> None:
+    config = preset("small")
+    with torch.device("meta"):
+        model, vq = UPVLA(config), VQTokenizer(config.vq)
+    assert sum(p.numel() for p in model.parameters()) == 66_024_593
+    assert sum(p.numel() for p in vq.parameters()) == 13_740_167
+    assert (config.num_views, config.codes_per_view, config.max_robot_length) == (2, 256, 772)
+
+
 def test_a_preset_with_nested_changes() -> None:
     config = ModelConfig.model_validate({"preset": "tiny", "chunk": 6, "backbone": {"blocks": 3}})
     assert (config.chunk, config.backbone.blocks, config.backbone.width) == (6, 3, preset("tiny").backbone.width)
@@ -30,6 +39,7 @@ def test_a_preset_with_nested_changes() -> None:
         ({"vision": {"image_size": 96, "pool": (1, 4)}}, "does not divide"),
         ({"vision": {"frozen": True}}, "random weights"),
         ({"vq": {"image_size": 60}}, "not a multiple of 8"),
+        ({"vq": {"image_size": (64, 36)}}, "not a multiple of 8"),
         ({"eot_id": 5000}, "eot_id"),
         ({"text_budget": 4000}, "max_positions"),
         ({"backbone": {"width": 130}}, "attention heads"),

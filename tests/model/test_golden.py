@@ -1,187 +1,254 @@
-"""Numerical parity with the published classes; tolerances are those of the golden set's README."""
+"""Parity with the published classes: the stored tensors, a folder of other sizes, and mistakes that must show."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.phi import modeling_phi
 
-from tests.golden import Golden, default_folder
-from upvla.model.action_head import AttentionPooling
-from upvla.model.sequence import attention_mask, qa_table, robot_rows
-from upvla.model.upvla import UPVLA
-from upvla.types import Losses
+from tests import golden as parity
+from tests import published
+from tests.golden import FOLDER, Golden, compare
+from upvla.model import action_head, losses, sequence, text, upvla, vq
 
-HIDDEN, LOSS, PIXEL = 3e-5, 1e-5, 5e-5
-
-
-@pytest.fixture(scope="module")
-def golden() -> Golden:
-    folder = default_folder()
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"{folder} is not here: set UPVLA_SHARED to the folder that holds golden/")
-    return Golden(folder)
-
-
-@pytest.fixture(scope="module")
-def model(golden: Golden) -> UPVLA:
-    return golden.model()
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
-
-
-def mean(losses: Losses, name: str) -> Tensor:
-    term = losses.objectives[name]
-    return term.total / term.count
+OTHER: dict[str, Any] = {
+    "hidden": 48,
+    "layers": 3,
+    "heads": 2,
+    "inter": 72,
+    "prf": 0.25,
+    "theta": 5000.0,
+    "num_vq": 6,
+    "views": 2,
+    "act_step": 6,
+    "z": 5,
+    "clip_dim": 20,
+    "n_clip": 7,
+    "max_text": 44,
+    "map_heads": 3,
+    "vq": {"ch": 32, "enc_mult": [1, 1, 2, 2], "enc_blk": [1, 0, 2, 1], "dec_mult": [1, 2, 1, 2],
+           "dec_blk": [1, 1, 0, 2], "image": 24, "attn_res": [5]},
+}  # fmt: skip
 
 
-def test_state_dict_has_the_published_names_and_shapes(golden: Golden, model: UPVLA) -> None:
-    published = {name: value.shape for name, value in golden.tensors("model_state").items()}
-    assert {name: value.shape for name, value in model.state_dict().items()} == published
-    vq = {name: (value.shape, value.dtype) for name, value in golden.tensors("vq_state").items()}
-    assert {name: (value.shape, value.dtype) for name, value in golden.vq().state_dict().items()} == vq
+def missed(folder: Path) -> list[str]:
+    return [row.name for row in compare(Golden(folder)) if not row.ok]
 
 
-def test_special_ids(golden: Golden) -> None:
-    config, ids = golden.config(), golden.values["special_ids"]
-    ours = {"pad": config.pad_id, "soi": config.soi_id, "eoi": config.eoi_id, "t2i": config.predict_id}
-    ours |= {"mmu": config.mmu_id, "lvg": config.action_id}
-    assert ours == {name: ids[f"<|{name}|>"] for name in ours}
-    assert (config.image_offset, config.mask_id, config.vocab_size) == tuple(
-        golden.values[name] for name in ("image_token_offset", "mask_token_id", "vocab_size")
-    )
+def test_every_golden_tensor() -> None:
+    rows = list(compare(Golden(FOLDER)))
+    assert [row for row in rows if not row.ok] == []
+    assert len(rows) > 130
 
 
-def test_text_ids_and_conversations(golden: Golden) -> None:
-    text, t = golden.text(), golden.batch_tensors
-    for i, instruction in enumerate(golden.values["texts"]):
-        assert text.encode(instruction) == t[f"pre_text_ids_{i}"].tolist()
-    for i, conversation in enumerate(golden.values["conversations"]):
-        turns = [(q["value"], a["value"]) for q, a in zip(conversation[::2], conversation[1::2], strict=True)]
-        ids, labels = text.encode_turns(turns)
-        padding = t["mmu_text_ids"].shape[1] - len(ids)
-        assert ids + [golden.values["pad_id"]] * padding == t["mmu_text_ids"][i].tolist()
-        assert labels + [-100] * padding == t["mmu_text_labels"][i].tolist()
-    assert text.encode(golden.values["system"]) == t["mmu_system_ids"][0].tolist()
+def test_the_naive_writing_of_the_published_code_is_right() -> None:
+    """It gives the outputs of the published classes, so a folder made with it is as good as one made with them."""
+    v = json.loads((FOLDER / "config.json").read_text())
+    stored, state = (load_file(FOLDER / f"{name}.safetensors") for name in ("train_batch", "model_state"))
+    inputs = {name: value.clone() for name, value in stored.items() if not name.startswith(("out_", "gen_"))}
+    for name, found in published.train_outputs(v, state, inputs).items():
+        torch.testing.assert_close(found, stored[name], atol=3e-5, rtol=0, msg=name)
+    for name in ("pre_allowed", "mmu_allowed"):
+        assert torch.equal(inputs[name], stored[name])
+    rows = [
+        published.robot_row(v, stored[f"pre_text_ids_{i}"].tolist(), stored["pre_image_tokens"][i].tolist())
+        for i in range(3)
+    ]
+    assert rows == stored["pre_input_ids"].tolist()
+    state = {name: value.detach() for name, value in state.items()}
+    prompt = stored["gen_prompt_ids_without_image"]
+    tokens, _ = published.greedy(v, state, prompt, stored["mmu_clip_features"][:1], 8)
+    assert torch.equal(tokens, stored["gen_greedy_tokens"])
+    vq_state, io = (load_file(FOLDER / f"{name}.safetensors") for name in ("vq_state", "vq_io"))
+    torch.testing.assert_close(published.encode(v, vq_state, io["pixels"]), io["z"], atol=3e-5, rtol=0)
+    assert torch.equal(published.bits_to_codes(io["z"]), io["indices"])
+    decoded = published.decode(v, vq_state, io["nonsquare_indices"], (2, 3))
+    torch.testing.assert_close(decoded, io["nonsquare_recon"], atol=5e-5, rtol=0)
+    data = load_file(FOLDER / "data_windows.safetensors")
+    futures, chunks = published.windows(data["episode_lengths"].tolist(), data["rel_actions"].numpy(), v["act_step"])
+    assert futures == data["future_index"].tolist() and torch.equal(torch.tensor(chunks), data["chunks"])
+    for camera in ("static", "gripper"):
+        side = data[f"transformed_{camera}"].shape[-1]
+        frame = published.transform(data[f"raw_{camera}"].numpy(), side)
+        torch.testing.assert_close(frame, data[f"transformed_{camera}"], atol=1e-6, rtol=0)
 
 
-def test_rows_of_the_training_batch(golden: Golden, model: UPVLA) -> None:
-    t, batch = golden.batch_tensors, golden.batch()
-    states = model.states(batch)
-    assert torch.equal(states.robot_rows.ids, t["pre_input_ids"])
-    assert torch.equal(states.robot_rows.allowed, t["pre_allowed"].bool())
-    assert torch.equal(states.qa_rows.allowed, t["mmu_allowed"].bool())
-    patches = states.qa_rows.at["patches"]
-    without = torch.cat([states.qa_rows.ids[:, : patches.start], states.qa_rows.ids[:, patches.stop :]], 1)
-    assert torch.equal(without, t["mmu_ids_without_image"])
-    future = robot_rows(golden.config(), batch.text_ids, batch.text_len, batch.future_codes).ids
-    assert torch.equal(torch.where(future == golden.values["pad_id"], -100, future), t["pre_labels"])
+def test_a_folder_of_other_sizes(tmp_path: Path) -> None:
+    """Two views, chunk 6, three blocks, two heads, other rotary, four VQ levels, a 2 x 3 grid, MLP not four times."""
+    folder = published.write_golden(tmp_path / "other", FOLDER, **OTHER)
+    assert missed(folder) == []
+    assert parity.main([str(folder)]) == 0
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_prompts_of_every_length(golden: Golden, views: int) -> None:
-    t = golden.tensors("prompts_masks")
-    config = golden.config(code_cameras=("static", "gripper")[:views])
-    texts = [t[f"case_text_ids_{i}"] for i in range(6)]
-    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_id)
-    codes = (t[f"pre_v{views}_image_tokens"] - config.image_offset).view(6, views, -1)
-    rows = robot_rows(config, padded, torch.tensor([len(text) for text in texts]), codes)
-    assert torch.equal(rows.ids, t[f"pre_v{views}_input_ids"])
-    assert torch.equal(rows.allowed, t[f"pre_v{views}_allowed"].bool())
+def test_golden_tensors_of_another_place() -> None:
+    """Any further folder of the format: UPVLA_GOLDEN names it."""
+    folder = os.environ.get("UPVLA_GOLDEN")
+    if not folder:
+        pytest.skip("UPVLA_GOLDEN names no further golden folder")
+    assert missed(Path(folder)) == []
 
 
-def test_question_masks_at_other_sizes_and_at_the_real_one(golden: Golden) -> None:
-    t = golden.tensors("prompts_masks")
-    small = {0: t["mmu_small_S0_allowed"], 11: t["mmu_small_S11_allowed"]}
-    cases = [(s, golden.values["n_clip"], allowed[0, 0].bool()) for s, allowed in small.items()]
-    packed = t["mmu_real576_S28_allowed_packed"].numpy()
-    cases.append((28, 576, torch.from_numpy(np.unpackbits(packed, axis=1)[:, : len(packed)]).bool()))
-    for system, patches, allowed in cases:
-        vision = {"kind": "features", "image_size": 1, "width": 8, "num_patches": patches}
-        config = golden.config(system_ids=(1,) * system, vision=vision)
-        table = qa_table(config, len(allowed) - 3 - system - patches)
-        assert torch.equal(attention_mask(table, torch.zeros(1, len(allowed), dtype=torch.bool))[0, 0], allowed)
+# --------------------------------------------------------------------------------------------------------- mutations
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
-def test_every_hidden_state_and_logit(golden: Golden, model: UPVLA) -> None:
-    t = golden.batch_tensors
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, a, k: seen.append(a[0] if a else k["hidden_states"]),
-                                             with_kwargs=True) for layer in model.showo.model.layers]  # fmt: skip
-    with torch.no_grad():
-        states = model.states(golden.batch())
-    for hook in hooks:
-        hook.remove()
-    seen.append(torch.cat([states.robot, states.qa]))
-    for i, hidden in enumerate(seen):
-        close(hidden, t[f"out_hidden_{i}"], HIDDEN)
-    close(seen[0], t["out_input_embeddings"], HIDDEN)
-    close(model.showo.lm_head(seen[-1]), t["out_logits"], HIDDEN)
-    close(model.mm_projector(t["mmu_clip_features"]), t["out_mmu_projected"], HIDDEN)
-    close(states.robot[:, states.robot_rows.at["action"]], t["out_action_hidden"], HIDDEN)
-    close(model.token_learner(t["out_action_hidden"]), t["out_pooled"], HIDDEN)
+def sizes(**values: Any) -> Mutation:
+    """Another value in the configuration, as if a size had been misread."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        original = Golden.config
+        patch.setattr(Golden, "config", lambda self, **changes: original(self, **{**values, **changes}))
+
+    return apply
 
 
-def test_losses(golden: Golden, model: UPVLA) -> None:
-    losses = model(golden.batch())
-    for name in ("pre", "act", "mmu"):
-        close(mean(losses, name), golden.batch_tensors[f"out_loss_{name}"], LOSS)
-    assert model.counts(golden.batch()) == {name: float(term.count) for name, term in losses.objectives.items()}
+def backbone(**values: Any) -> Mutation:
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        original = Golden.config
+
+        def config(self: Golden, **changes: Any) -> Any:
+            found = original(self, **changes)
+            return found.model_copy(update={"backbone": found.backbone.model_copy(update=values)})
+
+        patch.setattr(Golden, "config", config)
+
+    return apply
 
 
-@pytest.mark.parametrize("trim", [False, True])
-def test_gradients_with_and_without_padding_columns(golden: Golden, trim: bool) -> None:
-    model, t = golden.model(trim=trim), golden.tensors("gradients")
-    losses = model(golden.batch())
-    weights = golden.values["loss_coeffs"]
-    torch.stack([weights[name] * mean(losses, name) for name in weights]).sum().backward()
-    parameters = dict(model.named_parameters())
-    for name, expected in t.items():
-        kind, _, parameter = name.partition("/")
-        found = parameters[parameter].grad
-        assert found is not None, parameter
-        # With the pads of all rows cut out, the pad token's embedding row has no part in anything.
-        if kind == "norm" and not (trim and parameter.endswith("embed_tokens.weight")):
-            assert float((found.norm() - expected).abs()) <= 1e-3 * max(1e-3, float(expected)), parameter
-        if kind == "full":
-            close(found, expected, 1e-3 * float(expected.abs().max()))
+def built(change: Callable[[upvla.UPVLA], None]) -> Mutation:
+    """A mistake in a model that is built and loaded."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        original = Golden.model
+
+        def model(self: Golden, **changes: Any) -> upvla.UPVLA:
+            found = original(self, **changes)
+            change(found)
+            return found
+
+        patch.setattr(Golden, "model", model)
+
+    return apply
 
 
-def test_actions_and_future_codes(golden: Golden, model: UPVLA) -> None:
-    t, batch = golden.batch_tensors, golden.batch()
-    actions, codes = model.predict(batch.images, batch.codes, batch.text_ids, batch.text_len)
-    assert torch.equal(codes.flatten(1), t["out_future_codes"])
-    close(actions[..., :-1], t["out_actions"][..., :-1].clamp(-1, 1), HIDDEN)
-    assert torch.equal(actions[..., -1] > 0, t["out_actions"][..., -1] >= 0)
+def replaced(owner: Any, name: str, value: Any) -> Mutation:
+    return lambda patch: patch.setattr(owner, name, value)
 
 
-def test_pooling_head(golden: Golden, model: UPVLA) -> None:
-    t = golden.tensors("map_head")
-    head: AttentionPooling = model.token_learner
-    close(head(t["x1"]), t["y1"], HIDDEN)
-    close(head(t["x17"]), t["y17"], HIDDEN)
-    close(model.to_logits(head(t["x17"])).view(t["a17"].shape), t["a17"], HIDDEN)
+def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Mutation:
+    """`around(original, *arguments)` in place of a function or method."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *a, **k: around(original, *a, **k))
+
+    return apply
 
 
-def test_greedy_answer(golden: Golden, model: UPVLA) -> None:
-    t = golden.batch_tensors
-    prompt = t["gen_prompt_ids_without_image"][:, 3 + t["mmu_system_ids"].shape[1] :]
-    assert golden.text().encode(golden.values["question"]) == prompt[0].tolist()
-    answer = model.describe(t["mmu_clip_features"][:1, None], prompt, len(t["gen_greedy_tokens"]))
-    assert torch.equal(answer[0], t["gen_greedy_tokens"])
+def exact_gelu(model: upvla.UPVLA) -> None:
+    for layer in model.showo.model.layers:
+        layer.mlp.activation_fn = nn.GELU()
 
 
-def test_image_tokenizer(golden: Golden) -> None:
-    vq, t = golden.vq(), golden.tensors("vq_io")
-    with torch.no_grad():
-        close(vq.encoder(t["pixels"]), t["z"], HIDDEN)
-        assert torch.equal(vq.encode(t["pixels"]), t["indices"])
-        close(vq.decode(t["indices"]), t["recon"], PIXEL)
-        close(vq.decode(t["nonsquare_indices"], (2, 3)), t["nonsquare_recon"], PIXEL)
-        quantized, commitment, entropy, diversity = vq.quantize(t["z"])
-    close(quantized, t["z_q"], 1e-6)
-    close(0.125 * commitment, t["quantizer_loss"], 1e-6)
-    close(0.1 * (entropy - diversity), t["entropy_loss"], 1e-6)
+def no_qk_norm(model: upvla.UPVLA) -> None:
+    for layer in model.showo.model.layers:
+        layer.self_attn.qk_layernorm = False
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+
+
+def roles(table: str, span: str, role: str) -> Mutation:
+    def change(original: Callable[..., Any], *arguments: Any) -> Any:
+        return tuple(s._replace(role=role) if s.name == span else s for s in original(*arguments))
+
+    return wrapped(sequence, table, change)
+
+
+def mask_off_by_one(original: Callable[..., Tensor], table: Any, padding: Tensor) -> Tensor:
+    allowed = original(table, padding)
+    return allowed | F.pad(allowed, (1, -1))  # every query also sees one key further
+
+
+def swapped_gate(self: action_head.GatedProjection, x: Tensor) -> Tensor:
+    g, u = self.project(x).chunk(2, dim=-1)
+    return u * F.silu(g)
+
+
+def least_significant_first(self: vq.LookupFreeQuantizer, z: Tensor) -> Tensor:
+    return ((z > 0) * self.power_vals.flip(0)[:, None, None]).sum(1)
+
+
+def shifted(field: str) -> Callable[..., Any]:
+    def change(original: Callable[..., Any], *arguments: Any) -> Any:
+        *rest, batch, weight = arguments
+        return original(*rest, batch._replace(**{field: getattr(batch, field).roll(1, -1)}), weight)
+
+    return change
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "GELU without the tanh": built(exact_gelu),
+    "projector GELU with the tanh": built(lambda m: m.mm_projector.__setitem__(1, nn.GELU(approximate="tanh"))),
+    "rotary pairs interleaved": replaced(modeling_phi, "rotate_half", interleaved),
+    "rotary on the whole head": backbone(rotary_fraction=1.0),
+    "another rotary base": backbone(rotary_base=5000.0),
+    "q and k not normalised": built(no_qk_norm),
+    "another norm epsilon": backbone(norm_eps=1e-3),
+    "pooling heads not doubled": sizes(action_head={"heads": 2}),
+    "mask off by one": wrapped(sequence, "attention_mask", mask_off_by_one),
+    "image span causal": roles("robot_table", "image", "causal"),
+    "action queries see each other": roles("robot_table", "action", "full"),
+    "patches causal": roles("qa_table", "patches", "causal"),
+    "one text token less": sizes(text_budget=39),
+    "no system prompt": sizes(system_ids=()),
+    "image labels shifted": wrapped(losses, "prediction_loss", shifted("future_codes")),
+    "text labels shifted": wrapped(losses, "understanding_loss", shifted("qa_labels")),
+    "image loss without delimiters": sizes(image_softmax="codebook"),
+    "gripper as a logit": sizes(action_head={"heads": 4, "gripper": "bce"}),
+    "gate and value swapped": replaced(action_head.GatedProjection, "forward", swapped_gate),
+    "lowest bit first": replaced(vq.LookupFreeQuantizer, "codes", least_significant_first),
+    "padding on the left and top": replaced(
+        vq.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 0, 1, 0)))
+    ),
+    "smooth upsampling": replaced(
+        vq.Upsample, "forward", lambda self, x: self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
+    ),
+    "chunk to its true end": wrapped(parity, "window", lambda original, *a, **k: original(*a)),
+    "gripper stands still too": wrapped(
+        parity, "fill_chunk",
+        lambda original, a, n, space: (F.pad(torch.tensor(a), (0, 0, 0, n - len(a))).numpy(), None),
+    ),
+    "warm-up one step late": wrapped(parity, "lr_factor", lambda original, step, *a: original(max(0, step - 1), *a)),
+    "resize without anti-aliasing": wrapped(
+        parity, "resize", lambda original, frame, spec: original(frame, spec.model_copy(update={"filter": "cubic"}))
+    ),
+    "answers without their leading blank": replaced(
+        text.TextTokenizer,
+        "encode_question",
+        lambda self, question: self.encode(f"USER: {text._plain(question)} ASSISTANT: "),
+    ),
+    "actions read from the row's start": wrapped(
+        upvla.UPVLA,
+        "_raw_actions",
+        lambda original, self, hidden, rows: original(self, hidden.flip(1), rows),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(MUTATIONS) >= 15
+    MUTATIONS[name](monkeypatch)
+    assert any(not row.ok for row in compare(Golden(FOLDER))), f"nothing in {FOLDER} notices: {name}"

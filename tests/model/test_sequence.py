@@ -6,7 +6,7 @@ import torch
 
 from tests.model.conftest import mini_config
 from upvla.model.config import ModelConfig
-from upvla.model.sequence import join, qa_rows, robot_rows
+from upvla.model.sequence import conditioned, join, qa_rows, robot_rows
 
 ONE_CAMERA = {
     "vision_cameras": ("static",),
@@ -120,6 +120,29 @@ def test_a_long_instruction_keeps_its_end_token_and_a_leading_bos_is_not_doubled
         [pad, task, eot, 11, eot],
         [pad, task, eot, 11, eot],
     ]
+
+
+def test_a_conditioned_prompt_is_the_description_cut_to_its_budget_then_the_instruction() -> None:
+    plain, spoken = mini_config(), mini_config(description={"budget": 3})
+    eot, pad = spoken.eot_id, spoken.pad_id
+    assert conditioned(plain, [5, 6], [11, 12]) == [11, 12]
+    assert conditioned(spoken, [5, 6, eot, pad], [11, 12]) == [5, 6, 11, 12]
+    assert conditioned(spoken, [5, 6, 7, 8], [11, 12]) == [5, 6, 7, 11, 12]
+    assert spoken.max_robot_length == plain.max_robot_length + 3
+    text = conditioned(spoken, [5, 6, 7], [11] * (plain.text_budget - 2))
+    codes = torch.zeros(1, spoken.num_views, spoken.codes_per_view, dtype=torch.long)
+    rows = robot_rows(spoken, *words(text), codes)
+    assert rows.ids[0, rows.at["text"]].tolist() == [eot, *text, eot]
+
+
+def test_rows_of_three_views_at_an_image_that_is_not_square() -> None:
+    config = mini_config(code_cameras=("static", "gripper", "third"), vq={"image_size": (16, 48)})
+    codes = torch.arange(2 * 3 * 12).view(2, 3, 12) % 32
+    rows = robot_rows(config, *words([11], [12, 13]), codes)
+    assert config.vq.grid == (2, 6) and config.codes_per_view == 12
+    assert torch.equal(rows.ids[:, rows.at["image"]] - config.image_offset, codes.flatten(1))
+    assert rows.allowed.shape[-1] == rows.ids.shape[1] == rows.at["action"].stop
+    assert config.vq_resize.size == 16 and config.vq_resize.width == 48
 
 
 def test_trimming_cuts_only_shared_padding_and_moves_no_position() -> None:

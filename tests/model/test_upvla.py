@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.model.conftest import mini_batch, mini_config, mini_model, take
 from upvla.errors import Mismatch
-from upvla.model.upvla import UPVLA
+from upvla.model.upvla import UPVLA, Sampling
 from upvla.types import Batch, Losses
 
 OBJECTIVES = ("pre", "act", "mmu")
@@ -24,7 +24,12 @@ def gradients(model: UPVLA, value: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [{}, {"image_softmax": "full"}, {"action_head": {"supervise_padding": False}}])
+TWO_VIEWS = {"code_cameras": ("static", "gripper"), "join_rows": False}  # with questions, which have their own length
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"image_softmax": "full"}, {"action_head": {"supervise_padding": False}}, TWO_VIEWS]
+)
 def test_losses_do_not_depend_on_how_a_batch_is_split(changes: dict[str, object]) -> None:
     model = mini_model(**changes)
     batch = mini_batch(model.config, rows=5, questions=4)
@@ -153,6 +158,57 @@ def test_cached_answers_equal_uncached_ones(family: str, batch: Batch) -> None:
             ids = torch.cat([ids, torch.tensor([token])])
 
 
+def test_drawn_answers_equal_uncached_ones_and_depend_on_their_seed_only(batch: Batch) -> None:
+    model = mini_model(backbone={"init_std": 0.2})
+    eot, pad = model.config.eot_id, model.config.pad_id
+    images, question = batch.qa_images[:1], batch.qa_ids[:1][batch.qa_ids[:1] != pad][None]
+    answer = model.describe(images, question, 8, sampling=Sampling(0.8, top_k=20, seed=3))[0].tolist()
+    assert answer == model.describe(images, question, 8, sampling=Sampling(0.8, top_k=20, seed=3))[0].tolist()
+    others = [model.describe(images, question, 8, sampling=Sampling(0.8, 20, seed))[0].tolist() for seed in range(4, 8)]
+    assert any(other != answer for other in others)
+    again, draw = question, Sampling(0.8, top_k=20, seed=3)
+    for token in answer:
+        with torch.no_grad():
+            logits = model.showo.lm_head(model.read_questions(images, again)[0][:, -1])
+        assert int(draw(logits[:, : model.config.text_vocab_size])) == token
+        if token == eot:
+            break
+        again = torch.cat([again, torch.tensor([[token]])], 1)
+
+
+@pytest.mark.parametrize("changes", [{"join_rows": False}, {"trim": False}, {"backbone": {"attention": "eager"}}])
+def test_switches_of_layout_and_attention_change_nothing(batch: Batch, changes: dict[str, object]) -> None:
+    plain, other = mini_model(), mini_model(**changes)
+    assert torch.equal(plain.to_logits[0].weight, other.to_logits[0].weight)
+    ours, theirs = plain(batch), other(batch)
+    for name in OBJECTIVES:
+        torch.testing.assert_close(ours.objectives[name].total, theirs.objectives[name].total, rtol=2e-5, atol=1e-4)
+    expected, found = gradients(plain, loss(ours)), gradients(other, loss(theirs))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_bfloat16_products_change_losses_by_less_than_two_percent(batch: Batch) -> None:
+    model = mini_model()
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(batch)
+    for name in OBJECTIVES:
+        ours, theirs = (float(losses.objectives[name].total.detach()) for losses in (rounded, exact))
+        assert ours == pytest.approx(theirs, rel=0.02) and ours != theirs
+        assert rounded.objectives[name].total.dtype == torch.float32
+
+
+def test_cached_features_of_a_frozen_tower_give_what_its_frames_give(batch: Batch) -> None:
+    tower = {"kind": "clip", "patch": 16, "frozen": True, "keypoints": 0, "stem": (), "pool": (1, 1), "blocks": 2}
+    model = mini_model(vision=tower)
+    features = {name: model.vision(getattr(batch, name)).unflatten(1, (2, -1)) for name in ("images", "qa_images")}
+    cached = batch._replace(**features)
+    assert model.counts(cached) == model.counts(batch)
+    for name, term in model(batch).objectives.items():
+        torch.testing.assert_close(model(cached).objectives[name].total, term.total)
+
+
 @pytest.mark.parametrize("family", ["phi", "llama"])
 def test_overfits_a_few_rows(family: str) -> None:
     model = mini_model(backbone={"family": family})
@@ -189,6 +245,10 @@ def test_gradient_checkpointing_changes_nothing(batch: Batch) -> None:
             r"images: expected shape \[5, 2, 32, 32, 3\], found \[5, 2, 16, 32, 3\]",
         ),
         (lambda b: {"future_codes": b.codes + 32}, r"future_codes: values must lie in \[0, 32\)"),
+        (
+            lambda b: {"text_ids": torch.full((5, 30), 7), "text_len": torch.tensor([2, 13, 30, 3, 13])},
+            r"text_ids: row 2 has 30 tokens, model.text_budget leaves room for 13",
+        ),
         (lambda b: {"actions": b.actions.index_fill(0, torch.tensor([2]), torch.nan)}, r"actions: row 2 .*not finite"),
     ],
 )
@@ -198,3 +258,29 @@ def test_bad_batches_are_named_before_a_step(batch: Batch, change, message: str)
     with pytest.raises(Mismatch, match=message):
         model.counts(bad)
         model(bad)
+
+
+def test_prompts_over_budget_are_refused_when_acting_and_asking(batch: Batch) -> None:
+    model = mini_model()
+    long = torch.full((1, 40), 7)
+    with pytest.raises(Mismatch, match=r"40 tokens, model\.text_budget leaves room for 13"):
+        model.predict(batch.images[:1], batch.codes[:1], long, torch.tensor([40]))
+    with pytest.raises(Mismatch, match=r"question_ids: 40 tokens, model.qa_budget is 24"):
+        model.describe(batch.images[:1], long)
+    cut = mini_model(overlong="cut")
+    actions, _ = cut.predict(batch.images[:1], batch.codes[:1], long, torch.tensor([40]))
+    assert torch.isfinite(actions).all()
+
+
+@pytest.mark.gpu
+def test_block_masks_on_a_gpu_change_nothing_beyond_rounding(batch: Batch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: FlexAttention has no backward pass on a CPU")
+    on_gpu = Batch(*(value.cuda() for value in batch))
+    plain, flex = (mini_model(backbone={"attention": kind}).cuda() for kind in ("sdpa", "flex"))
+    expected, found = plain(on_gpu), flex(on_gpu)
+    for name in OBJECTIVES:
+        torch.testing.assert_close(found.objectives[name].total, expected.objectives[name].total, rtol=1e-3, atol=1e-3)
+    ours, theirs = gradients(flex, loss(found)), gradients(plain, loss(expected))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3, msg=name)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import transformers
 
 from tests.model.conftest import mini_config
-from upvla.errors import ConfigError
+from upvla.errors import Mismatch
 from upvla.model.config import VisionConfig
-from upvla.model.vision import CLIP_MEAN, CLIP_STD, Keypoints, VisionEncoder, load_clip
+from upvla.model.vision import CLIP_MEAN, CLIP_STD, ClipTower, Keypoints, VisionEncoder
 
 CLIP = VisionConfig(kind="clip", image_size=28, width=32, patch=14, blocks=3, heads=2, mlp=64, frozen=True)
 
@@ -40,32 +37,24 @@ def test_keypoints_follow_a_feature_across_the_image() -> None:
     torch.testing.assert_close(found, torch.tensor([[1.0, -1.0], [0.0, 0.0]]), atol=0.01, rtol=0)
 
 
-def test_clip_from_a_folder_gives_the_state_before_its_last_block(tmp_path: Path) -> None:
-    source = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-    )
-    source.save_pretrained(tmp_path)
+def test_clip_gives_the_state_before_its_last_block_and_takes_cached_features() -> None:
+    torch.manual_seed(0)
     encoder = VisionEncoder(CLIP)
-    load_clip(encoder, str(tmp_path))
     images = torch.randint(0, 256, (2, 1, 28, 28, 3)).byte()
-    pixels = (images[:, 0].permute(0, 3, 1, 2) / 255 - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[
-        :, None, None
-    ]
-    expected = source(pixel_values=pixels, output_hidden_states=True).hidden_states[2][:, 1:]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (images[:, 0].permute(0, 3, 1, 2) / 255 - mean) / std
+    assert isinstance(encoder.tower, ClipTower)
+    expected = encoder.tower.clip(pixel_values=pixels, output_hidden_states=True).hidden_states[2][:, 1:]
     found = encoder(images)
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad and found.shape == (2, 4, 32)
+    assert torch.equal(encoder(found[:, None]), found)
+    torch.testing.assert_close(encoder.camera_features(images[:, 0]), found)
+    assert encoder.input_shapes == ((1, 28, 28, 3), (1, 4, 32))
 
 
-def test_what_holds_no_clip_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
-        load_clip(VisionEncoder(CLIP), str(tmp_path))
-    with pytest.raises(ConfigError, match="only 'clip' loads CLIP weights"):
-        load_clip(VisionEncoder(mini_config().vision), str(tmp_path))
+def test_a_tower_that_learns_takes_frames_only() -> None:
+    encoder = VisionEncoder(mini_config().vision)
+    assert encoder.input_shapes == ((2, 32, 32, 3),)
+    with pytest.raises(Mismatch, match="makes no features that could be kept"):
+        encoder.camera_features(torch.zeros(1, 32, 32, 3).byte())

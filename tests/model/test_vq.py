@@ -7,7 +7,7 @@ import torch
 
 from tests.model.conftest import mini_config
 from upvla.errors import Mismatch
-from upvla.model.vq import VQTokenizer, VQTraining, to_frames, to_pixels
+from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames, to_pixels
 
 
 @pytest.fixture
@@ -42,6 +42,14 @@ def test_codes_and_latents_are_inverse_with_the_first_channel_most_significant(v
 def test_frames_round_trip_through_pixels() -> None:
     frames = torch.randint(0, 256, (2, 8, 8, 3)).byte()
     assert torch.equal(to_frames(to_pixels(frames)), frames)
+
+
+def test_frames_stand_over_what_their_codes_keep(vq: VQTokenizer) -> None:
+    frames = torch.randint(0, 256, (3, 16, 32, 3)).byte()
+    picture = reconstructions(vq, frames)
+    assert picture.shape == (32, 96, 3) and picture.dtype == torch.uint8
+    assert torch.equal(picture[:16, 32:64], frames[1])
+    assert torch.equal(picture[16:, 32:64], to_frames(vq.decode(vq.encode_frames(frames[1:2]), (2, 4)))[0])
 
 
 def test_identity_follows_weights_and_geometry_but_not_the_training_loss(vq: VQTokenizer) -> None:

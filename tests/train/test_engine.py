@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from tests.train.toy import ToyVLA
 from upvla.errors import ConfigError
@@ -67,6 +71,15 @@ def test_what_deepspeed_would_default_is_stated(clip: float) -> None:
 def test_without_a_process_group_the_error_says_who_starts_one() -> None:
     with pytest.raises(ConfigError, match=r"upvla\.launch\.train"):
         build_engine(ToyVLA(), EngineConfig(), OptimizerConfig(), total_steps=1, micro_batch=1)
+
+
+@pytest.mark.seam
+def test_a_killed_builder_of_deepspeeds_operator_stops_nobody_after_it() -> None:
+    left_behind = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
+    left_behind.touch()
+    code = "from upvla.train.engine import build_ops; build_ops()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    assert not left_behind.exists()
 
 
 def test_batch_arithmetic() -> None:

@@ -17,6 +17,8 @@ import numpy as np
 
 BLOCKS = ("red", "blue", "pink")
 _BLOCK_COLUMN = {"red": 6, "blue": 12, "pink": 18}  # of the scene state: x, y, z follow
+_WHETHER_EVERY = 6  # one question in so many is answered yes or no: nothing is learnt from it before words are
+_FACTS_A_STEP = 4  # that a step yields on average, once true and false are paired
 _MIN_DISTANCE_M = 0.05  # one block's width: closer than that nobody could tell
 _TABLE_Z_M = 0.43  # lower lies in the drawer, out of sight
 
@@ -59,6 +61,14 @@ _WHETHER = Templates(
     ("is the {a} {word}?", "can you see that the {a} is {word}?", "is it true that the {a} is {word}?"),
     ("would you say the {a} is {word}?", "the {a} is {word}, right?"),
 )
+_WHERE = Templates(
+    (
+        "is the {a} block {x} or {y} the {b} block?",
+        "where is the {a} block, {x} or {y} the {b} block?",
+        "tell me whether the {a} block is {x} or {y} the {b} block.",
+    ),
+    ("would you say the {a} block is {x} or {y} the {b} block?", "the {a} block: {x} or {y} the {b} block?"),
+)
 _RELATED = Templates(
     (
         "is the {a} block {word} the {b} block?",
@@ -89,11 +99,18 @@ class _Fact(NamedTuple):
 
 def questions(scenes: Sequence[tuple[str, np.ndarray]], per_episode: int) -> list[Question]:
     """(episode id, scene state f32[T,24]) of a set of recordings -> at most `per_episode` facts each on average, every
-    fact asked once in a wording for training and once in a held-out one. A function of its arguments only."""
+    fact asked once in a wording for training and once in a held-out one. A function of its arguments only.
+
+    All topics look at the same few steps of a recording, so that one picture is asked about many times.
+    """
     topics: dict[str, list[_Fact]] = {}
     for episode_id, scene in scenes:
+        steps = sorted(range(len(scene)), key=lambda step: _digest(episode_id, step))[
+            : -(-per_episode // _FACTS_A_STEP)
+        ]
         for topic, truth in _truths(scene):
-            topics.setdefault(topic, []).extend(_pick(episode_id, topic, truth, per_episode))
+            facts = [_Fact(episode_id, step, bool(truth[step])) for step in steps if truth[step] >= 0]
+            topics.setdefault(topic, []).extend(facts)
     rows = []
     pairs = -(-per_episode * len(scenes) // (2 * max(len(topics), 1)))
     for topic, facts in sorted(topics.items()):
@@ -119,33 +136,22 @@ def _truths(scene: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
             yield f"{a}-{b}-{axis}", np.where(clear, (distance < 0).astype(int), -1)
 
 
-def _pick(episode_id: str, topic: str, truth: np.ndarray, per_episode: int) -> list[_Fact]:
-    """Up to a few steps of each truth value, spread by hash."""
-    limit = max(1, per_episode // 4)
-    facts = []
-    for wanted in (0, 1):
-        steps = np.flatnonzero(truth == wanted).tolist()
-        steps.sort(key=lambda step: _digest(topic, episode_id, step))
-        facts += [_Fact(episode_id, step, bool(wanted)) for step in steps[:limit]]
-    return facts
-
-
 def _ask(topic: str, fact: _Fact, split: Literal["train", "held_out"], coin: int) -> Question:
-    swapped, open_question, choice = bool(coin & 1), bool(coin & 2), coin >> 2
+    swapped, whether, choice = bool(coin & 1), coin % _WHETHER_EVERY == 0, coin >> 8
     if topic in STATES:
         state = STATES[topic]
-        truth, templates = state.words[fact.truth], _WHICH if open_question else _WHETHER
-        words = state.words[::-1] if swapped else state.words
-        objects, asked = {"a": state.name, "x": words[0], "y": words[1]}, words[0]
+        words, named = state.words, {"a": state.name}
+        open_wordings, closed_wordings = _WHICH, _WHETHER
     else:
         *blocks, axis = topic.split("-")
-        a, b = blocks[::-1] if swapped else blocks
-        relations = RELATIONS[int(axis)]
-        truth, templates = relations[fact.truth is swapped], _RELATED  # of `a` to `b`, in the order they are now in
-        objects, asked = {"a": a, "b": b}, relations[open_question]
+        words, named = RELATIONS[int(axis)], dict(zip("ab", blocks, strict=True))
+        open_wordings, closed_wordings = _WHERE, _RELATED
+    truth = words[fact.truth if topic in STATES else not fact.truth]
+    x, y = words[::-1] if swapped else words
+    templates = closed_wordings if whether else open_wordings
     wordings = templates.train if split == "train" else templates.held_out
-    text = wordings[choice % len(wordings)].format(word=asked, **objects)
-    answer = truth if templates is _WHICH else "yes" if asked == truth else "no"
+    text = wordings[choice % len(wordings)].format(word=x, x=x, y=y, **named)
+    answer = truth if not whether else "yes" if x == truth else "no"
     return Question(fact.episode_id, fact.step, topic, text, answer, split)
 
 

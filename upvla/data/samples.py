@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from upvla.data.derived import CodeTable
+from upvla.data.descriptions import DescriptionTable
+from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
-from upvla.data.table import Dataset
 from upvla.errors import ConfigError
 from upvla.images import Resize, decode_image, resize
 from upvla.types import ActionSpace, Batch, Sample, SampleRef
@@ -59,6 +60,7 @@ class RowShape(NamedTuple):
     num_codes: int
     chunk: int
     action_dim: int
+    features: tuple[int, int] | None = None  # [P,D] a camera where patch features are read in place of frames
 
 
 class SampleReader:
@@ -66,7 +68,8 @@ class SampleReader:
 
     cameras, resize: frames of the understanding encoder. codes, code_cameras: tables of image codes by dataset name
     and the views taken from them; without tables rows carry no codes. paraphrases: other wordings by task name, one of
-    which is drawn by position.
+    which is drawn by position. descriptions: what a model said of the scenes, by dataset name.
+    features: patch features by dataset name, which take the place of frames.
     """
 
     def __init__(
@@ -80,10 +83,13 @@ class SampleReader:
         code_cameras: Sequence[str] = (),
         paraphrases: Mapping[str, Sequence[str]] | None = None,
         published_windows: bool = False,
+        descriptions: Mapping[str, DescriptionTable] | None = None,
+        features: Mapping[str, FeatureTable] | None = None,
     ):
         self.mixture, self.chunk, self.cameras, self.resize = mixture, chunk, tuple(cameras), resize
         self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
         self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
+        self.descriptions, self.features = dict(descriptions or {}), dict(features or {})
         self.action_space = mixture.action_space
         self._maps = [mixture.action_map(number) for number in range(len(mixture.plan.sources))]
         for source in mixture.plan.sources:
@@ -110,15 +116,15 @@ class SampleReader:
             num_codes,
             self.chunk,
             len(self.action_space),
+            next(iter(self.features.values())).shape if self.features else None,
         )
 
     def read(self, ref: SampleRef, position: int) -> Sample:
         name = self.mixture.plan.sources[ref.source].dataset
         dataset = self.mixture.datasets[name]
         if ref.kind == "qa":
-            row = dataset.qa[ref.qa]
-            images = self._frames(dataset, ref)
-            return Sample(position, "qa", images, None, None, None, None, "", row.turns)
+            turns = tuple(turn for row in dataset.conversation(ref.qa) for turn in row.turns)
+            return Sample(position, "qa", self._frames(name, ref), None, None, None, None, "", turns)
         span = dataset.episodes[ref.episode].spans[ref.span]
         steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
         moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]
@@ -135,22 +141,25 @@ class SampleReader:
         return Sample(
             position=position,
             kind="robot",
-            images=self._frames(dataset, ref),
+            images=self._frames(name, ref),
             codes=codes,
             future_codes=future_codes,
             actions=actions,
             action_is_pad=is_pad,
             text=self._wording(span.task, span.text, position),
             turns=(),
+            description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
         )
 
-    def _frames(self, dataset: Dataset, ref: SampleRef) -> dict[str, np.ndarray]:
+    def _frames(self, name: str, ref: SampleRef) -> dict[str, np.ndarray]:
+        if self.features:
+            return self.features[name].get(ref.episode, ref.step, self.cameras)
         names = self.mixture.plan.sources[ref.source].cameras
-        stored = {camera: f"image_{name}" for camera in self.cameras if (name := names.get(camera, camera))}
-        found = dataset.read(ref.episode, [ref.step], [*dict.fromkeys(stored.values())])
+        stored = {camera: f"image_{found}" for camera in self.cameras if (found := names.get(camera, camera))}
+        frames = self.mixture.datasets[name].read(ref.episode, [ref.step], [*dict.fromkeys(stored.values())])
         black = np.zeros((self.resize.size, self.resize.size, 3), np.uint8)
         return {
-            camera: resize(decode_image(found[stored[camera]][0]), self.resize) if camera in stored else black
+            camera: resize(decode_image(frames[stored[camera]][0]), self.resize) if camera in stored else black
             for camera in self.cameras
         }
 
@@ -166,7 +175,7 @@ class Collator:
     """Samples -> `Batch` of numpy arrays. The tokenizer comes as two functions, so this room needs none of its own.
 
     encode_text: text -> ids. encode_turns: rounds of (question, answer) -> (ids, labels), labels -100 where not
-    supervised.
+    supervised. condition: (ids of a description, ids of an instruction) -> ids of the prompt made of both.
     """
 
     def __init__(
@@ -175,7 +184,9 @@ class Collator:
         encode_text: Callable[[str], Sequence[int]],
         encode_turns: Callable[[Sequence[tuple[str, str]]], tuple[Sequence[int], Sequence[int]]],
         pad_id: int,
+        condition: Callable[[Sequence[int], Sequence[int]], Sequence[int]] | None = None,
     ):
+        self._condition = condition
         self._shape, self._encode_text, self._encode_turns = shape, encode_text, encode_turns
         self._pad_id = pad_id
 
@@ -183,7 +194,7 @@ class Collator:
         robot = [sample for sample in samples if sample.kind == "robot"]
         asked = [sample for sample in samples if sample.kind == "qa"]
         shape = self._shape
-        texts = [self._encode_text(sample.text) for sample in robot]
+        texts = [self._prompt(sample) for sample in robot]
         turns = [self._encode_turns(sample.turns) for sample in asked]
         codes = (shape.num_views, shape.num_codes)
         return Batch(
@@ -200,9 +211,16 @@ class Collator:
             positions=np.array([sample.position for sample in (*robot, *asked)], np.int64),
         )
 
+    def _prompt(self, sample: Sample) -> Sequence[int]:
+        instruction = self._encode_text(sample.text)
+        if self._condition is None:
+            return instruction
+        return self._condition(self._encode_text(sample.description), instruction)
+
     def _images(self, samples: Sequence[Sample]) -> np.ndarray:
-        size = self._shape.image_size
-        images = np.empty((len(samples), self._shape.num_cameras, size, size, 3), np.uint8)
+        size, features = self._shape.image_size, self._shape.features
+        one: tuple[int, ...] = features or (size, size, 3)
+        images = np.empty((len(samples), self._shape.num_cameras, *one), np.float32 if features else np.uint8)
         for row, sample in zip(images, samples, strict=True):
             for view, frame in zip(row, sample.images.values(), strict=True):
                 view[:] = frame

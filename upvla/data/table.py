@@ -146,6 +146,19 @@ class Dataset:
         }
         return sorted(found)
 
+    def conversation(self, number: int) -> list[QuestionRow]:
+        """All questions about the frame of question `number` that are worded for the same split, that one first."""
+        asked = self._asked_of[_frame(self.qa[number])]
+        first = asked.index(number)
+        return [self.qa[i] for i in (*asked[first:], *asked[:first])]
+
+    @cached_property
+    def _asked_of(self) -> dict[tuple[int, int, str], list[int]]:
+        asked: dict[tuple[int, int, str], list[int]] = {}
+        for number, row in enumerate(self.qa):
+            asked.setdefault(_frame(row), []).append(number)
+        return asked
+
     @cached_property
     def stats(self) -> Statistics:
         """Over the training split."""
@@ -189,3 +202,7 @@ class Dataset:
 
 def _reopen(store: Store, manifest: Manifest, pool_mb: int) -> Dataset:
     return Dataset(store, manifest, pool_mb=pool_mb)
+
+
+def _frame(row: QuestionRow) -> tuple[int, int, str]:
+    return row.episode, row.step, row.template_split

@@ -13,7 +13,7 @@ from upvla.data.table import load_manifest
 from upvla.errors import NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.line import Line, Progress, Result
-from upvla.launch.tokenizers import save_vq
+from upvla.launch.tokenizers import save_tower, save_vq
 from upvla.rollout.evaluate import bootstrap_mean
 from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry
@@ -53,6 +53,7 @@ class Finetuning(Line):
             "url": version.checkpoint.url,
             "model_id": version.checkpoint.model_id,
             "vq_id": save_vq(self.store, bundle.vq),
+            "tower_id": save_tower(self.store, bundle.model.vision) if bundle.config.vision.cacheable else "",
             "new_recordings": new,
         }
 
@@ -68,8 +69,13 @@ class Finetuning(Line):
 
     def train(self, plan: Result, champion: Result) -> Result:
         """`stage.steps` more steps from the champion's weights, with its statistics and tokenizers."""
-        spec = self._spec("policy", self.config.stage, plan, parent_url=champion["url"], parent_id=champion["model_id"])
-        return self._train(spec)
+        parent = {"parent_url": champion["url"], "parent_id": champion["model_id"]}
+        described = self.describe(plan, champion)
+        return self._train(
+            self._spec(
+                "policy", self.config.stage, plan, description_id=described, tower_id=self.tower_id(champion), **parent
+            )
+        )
 
     def promote(self, model: Result, champion: Result, scored: Result) -> Result:
         """Register the challenger; it becomes champion if it is better on the same chains beyond chance.

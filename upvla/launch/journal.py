@@ -57,6 +57,11 @@ class Journal:
         if self._run is not None:
             self._run.log(metrics, step)
 
+    def picture(self, image: np.ndarray, name: str) -> None:
+        """u8[H,W,3] beside the stage's curves."""
+        if self._run is not None:
+            self._run.picture(image, name)
+
     def meta(self) -> dict[str, Any]:
         return {"validation": self._validation}
 

@@ -21,6 +21,7 @@ from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.errors import ConfigError, NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.cluster import connected
+from upvla.launch.describe import describe_dataset, description_id
 from upvla.launch.encode import encode_dataset
 from upvla.launch.jobs import Jobs
 from upvla.launch.steps import once
@@ -62,16 +63,36 @@ class Line:
         }
 
     def encode(self, plan: Result, vq: Result, model: ModelConfig) -> Result:
-        """Image codes of every frame, once: sidecars of the shards, keyed by the tokenizer."""
+        """What frozen networks say of every frame, once: sidecars of the shards, keyed by tokenizer and tower."""
+        tower_id = self.tower_id(vq)
 
         def work() -> Result:
             counts = [
-                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"))
+                encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"), tower_id)
                 for name, version in plan["versions"].items()
             ]
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
-        return once(self.store, "encode", {"versions": plan["versions"], "vq": vq["vq_id"]}, work)
+        key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
+        return once(self.store, "encode", key, work)
+
+    def tower_id(self, source: Result) -> str:
+        """Id of the frozen understanding encoder whose features are kept; empty where it learns with the rest."""
+        return str(source.get("tower_id", ""))
+
+    def describe(self, plan: Result, describer: Result) -> str:
+        """Id of what the checkpoint `describer` says of the datasets; empty where its model asks for nothing."""
+        config = load_bundle(describer["url"]).config.description
+        if config is None:
+            return ""
+
+        def work() -> Result:
+            for name, version in plan["versions"].items():
+                describe_dataset(self.store, name, version, describer["url"], self._counting("described shards"))
+            return {"description_id": description_id(describer["model_id"], config.question, config.every_steps)}
+
+        key = {"versions": plan["versions"], "model": describer["model_id"]}
+        return str(once(self.store, "describe", key, work)["description_id"])
 
     def evaluation_key(self, checkpoint_url: str) -> str:
         """Equal for equal weights and an equal protocol: starting the same evaluation twice runs it once."""
@@ -80,27 +101,11 @@ class Line:
 
     def evaluate(self, checkpoint_url: str) -> Result:
         """Closed-loop scores of a checkpoint on every suite beside the reference policies, videos, predicted frames."""
-        checkpoint, config = read_marker(open_store(checkpoint_url)), self.config.eval
+        checkpoint = read_marker(open_store(checkpoint_url))
 
         def work() -> Result:
-            found: dict[str, dict[str, Any]] = {}
-            protocols: dict[str, str] = {}
-            policies = {self.model_name: checkpoint} | {name: name for name in config.references}
-            for suite in config.suites:
-                for name, policy in policies.items():
-                    report = scoring.judge(
-                        self.store,
-                        config,
-                        suite,
-                        policy,
-                        num_workers=self.site.num_workers,
-                        progress=self._counting(f"{suite.name}, {name}: chains"),
-                    )
-                    found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
-                    self._log_scores(checkpoint, name, as_metrics(scores(report)))
-                    protocols[suite.name] = report.fingerprint
-            self._log_films(checkpoint)
-            return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
+            with connected():  # one connection for all suites, so that worker processes are kept between them
+                return self._scores(checkpoint)
 
         return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work)
 
@@ -157,6 +162,27 @@ class Line:
         raise NotFound(f"{name} has no version or alias {wanted!r}; versions: {', '.join(v.version for v in listed)}")
 
     # --------------------------------------------------------------------------------------------------- private
+
+    def _scores(self, checkpoint: Checkpoint) -> Result:
+        config = self.config.eval
+        found: dict[str, dict[str, Any]] = {}
+        protocols: dict[str, str] = {}
+        policies = {self.model_name: checkpoint} | {name: name for name in config.references}
+        for suite in config.suites:
+            for name, policy in policies.items():
+                report = scoring.judge(
+                    self.store,
+                    config,
+                    suite,
+                    policy,
+                    num_workers=self.site.num_workers,
+                    progress=self._counting(f"{suite.name}, {name}: chains"),
+                )
+                found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
+                self._log_scores(checkpoint, name, as_metrics(scores(report)))
+                protocols[suite.name] = report.fingerprint
+        self._log_films(checkpoint)
+        return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
 
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
@@ -223,7 +249,7 @@ class Line:
         ours = policy == self.model_name
         key, name = _training_run(checkpoint) if ours else (f"reference/{policy}", f"reference {policy}")
         with self.tracked(key, name, parent=self.pipeline_run()) as run:
-            run.log(metrics, checkpoint.step if ours else 0)
+            run.log(metrics, 0)  # all at one step: MLflow then draws bars beside each other, not points on a curve
 
     def _log_films(self, checkpoint: Checkpoint) -> None:
         if self.config.eval.videos == 0:

@@ -7,14 +7,20 @@ from collections.abc import Mapping, Sequence
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.table import Dataset, load_manifest
+from upvla.errors import ConfigError
 from upvla.launch.ingest import run_ingest
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
-from upvla.launch.tokenizers import save_text
+from upvla.launch.tokenizers import save_text, save_tower, save_vq
+from upvla.launch.weights import load_weights, start_from, weights_id, weights_kind
 from upvla.model.text import TextTokenizer
+from upvla.model.vision import VisionEncoder
+from upvla.model.vq import VQTokenizer
+from upvla.model.weights import fill
 from upvla.rollout.evaluate import as_metrics
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.recorder import collect
+from upvla.store import open_store
 from upvla.train.config import StageConfig
 from upvla.types import Estimate
 
@@ -56,29 +62,82 @@ class Pretraining(Line):
         return {"dataset": config.dataset, **found}
 
     def train_text(self, plan: Result) -> Result:
-        """Byte-level BPE on the instructions and questions of the training split."""
+        """Byte-level BPE on the instructions and questions of the training split, or the one that `init` brings."""
 
         def work() -> Result:
+            if self.config.init.text:
+                folder, _, name = self.config.init.text.rpartition("/")
+                given = TextTokenizer(open_store(folder).read(name).decode(), self.config.model.text_vocab_size)
+                return {"text_id": save_text(self.store, given), "texts": 0}
             texts = {text for name in plan["versions"] for text in self._texts(self._dataset(name, plan))}
             texts |= {text for row in tasks.TASKS.values() for text in row.train}
             text = TextTokenizer.train(texts, self.config.model.text_vocab_size)
             return {"text_id": save_text(self.store, text), "texts": len(texts)}
 
-        return once(self.store, "text", {"plan": plan["train"], "vocab": self.config.model.text_vocab_size}, work)
+        key = {"plan": plan["train"], "vocab": self.config.model.text_vocab_size}
+        return once(self.store, "text", key | ({"given": self.config.init.text} if self.config.init.text else {}), work)
 
     def train_vq(self, plan: Result) -> Result:
-        """The image tokenizer, on the frames of the training split."""
+        """The image tokenizer, on the frames of the training split, or the one that `init` brings."""
+        if self.config.init.vq:
+
+            def work() -> Result:
+                vq = VQTokenizer(self.config.model.vq)
+                start_from(vq, [self.config.init.vq])
+                return {"vq_id": save_vq(self.store, vq)}
+
+            return once(self.store, "vq", {"weights": weights_id(self.config.init.vq)}, work)
         return self._train(self._spec("vq", self.config.vq, plan, model=self.config.model))
 
+    def tower_id(self, source: Result) -> str:
+        """A frozen tower is the one that `init.weights` brings; there is no use for one with random weights."""
+        vision = self.config.model.vision
+        if not vision.frozen:
+            return ""
+        urls = [url for url in self.config.init.weights if weights_kind(url) == "clip"]
+        if not urls:
+            raise ConfigError("model.vision is frozen and init.weights name no weights of kind clip: import them first")
+
+        def work() -> Result:
+            tower = VisionEncoder(vision)
+            state = load_weights(urls[-1])[1]
+            fill(tower, {name.removeprefix("vision."): value for name, value in state.items()})
+            return {"tower_id": save_tower(self.store, tower)}
+
+        made = once(
+            self.store, "tower", {"weights": weights_id(urls[-1]), "vision": vision.model_dump(mode="json")}, work
+        )
+        return str(made["tower_id"]) if vision.cacheable else ""
+
     def train_stage(self, name: str, plan: Result, text: Result, vq: Result, parent: Result | None = None) -> Result:
-        """`stage1` (prediction and understanding) or `stage2` (and action, from the weights of `parent`)."""
-        stage: StageConfig = getattr(self.config, name)
-        if parent is None:
+        """`stage1` (prediction and understanding) or `stage2` (and action, from the weights of `parent`).
+
+        A first stage starts from the weights that `init` names. Where a run has no `stage1` nothing is trained for it,
+        and stage 2 is the first.
+        """
+        stage: StageConfig | None = getattr(self.config, name)
+        if stage is None:
+            return {}
+        if not parent:
+            if self.config.model.description and "act" in stage.weights:
+                raise ConfigError("model.description needs a stage1: its weights describe what the action stage reads")
+            urls = self.config.init.weights
             spec = self._spec(
-                "policy", stage, plan, model=self.config.model, text_id=text["text_id"], vq_id=vq["vq_id"]
+                "policy",
+                stage,
+                plan,
+                model=self.config.model,
+                text_id=text["text_id"],
+                vq_id=vq["vq_id"],
+                tower_id=self.tower_id(vq),
+                weights_urls=urls,
+                weights_ids=tuple(weights_id(url) for url in urls),
             )
         else:
-            spec = self._spec("policy", stage, plan, parent_url=parent["url"], parent_id=parent["model_id"])
+            from_parent = {"tower_id": self.tower_id(vq), "parent_url": parent["url"], "parent_id": parent["model_id"]}
+            if "act" in stage.weights:
+                from_parent["description_id"] = self.describe(plan, parent)
+            spec = self._spec("policy", stage, plan, **from_parent)
         return self._train(spec)
 
     def train_all(self) -> Result:
@@ -90,11 +149,17 @@ class Pretraining(Line):
 
     def conclude(self, stages: Mapping[str, Result]) -> Result:
         """One report of a finished line, written to the store and to the pipeline's run: what `upvla demo` prints."""
-        vq, first, last = stages["vq"]["losses"], stages["stage1"]["losses"], stages["stage2"]["losses"]
+        trained = {name: stages[name] for name in ("vq", "stage1", "stage2") if "losses" in stages[name]}
+        first = "stage1" if "stage1" in trained else "stage2"
+        learnt_in = {"vq": "vq", "pre": first, "mmu": first, "act": "stage2"}
         plan, scored = stages["mix"], stages["evaluate"]["scores"]
         report = {
-            "stage_seconds": {name: float(result["seconds"]) for name, result in stages.items()},
-            "losses": {"vq": vq["vq"], "pre": first["pre"], "mmu": first["mmu"], "act": last["act"]},
+            "stage_seconds": {name: float(result["seconds"]) for name, result in stages.items() if result},
+            "losses": {
+                name: trained[stage]["losses"][name]
+                for name, stage in learnt_in.items()
+                if name in trained.get(stage, {}).get("losses", {})
+            },
             "scores": scored,
             "versions": {f"dataset {name}": version for name, version in plan["versions"].items()}
             | {"mixture": plan["train"], "text": stages["text"]["text_id"], "vq": stages["vq"]["vq_id"]}
@@ -104,7 +169,7 @@ class Pretraining(Line):
                 "ingest": "{recordings} recordings, {segments} segments, {steps} steps".format(**stages["ingest"]),
                 **{
                     name: "{samples_per_s:.0f} rows/s, data wait {data_wait_pct:.1f} %".format(**stages[name]["speed"])
-                    for name in ("vq", "stage1", "stage2")
+                    for name in trained
                 },
             },
         }

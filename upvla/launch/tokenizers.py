@@ -1,7 +1,8 @@
-"""Where the two tokenizers lie on the store, under their content hashes.
+"""Where the tokenizers, and a frozen understanding encoder, lie on the store, under their content hashes.
 
 text/<id>.json              byte-level BPE
 vq/<id>.safetensors, .json  image tokenizer: weights, then its geometry, which completes it
+towers/<id>.safetensors, .json  frozen understanding encoder, the same way
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 
 import safetensors.torch
+from pydantic import BaseModel
+from torch import nn
 
 from upvla.errors import AlreadyExists, Corrupt
-from upvla.model.config import VQConfig
+from upvla.model.config import VisionConfig, VQConfig
 from upvla.model.text import TextTokenizer
+from upvla.model.vision import VisionEncoder
 from upvla.model.vq import VQTokenizer
 from upvla.store import Store
 
@@ -32,20 +36,41 @@ def load_text(store: Store, text_id: str) -> TextTokenizer:
 
 
 def save_vq(store: Store, vq: VQTokenizer) -> str:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vq.state_dict().items()}
-    store.write(f"vq/{vq.id}.safetensors", safetensors.torch.save(weights))
-    with contextlib.suppress(AlreadyExists):
-        store.create_json(f"vq/{vq.id}.json", vq.config.model_dump(mode="json"))
+    _save(store.sub("vq"), vq.id, vq, vq.config)
     return vq.id
 
 
 def load_vq(store: Store, vq_id: str) -> VQTokenizer:
     """In evaluation mode. `NotFound` where there is none, `Corrupt` where geometry and weights do not give the id."""
     vq = VQTokenizer(VQConfig.model_validate(store.read_json(f"vq/{vq_id}.json")))
+    _load(store.sub("vq"), vq_id, vq)
+    return vq
+
+
+def save_tower(store: Store, tower: VisionEncoder) -> str:
+    _save(store.sub("towers"), tower.id, tower, tower.config)
+    return tower.id
+
+
+def load_tower(store: Store, tower_id: str) -> VisionEncoder:
+    """As `load_vq`."""
+    tower = VisionEncoder(VisionConfig.model_validate(store.read_json(f"towers/{tower_id}.json")))
+    _load(store.sub("towers"), tower_id, tower)
+    return tower
+
+
+def _save(place: Store, name: str, module: nn.Module, config: BaseModel) -> None:
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+    place.write(f"{name}.safetensors", safetensors.torch.save(weights))
+    with contextlib.suppress(AlreadyExists):
+        place.create_json(f"{name}.json", config.model_dump(mode="json"))
+
+
+def _load(place: Store, name: str, module: VQTokenizer | VisionEncoder) -> None:
     try:
-        vq.load_state_dict(safetensors.torch.load(store.read(f"vq/{vq_id}.safetensors")))
+        module.load_state_dict(safetensors.torch.load(place.read(f"{name}.safetensors")))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise Corrupt(f"{store.url}/vq/{vq_id}.safetensors cannot be read ({error}); train it again") from error
-    if vq.id != vq_id:
-        raise Corrupt(f"{store.url}/vq/{vq_id} is image tokenizer {vq.id}; train it again")
-    return vq.eval()
+        raise Corrupt(f"{place.url}/{name}.safetensors cannot be read ({error}); make it again") from error
+    if module.id != name:
+        raise Corrupt(f"{place.url}/{name} holds {module.id}; make it again")
+    module.eval()

@@ -51,7 +51,8 @@ class TrainSpec(BaseModel):
     """Everything a training stage needs to know, as JSON on the store. Its inputs are references by content.
 
     The tokenizers come from `parent_url`, an exported checkpoint whose weights are the start, where one is given;
-    otherwise `model`, `text_id` and `vq_id` name them (a `vq` stage needs only `model`).
+    otherwise `model`, `text_id` and `vq_id` name them (a `vq` stage needs only `model`), and `weights_urls` imported
+    weights that fill the fresh model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,10 @@ class TrainSpec(BaseModel):
     vq_id: str = ""
     parent_url: str = ""
     parent_id: str = ""
+    description_id: str = ""
+    tower_id: str = ""
+    weights_urls: tuple[str, ...] = ()
+    weights_ids: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = {}
     seed: int = 0
     tracking: TrackingSpec | None = None
@@ -77,7 +82,7 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        elsewhere = {"store_url", "parent_url", "tracking", "scratch", "engine"}
+        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine"}
         value = self.model_dump(mode="json", exclude=elsewhere)
         for field in ("log_every", "eval_every", "eval_batches", "save_every"):
             del value["stage"][field]

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 
 from upvla.checkpoint import Bundle, export, load_bundle
 from upvla.data.derived import CodeTable
+from upvla.data.descriptions import DescriptionTable
+from upvla.data.features import FeatureTable
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture, plan_from_json
 from upvla.data.samples import Collator, SampleReader
@@ -27,16 +30,20 @@ from upvla.errors import AlreadyExists, BadStep, ConfigError, Mismatch
 from upvla.launch.journal import Journal
 from upvla.launch.tokenizers import load_text, load_vq, save_vq
 from upvla.launch.train import FAILURE, RESULT, TrainSpec
+from upvla.launch.weights import start_from, weights_id
 from upvla.model.config import ModelConfig
+from upvla.model.sequence import conditioned
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
-from upvla.model.vq import VQTokenizer, VQTraining
+from upvla.model.vq import VQTokenizer, VQTraining, reconstructions
 from upvla.store import Store, open_store
 from upvla.train import resume
 from upvla.train.config import accumulation_steps
 from upvla.train.engine import Engine, build_engine
 from upvla.train.loop import fit
 from upvla.types import Batch, Losses, Sample
+
+_PICTURED = 8  # held-out frames in the picture of an image tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,17 @@ class Inputs:
     parent: Bundle | None
     text: TextTokenizer | None
     vq: VQTokenizer | None
+    description_id: str = ""
+    tower_id: str = ""
 
     def check(self, spec: TrainSpec) -> None:
         """Raise what would make every worker fail."""
         accumulation_steps(self.train.plan.global_batch, spec.engine.num_workers, spec.stage.micro_batch)
         for mixture in (self.train, self.validation):
             self.reader(mixture)
+        for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
+            if weights_id(url) != expected:
+                raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
         if spec.kind == "policy":
             self.bundle(UPVLA(self.config) if self.parent is None else self.parent.model, {})
 
@@ -71,7 +83,18 @@ class Inputs:
             resize=config.vision_resize,
             codes={name: CodeTable(dataset, self.vq.id) for name, dataset in mixture.datasets.items()},
             code_cameras=config.code_cameras,
+            descriptions=self.descriptions(mixture),
+            features={name: FeatureTable(dataset, self.tower_id) for name, dataset in mixture.datasets.items()}
+            if self.tower_id
+            else None,
         )
+
+    def descriptions(self, mixture: Mixture) -> dict[str, DescriptionTable]:
+        """What the stage's describer said of the datasets; none where the prompt is not conditioned on it."""
+        if self.config.description is None or not self.description_id:
+            return {}
+        every = self.config.description.every_steps
+        return {name: DescriptionTable(d, self.description_id, every) for name, d in mixture.datasets.items()}
 
     def bundle(self, model: UPVLA, meta: Mapping[str, Any]) -> Bundle:
         """The model with all it needs. A fine-tune keeps the statistics that its parent's weights were trained with."""
@@ -96,7 +119,7 @@ def open_inputs(spec: TrainSpec) -> Inputs:
         text = parent.text if parent is not None else load_text(store, spec.text_id)
         vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
     mixtures = [_open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
-    return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq)
+    return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
 
 
 def _open_mixture(store: Store, plan_id: str) -> Mixture:
@@ -172,18 +195,25 @@ def _train(
         )
     weights = engine.full_weights()
     if engine.rank == 0:
-        _finish(spec, inputs, weights, place, journal)
+        _finish(spec, inputs, weights, held_out, place, journal)
     engine.gather(None)  # nobody leaves, and tears the group down, before the result is there
 
 
 def _finish(
-    spec: TrainSpec, inputs: Inputs, weights: Mapping[str, torch.Tensor], place: Store, journal: Journal
+    spec: TrainSpec,
+    inputs: Inputs,
+    weights: Mapping[str, torch.Tensor],
+    held_out: Sequence[Batch],
+    place: Store,
+    journal: Journal,
 ) -> None:
     """Export what was learnt, then create the result."""
     result: dict[str, Any] = {"stage": spec.stage.name, "step": spec.stage.steps, **journal.summary()}
     if spec.kind == "vq":
         vq = VQTokenizer(inputs.config.vq)
         vq.load_state_dict({name.removeprefix("objective.vq."): tensor for name, tensor in weights.items()})
+        frames = torch.as_tensor(held_out[0].images[:_PICTURED]).flatten(0, 1)
+        journal.picture(reconstructions(vq.eval(), frames).numpy(), "reconstructions.png")
         result |= {"vq_id": save_vq(inputs.store, vq)}
     else:
         model = UPVLA(inputs.config)
@@ -206,7 +236,11 @@ def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:
     torch.manual_seed(spec.seed)
     if spec.kind == "vq":
         return FrameObjective(VQTokenizer(inputs.config.vq))
-    return UPVLA(inputs.config) if inputs.parent is None else inputs.parent.model.train()
+    if inputs.parent is not None:
+        return inputs.parent.model.train()
+    model = UPVLA(inputs.config)
+    start_from(model, spec.weights_urls)
+    return model
 
 
 class FrameObjective(nn.Module):
@@ -230,7 +264,8 @@ def _loader(
     collate: Callable[[Sequence[Sample]], Batch] = frames_only
     if (text := inputs.text) is not None:
         reader.paraphrases = dict(spec.paraphrases)
-        collate = Collator(reader.shape, text.encode, text.encode_turns, text.pad_id)
+        condition = partial(conditioned, inputs.config) if inputs.config.description else None
+        collate = Collator(reader.shape, text.encode, text.encode_turns, text.pad_id, condition)
     return Loader(
         mixture,
         reader,

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from upvla.model.config import BackboneConfig
+
+Cache = transformers.Cache
+"""Keys and values of what was read already."""
 
 
 class SlicedHead(nn.Linear):
@@ -32,6 +36,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
         super().__init__()
         self.model = transformers.AutoModel.from_config(_lm_config(config, vocab_size))
+        self.flex = config.attention == "flex"
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.lm_head = SlicedHead(config.width, vocab_size, bias=config.family == "phi")
@@ -42,25 +47,31 @@ class Backbone(nn.Module):
     def embed(self, ids_BL: Tensor) -> Tensor:
         return self.model.embed_tokens(ids_BL)
 
-    def forward(
-        self, embeds_BLD: Tensor, allowed: Tensor, positions_BL: Tensor, cache: transformers.Cache | None = None
-    ) -> Tensor:
+    def forward(self, embeds_BLD: Tensor, allowed: Tensor, positions_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """States after the final norm, [B,L,D].
 
         `allowed` bool[B,1,L,K] is used as it is (transformers returns 4-D masks untouched), K > L with a `cache` of
         earlier keys. No row of it may be empty.
         """
-        bias = torch.zeros_like(allowed, dtype=embeds_BLD.dtype)
-        bias.masked_fill_(~allowed, torch.finfo(embeds_BLD.dtype).min)
         return self.model(
             inputs_embeds=embeds_BLD,
-            attention_mask=bias,
+            attention_mask=self._mask(allowed, embeds_BLD.dtype),
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def new_cache(self) -> transformers.Cache:
+    def _mask(self, allowed_B1LK: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+        if self.flex:
+            batch, _, queries, keys = allowed_B1LK.shape
+
+            def visible(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return allowed_B1LK[b, 0, q, k]
+
+            return create_block_mask(visible, batch, None, queries, keys, device=str(allowed_B1LK.device))
+        return torch.zeros_like(allowed_B1LK, dtype=dtype).masked_fill_(~allowed_B1LK, torch.finfo(dtype).min)
+
+    def new_cache(self) -> Cache:
         """An empty store of keys and values for `forward`."""
         return transformers.DynamicCache(config=self.model.config)
 
@@ -79,7 +90,7 @@ def _lm_config(config: BackboneConfig, vocab_size: int) -> transformers.Pretrain
         "use_cache": False,
         # A pad id would freeze its embedding row, which the published model trains.
         "pad_token_id": None,
-        "attn_implementation": config.attention,
+        "attn_implementation": "flex_attention" if config.attention == "flex" else config.attention,
     }
     rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": config.rotary_base}
     if config.family == "phi":

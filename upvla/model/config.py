@@ -33,7 +33,8 @@ class VQConfig(_Section):
     Level 0 is full resolution; every further level halves it. Zero blocks at a level keep its width.
     """
 
-    image_size: int = Field(gt=0)
+    image_size: int | tuple[int, int]
+    """Side in pixels, or (height, width); each a multiple of `downsampling`."""
     channels: int = Field(gt=0)
     encoder_multipliers: tuple[int, ...]
     encoder_blocks: tuple[int, ...]
@@ -53,17 +54,24 @@ class VQConfig(_Section):
         for multiplier in (1, *self.encoder_multipliers, *self.decoder_multipliers):
             if (width := self.channels * multiplier) > 32 and width % 32:
                 raise ValueError(f"a level of {width} channels cannot be normalised in 32 groups")
-        if self.image_size % self.downsampling:
+        if any(side <= 0 or side % self.downsampling for side in self.sides):
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.downsampling}")
         return self
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
     def downsampling(self) -> int:
         return int(2 ** (len(self.encoder_multipliers) - 1))
 
     @property
-    def grid(self) -> int:
-        return self.image_size // self.downsampling
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        height, width = self.sides
+        return height // self.downsampling, width // self.downsampling
 
     @property
     def codebook_size(self) -> int:
@@ -71,7 +79,7 @@ class VQConfig(_Section):
 
 
 class VisionConfig(_Section):
-    """The understanding encoder E1: `vit` trains here, `clip` is filled by `load_clip`, `features` takes what comes.
+    """The understanding encoder E1: `vit` trains here, `clip` by `upvla.model.weights`, `features` takes what comes.
 
     With kind `features` the batch carries `f32[B,K,P,D]` patch features (a cache of a frozen tower, or a test's
     stand-in) in place of frames, and `num_patches` says P.
@@ -103,6 +111,11 @@ class VisionConfig(_Section):
             return (self.num_patches,) * len(self.pool)
         return tuple((self.grid // p) ** 2 + (self.keypoints > 0) for p in self.pool)
 
+    @property
+    def cacheable(self) -> bool:
+        """Its features can be made once: it does not learn, and every camera gives as many."""
+        return self.frozen and len(set(self.patches_by_camera)) == 1
+
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
         if self.num_patches is None and any(self.grid % p for p in self.pool):
@@ -131,7 +144,8 @@ class BackboneConfig(_Section):
     max_positions: int = 2048
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flex"] = "sdpa"
+    """`flex` reads the mask as blocks (FlexAttention; compiled on a GPU); results agree to rounding."""
     gradient_checkpointing: bool = False
 
 
@@ -144,6 +158,19 @@ class ActionHeadConfig(_Section):
     """The released code trains on a short window's padding (stand still, keep the gripper)."""
 
 
+class DescriptionConfig(_Section):
+    """The MMU-conditioned prompt: robot rows read the model's own description of the scene before the instruction."""
+
+    question: str = "Please describe this image in detail."
+    """The released configuration's generic question; the paper's own wording is not known."""
+    budget: int = Field(default=64, gt=0)
+    """Longest description in tokens; what is longer is cut. The text span grows by this."""
+    every_steps: int = Field(default=30, gt=0)
+    """Training frames share the description of the first frame of each such stretch of a recording."""
+    every_chunks: int = Field(default=0, ge=0)
+    """In a rollout it is made anew with each instruction, and again after so many chunks (0: never)."""
+
+
 class ModelConfig(_Section):
     """Everything that fixes the model's numerics. `{preset: tiny, chunk: 6}` is a preset with one value replaced."""
 
@@ -153,6 +180,10 @@ class ModelConfig(_Section):
     eot_id: int = Field(ge=0)
     text_budget: int = Field(gt=3)
     """T of the published prompt: a robot row's text span (task, bos, instruction, eot) has at most T + 1 tokens."""
+    overlong: Literal["refuse", "cut"] = "refuse"
+    """An instruction over its budget is an error, or loses its tail as in the released code."""
+    description: DescriptionConfig | None = None
+    """The description part of the paper's action prompt (section 4.3); None: without, as in the released code."""
     qa_budget: int = Field(gt=0)
     """Longest conversation of a question row, in tokens; what is longer is cut."""
     system_ids: tuple[int, ...] = ()
@@ -167,6 +198,9 @@ class ModelConfig(_Section):
     action_dims: int = Field(gt=1)
     trim: bool = True
     """Cut padding columns that the whole batch shares. Results do not depend on it: positions keep their values."""
+    join_rows: bool = True
+    """Robot and question rows in one pass of the decoder, the shorter kind padded; else each kind in its own pass.
+    One pass has fewer kernels, two have no padding between kinds: better where their lengths differ much."""
     backbone: BackboneConfig
     vision: VisionConfig
     vq: VQConfig
@@ -233,6 +267,11 @@ class ModelConfig(_Section):
         return self.image_offset + self.vq.codebook_size
 
     @property
+    def image_ids(self) -> slice:
+        """Ids of the image codes, code c at `image_offset + c`."""
+        return slice(self.image_offset, self.mask_id)
+
+    @property
     def vocab_size(self) -> int:
         return self.mask_id + 1
 
@@ -244,7 +283,8 @@ class ModelConfig(_Section):
 
     @property
     def codes_per_view(self) -> int:
-        return self.vq.grid**2
+        rows, columns = self.vq.grid
+        return rows * columns
 
     @property
     def num_patches(self) -> int:
@@ -252,9 +292,14 @@ class ModelConfig(_Section):
         return sum(self.vision.patches_by_camera)
 
     @property
+    def prompt_budget(self) -> int:
+        """Longest text of a robot row in tokens: description and instruction."""
+        return self.text_budget + (self.description.budget if self.description else 0)
+
+    @property
     def max_robot_length(self) -> int:
         prompt = self.num_patches + 2 if self.vision_prompt else 0
-        return prompt + self.text_budget + 1 + 2 + self.num_views * self.codes_per_view + self.chunk
+        return prompt + self.prompt_budget + 1 + 2 + self.num_views * self.codes_per_view + self.chunk
 
     @property
     def max_qa_length(self) -> int:
@@ -266,7 +311,8 @@ class ModelConfig(_Section):
 
     @property
     def vq_resize(self) -> Resize:
-        return Resize(size=self.vq.image_size, filter=self.vq_filter)
+        height, width = self.vq.sides
+        return Resize(size=height, width=None if width == height else width, filter=self.vq_filter)
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -291,7 +337,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_vocab_size": 2048,
         "eot_id": 0,
         "text_budget": 31,
-        "qa_budget": 48,
+        "qa_budget": 96,
         "vision_cameras": ("static", "gripper"),
         "code_cameras": ("static",),
         "vision_prompt": True,

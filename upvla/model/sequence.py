@@ -9,6 +9,7 @@ A robot row (prediction and action in one, upvla.md 2.1) with the vision prompt 
     `-- task, patches: causal + P seen by all --'  causal        full                causal
 
 The released code's robot row has no vision prompt, and pads first: `PAD.. pre bos text eot | soi codes eoi | lvg x C`.
+With the paper's MMU-conditioned prompt `text` is the model's own description of the scene, then the instruction.
 A question row (upvla.md 2.2): `mmu system soi [ E1: P patches ] eoi | conversation PAD..`.
 
 Who sees whom, for pre, soi, 2 patches, eoi, one pad, bos, a word, eot, soi, 2 codes, eoi, 2 action queries:
@@ -36,6 +37,7 @@ other position, so a row's result depends neither on trimming nor on the rows be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,11 +98,12 @@ def qa_table(config: ModelConfig, text_width: int) -> tuple[Span, ...]:
 def robot_rows(config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, codes_RVN: Tensor) -> Rows:
     """Prediction/action rows. `text_ids` are right-padded and bare: task, bos and eot are added here.
 
-    A leading bos is not doubled; an instruction over budget loses its tail, never its eot.
+    A leading bos is not doubled. A text over budget loses its tail, never its eot: `upvla.model.inputs` refuses it
+    before, unless the config says `overlong: cut`.
     """
     rows, device = text_ids_RL.shape[0], text_ids_RL.device
     lead = (config.eot_id,) if config.vision_prompt else (config.predict_id, config.eot_id)
-    budget = config.text_budget + len(lead) - 1
+    budget = config.prompt_budget + len(lead) - 1
     text, width = _text_span(config, text_ids_RL, text_len_R, lead, budget)
     table = robot_table(config, width)
 
@@ -125,6 +128,19 @@ def robot_rows(config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, cod
     positions = torch.arange(ids.shape[1], device=device)
     positions = positions + (budget - width) * (positions >= at["text"].start)
     return Rows(ids, attention_mask(table, padding), positions.expand(rows, -1), at)
+
+
+def conditioned(config: ModelConfig, description: Sequence[int], instruction: Sequence[int]) -> list[int]:
+    """Text ids of the MMU-conditioned prompt: what the model said of the scene, cut to its budget, then what to do."""
+    if config.description is None:
+        return list(instruction)
+    spoken = [token for token in description if token not in (config.eot_id, config.pad_id)]
+    return [*spoken[: config.description.budget], *instruction]
+
+
+def text_room(config: ModelConfig) -> int:
+    """How many bare instruction and description ids fit a robot row: the budget without task token, bos and eot."""
+    return config.prompt_budget - 2
 
 
 def qa_rows(config: ModelConfig, qa_ids_ML: Tensor) -> Rows:

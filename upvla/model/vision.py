@@ -6,15 +6,15 @@ Legend: B observations, K cameras, P patches of all cameras, g patch grid of one
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from upvla.errors import ConfigError
+from upvla.errors import Mismatch
 from upvla.model.config import VisionConfig
+from upvla.model.vq import content_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionEncoder(nn.Module):
     """u8[B,K,H,W,3] -> patch features f[B,P,D]; cameras one after the other, each in raster order.
 
-    A camera's `pool` averages squares of patches. Cached features f32[B,K,P/K,D] pass through kind `features`.
+    A camera's `pool` averages squares of patches. A frozen tower's features, f[B,K,P/K,D] from a cache, pass through.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -39,27 +39,49 @@ class VisionEncoder(nn.Module):
             self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.tower is None:
-            return images.flatten(1, 2)
-        frames = images.flatten(0, 1).permute(0, 3, 1, 2)
-        features = self.tower(frames).unflatten(0, images.shape[:2])  # [B,K,g*g + keypoint token,D]
-        cameras = []
-        for k, pool in enumerate(self.config.pool):
-            tokens = features[:, k]
-            if pool > 1:
-                patches, rest = tokens.split((self.config.grid**2, tokens.shape[1] - self.config.grid**2), dim=1)
-                grid = patches.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
-                tokens = torch.cat([F.avg_pool2d(grid, pool).flatten(2).transpose(1, 2), rest], dim=1)
-            cameras.append(tokens + self.camera[k] if self.config.kind == "vit" else tokens)
+        if self.tower is None or images.is_floating_point():
+            return images.flatten(1, 2).to(self.dtype)
+        features = self.tower(images.flatten(0, 1).permute(0, 3, 1, 2)).unflatten(0, images.shape[:2])
+        cameras = [self._pooled(features[:, k], pool) for k, pool in enumerate(self.config.pool)]
+        if self.config.kind == "vit":
+            cameras = [tokens + self.camera[k] for k, tokens in enumerate(cameras)]
         return torch.cat(cameras, dim=1)
 
+    def camera_features(self, frames_BHW3: Tensor) -> Tensor:
+        """u8[B,H,W,3] of any camera -> f[B,P,D]: what a cache holds of a frozen tower."""
+        if self.tower is None or not self.config.cacheable:
+            raise Mismatch(
+                f"vision.kind {self.config.kind!r} makes no features that could be kept: it learns, or has none"
+            )
+        return self._pooled(self.tower(frames_BHW3.permute(0, 3, 1, 2)), self.config.pool[0])
+
+    def _pooled(self, tokens_BPD: Tensor, pool: int) -> Tensor:
+        """Squares of `pool` x `pool` patches averaged; tokens behind the patches (keypoints) stay as they are."""
+        if pool == 1:
+            return tokens_BPD
+        grid = self.config.grid
+        patches, rest = tokens_BPD.split((grid**2, tokens_BPD.shape[1] - grid**2), dim=1)
+        image = patches.transpose(1, 2).unflatten(2, (grid, grid))
+        return torch.cat([F.avg_pool2d(image, pool).flatten(2).transpose(1, 2), rest], dim=1)
+
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of one observation: frames [K,H,W,3], or with kind `features` [K,P/K,D]."""
-        cameras = len(self.config.pool)
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one observation: frames [K,H,W,3], or where the tower does not learn its features [K,P/K,D]."""
+        cameras, config = len(self.config.pool), self.config
+        frames = (cameras, config.image_size, config.image_size, 3)
+        features = (cameras, config.patches_by_camera[0], config.width)
         if self.tower is None:
-            return (cameras, self.config.patches_by_camera[0], self.config.width)
-        return (cameras, self.config.image_size, self.config.image_size, 3)
+            return (features,)
+        return (frames, features) if config.cacheable else (frames,)
+
+    @property
+    def id(self) -> str:
+        """Content hash of geometry and weights: features made by two towers agree only if this does."""
+        return content_id(self.config.model_dump_json(), self)
 
 
 def make_projector(inner: int, outer: int) -> nn.Sequential:
@@ -147,7 +169,7 @@ class ViTBlock(nn.Module):
 class ClipTower(nn.Module):
     """CLIP's vision transformer as UP-VLA reads it: the output of the last block but one, class token dropped.
 
-    Built empty; `load_clip` fills it from a local folder. Frames arrive resized by the model's `vision_resize`.
+    Built with random weights; `upvla.model.weights` fills it. Frames arrive resized by the model's `vision_resize`.
     """
 
     mean: Tensor
@@ -173,13 +195,3 @@ class ClipTower(nn.Module):
         dtype = next(self.clip.parameters()).dtype
         states = self.clip(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states
         return states[-2][:, 1:]
-
-
-def load_clip(encoder: VisionEncoder, folder: str) -> None:
-    """Fill a `clip` encoder from a local folder of transformers' layout (config.json + safetensors)."""
-    if not isinstance(encoder.tower, ClipTower):
-        raise ConfigError(f"vision.kind is {encoder.config.kind!r}: only 'clip' loads CLIP weights")
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"{folder!r} holds no config.json: download openai/clip-vit-large-patch14-336 into it")
-    source = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    encoder.tower.clip.load_state_dict(source.state_dict())

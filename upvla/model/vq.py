@@ -48,17 +48,21 @@ class VQTokenizer(nn.Module):
     @property
     def id(self) -> str:
         """Content hash of geometry and weights: codes made by two tokenizers agree only if this does."""
-        geometry = self.config.model_dump_json(exclude={"loss"})
-        digest = hashlib.sha256(geometry.encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return content_id(self.config.model_dump_json(exclude={"loss"}), self)
 
     def _check(self, shape: torch.Size) -> None:
         step = self.config.downsampling
         if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise Mismatch(f"vq.encode: expected [B, 3, H, W] with sides divisible by {step}, got {list(shape)}")
+
+
+@torch.no_grad()
+def reconstructions(vq: VQTokenizer, frames_BHW3: Tensor) -> Tensor:
+    """What a person looks at: frames u8[B,H,W,3] side by side over what their codes keep, u8[2H,B*W,3]."""
+    height, width = frames_BHW3.shape[1:3]
+    grid = (height // vq.config.downsampling, width // vq.config.downsampling)
+    decoded = to_frames(vq.decode(vq.encode_frames(frames_BHW3), grid))
+    return torch.cat([torch.cat(list(row), dim=1) for row in (frames_BHW3, decoded)])
 
 
 class VQTraining(nn.Module):
@@ -97,6 +101,15 @@ class VQTraining(nn.Module):
     def counts(self, frames_BHW3: Tensor) -> dict[str, float]:
         """Supervised elements by objective, without a forward pass."""
         return {"vq": float(len(frames_BHW3))}
+
+
+def content_id(geometry: str, module: nn.Module) -> str:
+    """Identity of a module that others' data is made with: its geometry and every tensor."""
+    digest = hashlib.sha256(geometry.encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def to_pixels(frames_BHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,6 +7,7 @@ engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients ar
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import logging
 import math
@@ -170,6 +171,7 @@ def build_engine(
     if not torch.distributed.is_initialized():
         raise ConfigError("no process group: start training through upvla.launch.train (or init_process_group first)")
     deepspeed = _import_deepspeed(config.use_gpu)
+    build_ops(config.use_gpu)
     _freeze(module, freeze)
     adamw = torch.optim.AdamW(
         decay_groups(module, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
@@ -190,11 +192,21 @@ def build_engine(
 def build_ops(use_gpu: bool = False) -> None:
     """Compile what DeepSpeed compiles at its first use, half a minute on two cores, so that no run waits for it.
 
-    It is kept under TORCH_EXTENSIONS_DIR; where it is there already this takes a second.
+    It is kept under TORCH_EXTENSIONS_DIR; where it is there already this takes a second. Torch marks a build in
+    progress by a file that outlives a killed builder, and everyone after it would wait for ever: our own lock ends
+    with its owner, and who holds it removes a mark left behind.
     """
     deepspeed = _import_deepspeed(use_gpu)
-    if not use_gpu:
-        deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    if use_gpu:
+        return
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "upvla.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     <split>/episode_0000000.npz ...        actions, rel_actions (7), robot_obs (15), scene_obs (24), rgb_<camera>
             ep_start_end_ids.npy           i64[recordings, 2], both ends inclusive
             scene_info.npy                 pickled {"calvin_scene_A": [first, last], ...}; optional
+            embodiment.json                {embodiment, action_space, arrays: {name: shape}} of another robot; optional
             lang_annotations/auto_lang_ann.npy   pickled {language: {ann, task}, info: {indx: [(start, end)]}}; optional
 
 Errata of the public set are recognised and counted in `notes`: annotations outside of every recording (leftovers, as
@@ -18,8 +19,8 @@ import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,13 +28,20 @@ from upvla.data.sources.pickles import UnsafePickle, read_object_npy
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
-from upvla.types import CALVIN_RELATIVE, Episode, Span
+from upvla.types import CALVIN_RELATIVE, ActionSpace, Episode, Span
 
-RATE_HZ = 30.0
 _ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
 _MAX_MEMBER_BYTES = 64 << 20  # a frame's largest array is 0.2 MB; more is a zip bomb or no CALVIN frame
 
 log = logging.getLogger(__name__)
+
+
+class _Robot(NamedTuple):
+    """Whose recordings these are, and the shapes of a frame's numbers."""
+
+    embodiment: str
+    action_space: ActionSpace
+    arrays: Mapping[str, tuple[int, ...]]
 
 
 class CalvinSource:
@@ -57,7 +65,7 @@ class CalvinSource:
         if span_end not in ("exclusive", "inclusive"):
             raise ConfigError(f"span_end is 'exclusive' or 'inclusive', not {span_end!r}")
         self.store = open_store(url).sub(split) if split else open_store(url)
-        self.cameras, self.embodiment = tuple(cameras), embodiment
+        self.cameras = tuple(cameras)
         self.notes: dict[str, int] = {}
         self._unsafe = ""
         try:
@@ -68,6 +76,7 @@ class CalvinSource:
             raise Corrupt(f"{self.store.url}/ep_start_end_ids.npy: {error}; record or download it again") from error
         ordered = sorted((int(start), int(end)) for start, end in ranges.reshape(-1, 2))
         self._ranges = {f"{start:07d}-{end:07d}": (start, end) for start, end in ordered}
+        self._robot = self._read_robot(embodiment)
         self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
         self._spans = self._read_spans(last=1 if span_end == "inclusive" else 0)
         self._tokens: dict[str, str] | None = None
@@ -87,12 +96,12 @@ class CalvinSource:
             self._tokens = self.store.tokens("episode_")
         frames = [self._tokens.get(_frame_key(i), "") for i in self._frame_ids(key)]
         spans = [[span.start, span.end, span.text, span.task] for span in self._spans[key]]
-        return content_hash([frames, spans, self._scene(key), self.cameras, self.embodiment, self._unsafe])
+        return content_hash([frames, spans, self._scene(key), self.cameras, self._robot.embodiment, self._unsafe])
 
     def read(self, key: str) -> Episode:
         if self._unsafe:
             raise BadEpisode("unsafe_pickle", f"{key}: {self._unsafe}")
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in self._robot.arrays}
         images: dict[str, list[bytes]] = {camera: [] for camera in self.cameras}
         sizes: dict[str, tuple[int, ...]] = {}
         for i in self._frame_ids(key):
@@ -105,14 +114,15 @@ class CalvinSource:
                     where = f"{self.store.url}/{_frame_key(i)}"
                     raise BadEpisode("shape", f"{where}: {camera} is {picture.shape}, before it {sizes[camera]}")
                 encoded.append(encode_jpeg(picture))
+        rate_hz = round(1 / self._robot.action_space.dt_s, 6)
         return Episode(
             id=key,
             source=self.format,
-            embodiment=self.embodiment,
+            embodiment=self._robot.embodiment,
             scene=self._scene(key),
-            action_space=CALVIN_RELATIVE,
-            rate_hz=RATE_HZ,
-            timestamps=np.arange(len(columns["actions"])) / RATE_HZ,
+            action_space=self._robot.action_space,
+            rate_hz=rate_hz,
+            timestamps=np.arange(len(columns["actions"])) / rate_hz,
             images=images,
             state=np.stack(columns["robot_obs"]),
             actions=np.stack(columns["rel_actions"]),
@@ -120,6 +130,18 @@ class CalvinSource:
             absolute_actions=np.stack(columns["actions"]),
             scene_state=np.stack(columns["scene_obs"]),
         )
+
+    def _read_robot(self, embodiment: str) -> _Robot:
+        """CALVIN's, unless the folder says whose recordings these are."""
+        try:
+            about = self.store.read_json("embodiment.json")
+        except NotFound:
+            return _Robot(embodiment, CALVIN_RELATIVE, _ARRAYS)
+        try:
+            shapes = {name: tuple(about["arrays"][name]) for name in _ARRAYS}
+            return _Robot(about["embodiment"], ActionSpace.from_json(about["action_space"]), shapes)
+        except (KeyError, TypeError) as error:
+            raise Corrupt(f"{self.store.url}/embodiment.json lacks or misstates {error}; record again") from error
 
     def _frame_ids(self, key: str) -> range:
         start, end = self._ranges[key]
@@ -194,7 +216,7 @@ class CalvinSource:
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
             raise BadEpisode("unreadable_frame", f"{where}: {error}") from error
         for name, array in frame.items():
-            expected = _ARRAYS.get(name)
+            expected = self._robot.arrays.get(name)
             if array.dtype.kind not in "fiu" if expected else array.dtype != np.uint8:
                 raise BadEpisode(
                     "dtype", f"{where}: {name} is {array.dtype}, must be {'numbers' if expected else 'uint8'}"

@@ -1,0 +1,61 @@
+"""A run that starts from what others trained: image tokenizer, text tokenizer, frozen tower; and what it then lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from upvla.config import RunConfig, SiteConfig, load
+from upvla.errors import ConfigError
+from upvla.launch.pretrain import Pretraining
+from upvla.launch.tokenizers import load_text, load_tower, load_vq
+from upvla.launch.weights import import_weights
+from upvla.model.text import TextTokenizer
+from upvla.model.upvla import UPVLA
+from upvla.model.vq import VQTokenizer
+from upvla.model.weights import TOWER
+
+PLAN = {"train": "0123456789abcdef", "validation": "fedcba9876543210", "versions": {}}
+CLIP = "model.vision={kind: clip, image_size: 32, patch: 16, width: 32, blocks: 2, heads: 2, mlp: 32, pool: [1, 1], frozen: true, keypoints: 0, stem: []}"  # noqa: E501 - one override
+
+
+def line(folder: Path, overrides: Sequence[str], config: str = "pretrain/ci") -> Pretraining:
+    return Pretraining(SiteConfig(store_url=str(folder / "store"), tracking_url=""), load(config, RunConfig, overrides))
+
+
+def test_given_tokenizers_are_taken_and_none_is_trained(tmp_path: Path) -> None:
+    config = load("pretrain/ci", RunConfig).model
+    torch.manual_seed(0)
+    vq, text = VQTokenizer(config.vq), TextTokenizer.train(["open the drawer"], config.text_vocab_size)
+    torch.save(vq.state_dict(), tmp_path / "pytorch_model.bin")
+    import_weights("magvit", str(tmp_path), str(tmp_path / "magvit"), config)
+    (tmp_path / "tokenizer.json").write_text(text._tokenizer.to_str())
+    run = line(tmp_path, [f"init.vq={tmp_path / 'magvit'}", f"init.text={tmp_path / 'tokenizer.json'}"])
+    found = run.train_vq(PLAN)
+    assert found["vq_id"] == vq.id == load_vq(run.store, found["vq_id"]).id
+    assert load_text(run.store, run.train_text(PLAN)["text_id"]).encode("open") == text.encode("open")
+
+
+def test_a_frozen_tower_comes_with_the_weights_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vision is frozen and init\.weights name no weights of kind clip"):
+        line(tmp_path, [CLIP]).tower_id({})
+    config = load("pretrain/ci", RunConfig, [CLIP]).model
+    source = UPVLA(config)
+    state = {n.removeprefix(TOWER): v for n, v in source.state_dict().items() if n.startswith(TOWER)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    import_weights("clip", str(tmp_path), str(tmp_path / "clip"), config)
+    run = line(tmp_path, [CLIP, f"init.weights=[{tmp_path / 'clip'}]"])
+    tower_id = run.tower_id({})
+    assert tower_id == source.vision.id == load_tower(run.store, tower_id).id
+    assert line(tmp_path, []).tower_id({}) == "", "a tower that learns has no features that could be kept"
+
+
+def test_the_action_stage_alone_cannot_read_descriptions(tmp_path: Path) -> None:
+    run = line(tmp_path, ["model.description={budget: 8}"], "ablation/no_stage1")
+    text, vq = {"text_id": "a"}, {"vq_id": "b"}
+    assert run.train_stage("stage1", PLAN, text, vq) == {}
+    with pytest.raises(ConfigError, match=r"model\.description needs a stage1"):
+        run.train_stage("stage2", PLAN, text, vq, {})
