@@ -45,7 +45,7 @@ from upvla.sim.playtable.env import PlaytableEnv
 from upvla.types import Chain, Estimate, Observation, Policy, Prediction
 
 OVERFIT = ["data.collect.recordings_per_scene=0", "data.collect.starts_per_task=4", "data.collect.scenes=[A]",
-           "data.collect.noise=0.05", "data.ingest.dataset=overfit", "data.ingest.validation_fraction=0.05",
+           "data.collect.noise=0.15", "data.ingest.dataset=overfit", "data.ingest.validation_fraction=0.05",
            "mixture.sources=[{dataset: overfit, kind: robot, weight: 0.9}, {dataset: overfit, kind: qa, weight: 0.1}]",
            "stage2.steps=1000", "stage2.eval_every=1000", "stage2.save_every=1000"]  # fmt: skip
 

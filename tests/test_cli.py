@@ -41,6 +41,19 @@ def test_an_error_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
     assert "upvla: stack: no stack was ever started" in done.stderr
 
 
+def test_ctrl_c_says_that_nothing_is_lost() -> None:
+    code = "import upvla.cli as c; c.app.command('stop')(lambda: (_ for _ in ()).throw(KeyboardInterrupt)); c.main()"
+    done = subprocess.run([sys.executable, "-c", code, "stop"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 130
+    assert done.stderr.strip().endswith("run the same command again to go on")
+
+
+def test_the_stacks_addresses_are_set_before_ray_is_imported() -> None:
+    """Ray reads its environment at import: a verb that imports it first talks to the wrong address."""
+    code = "import sys, upvla.cli, upvla.config, upvla.stack; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
 def test_every_command_that_the_readme_shows_exists() -> None:
     """Deployments, make targets and verbs: a README that promises more than there is fails here."""
     text = (ROOT / "README.md").read_text()

@@ -28,6 +28,8 @@ app.add_typer(weights_app, name="weights")
 CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calvin_env in it.")]
 LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
 
+_INTERRUPTED = 130  # how Typer ends on Ctrl-C
+
 
 def main() -> None:
     """Entry point: errors that we raise on purpose become one sentence and exit code 1."""
@@ -36,9 +38,10 @@ def main() -> None:
     except UpvlaError as error:
         print(f"upvla: {error.code}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        raise
 
 
 def _bar(what: str) -> Any:
@@ -50,6 +53,13 @@ def _bar(what: str) -> Any:
         bar.update(done - bar.n)
 
     return progress
+
+
+def _places(site: str, calvin: str, libero: str) -> Any:
+    from upvla.config import SiteConfig, load
+    from upvla.rollout.benchmarks import Places
+
+    return Places(calvin, libero, str(load(f"site/{site}", SiteConfig).home / "benchmarks"))
 
 
 def _evaluate_suite(
@@ -151,11 +161,12 @@ def collect(
     With --env, in another benchmark: upvla collect --env metaworld-mt10 --chains 5 --out recordings"""
     if env:
         from upvla.launch.benchmarks import collect_suite
-        from upvla.rollout.benchmarks import Places
 
         suite = "calvin-a" if env == "calvin" else env
         show(
-            collect_suite(suite, Places(calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")),
+            collect_suite(
+                suite, _places(site, calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")
+            ),
             as_json,
         )
         return
@@ -222,9 +233,7 @@ def evaluate(
 
     With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100"""
     if suite:
-        from upvla.rollout.benchmarks import Places
-
-        places = Places(calvin, libero)
+        places = _places(site, calvin, libero)
         line = partial(open_line, config, site, set_)
         show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
         return

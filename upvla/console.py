@@ -31,10 +31,11 @@ def open_line(config: str, site: str, overrides: list[str] | None) -> Any:
     """The line of a site; a local site's running stack fills in addresses and credentials."""
     from upvla import stack
     from upvla.config import SiteConfig, load
-    from upvla.launch.pretrain import open_pretraining
 
     if load(f"site/{site}", SiteConfig).stack is not None:
         os.environ.update(stack.environment(stack.load_site(site)))
+    from upvla.launch.pretrain import open_pretraining  # imports Ray, which reads the environment only once
+
     bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}", disable=not sys.stderr.isatty(), leave=False)
 
     def progress(share: float, text: str) -> None:

@@ -390,6 +390,8 @@ class S3Store(Store):
             return StoreError(f"{url}: access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({error})")
         if code in ("416", "InvalidRange"):
             return Corrupt(f"{url} ends before the range that was asked for")
+        if "InternalError" in str(error):
+            return StoreError(f"{url}: the object store itself failed; see its log, and whether its disk is full")
         return StoreError(f"{url}: {error}; is the object store up, and AWS_ENDPOINT_URL right?")
 
 

@@ -66,5 +66,5 @@ def test_an_error_of_the_work_is_raised_as_it_is(ray_head: RayHead) -> None:
     def work(shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
         raise BadStep("the policy is broken")
 
-    with pytest.raises(BadStep, match="the policy is broken"):
+    with pytest.raises(BadStep, match=r"^the policy is broken$"):
         map_chains(work, CHAINS, num_workers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,12 @@ def test_an_expert_is_judged_like_any_policy() -> None:
     assert [(record.succeeded, record.steps) for record in records] == [
         (1, (1, 5))
     ] * 2  # nine steps do not fit in five
+
+
+@pytest.mark.parametrize("name", ["calvin-d", "libero-10", "metaworld-mt50"])
+def test_a_judge_travels_to_a_worker_process(name: str) -> None:
+    judge = SuiteJudge(open_suite(name, Places(calvin="somewhere", libero="python")), "expert", 5)
+    assert pickle.loads(pickle.dumps(judge)) == judge
 
 
 def test_recorded_actions_are_replayed_by_chain() -> None:

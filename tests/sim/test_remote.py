@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +105,24 @@ def test_a_world_that_cannot_start_says_why() -> None:
 
 
 @pytest.mark.seam
+@pytest.mark.parametrize("kind", ["World", "Forking"])
+def test_a_busy_world_ends_with_a_caller_that_was_killed(kind: str) -> None:
+    code = (
+        "import sys; from upvla.sim.remote import RemoteWorld\n"
+        f"world = RemoteWorld({f'{TOY}:{kind}'!r}, {{}})\n"
+        "print(world.call('process'), flush=True); world.call('hang')"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    pid = int(caller.stdout.readline())
+    assert not _gone(pid, tries=1)
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    assert _gone(pid)
+
+
+@pytest.mark.seam
 def test_closing_twice_is_harmless() -> None:
     with world() as remote:
         pid = remote.call("process")
@@ -110,8 +130,8 @@ def test_closing_twice_is_harmless() -> None:
         assert _gone(pid)
 
 
-def _gone(pid: int) -> bool:
-    for _ in range(50):
+def _gone(pid: int, tries: int = 100) -> bool:
+    for _ in range(tries):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

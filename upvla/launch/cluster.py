@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
+
+from upvla.errors import UpvlaError
 
 
 @contextlib.contextmanager
@@ -32,3 +36,13 @@ def _connect() -> None:
         if "RAY_ADDRESS" in os.environ:
             raise
         ray.init(address="local", include_dashboard=False, log_to_driver=True)
+
+
+def result_of(ref: ray.ObjectRef) -> Any:
+    """What a task returned. An error of our own comes back as it was raised, without the worker's traceback in it."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, UpvlaError):
+            raise error.cause from error
+        raise

@@ -12,7 +12,7 @@ from upvla.checkpoint import load_bundle, read_marker
 from upvla.data.descriptions import write_descriptions
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.rollout.policy import describe_frames
 from upvla.store import Store, content_hash, open_store
 
@@ -33,7 +33,7 @@ def describe_dataset(
         found = ""
         while waiting:
             (ready, *_), waiting = ray.wait(waiting)
-            found = ray.get(ready)
+            found = result_of(ready)
             if progress:
                 progress(len(shards) - len(waiting), len(shards))
     return found

@@ -12,7 +12,7 @@ import torch
 from upvla.data.derived import encode_codes
 from upvla.data.features import encode_features
 from upvla.data.table import Dataset, load_manifest
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.launch.tokenizers import load_tower, load_vq
 from upvla.model.config import ModelConfig
 from upvla.store import Store
@@ -36,7 +36,7 @@ def encode_dataset(
         written = 0
         while waiting:
             (ready, *_), waiting = ray.wait(waiting)
-            written += ray.get(ready)
+            written += result_of(ready)
             if progress:
                 progress(len(shards) - len(waiting), len(shards))
     return {"shards": len(shards), "encoded": written}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import WorkerCrashedError
 
 from upvla.errors import JobFailed
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.types import Chain, ChainRecord
 
 Work = Callable[[Sequence[tuple[int, Chain]]], list[ChainRecord]]
@@ -44,13 +44,11 @@ def map_chains(
             shard = running.pop(ready)
             names = f"chains {shard[0][0]}..{shard[-1][0]}"
             try:
-                found = ray.get(ready)
+                found = result_of(ready)
             except WorkerCrashedError as error:
                 raise JobFailed(
                     f"{names}: their process died three times; look for a crash in the simulator"
                 ) from error
-            except RayTaskError as error:
-                raise error.as_instanceof_cause() from error
             missing = sorted({i for i, _ in shard} - {record.number for record in found})
             if missing:
                 raise JobFailed(f"{names}: no record came back for chain {missing[0]}")

@@ -9,7 +9,7 @@ import ray
 
 from upvla.data.ingest import IngestConfig, Portion, ingest, stage_here, stage_portion
 from upvla.data.shards import Staged
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.store import Store
 
 
@@ -30,7 +30,7 @@ def _on_ray(portions: Sequence[Portion], progress: Callable[[int, int], None]) -
         total, done, waiting = sum(len(portion.recordings) for portion in portions), 0, list(number)
         while waiting:
             (ready, *_), waiting = ray.wait(waiting)
-            staged[number[ready]] = ray.get(ready)
+            staged[number[ready]] = result_of(ready)
             done += len(portions[number[ready]].recordings)
             progress(done, total)
         return [staged[i] for i in range(len(portions))]

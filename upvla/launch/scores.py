@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from upvla.launch.cluster import connected
+from upvla.launch.cluster import connected, result_of
 from upvla.launch.evaluate import map_chains
 from upvla.launch.steps import once
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig, summarise
@@ -57,7 +57,7 @@ def film(config: EvalConfig, suite: SuiteConfig, checkpoint: Checkpoint) -> dict
     with connected():
         task = ray.remote(num_cpus=1, max_retries=2)(_film)
         waiting = [task.remote(checkpoint.url, config, index, chains[index]) for index in dict.fromkeys(spread)]
-        return {name: data for files in ray.get(waiting) for name, data in files.items()}
+        return {name: data for files in map(result_of, waiting) for name, data in files.items()}
 
 
 def _judge_all(
@@ -86,8 +86,8 @@ def _film(source: str, config: EvalConfig, index: int, chain: Chain) -> dict[str
 
 
 def _record(row: Sequence[Any]) -> ChainRecord:
-    index, scene, tasks, succeeded, steps, error = row
-    return ChainRecord(index, scene, tuple(tasks), succeeded, tuple(steps), error)
+    number, scene, tasks, succeeded, steps, *more = row
+    return ChainRecord(number, scene, tuple(tasks), succeeded, tuple(steps), *more)
 
 
 def _report(value: dict[str, Any]) -> EvalReport:

@@ -19,7 +19,8 @@ import torch
 
 from upvla.checkpoint import load_bundle
 from upvla.errors import ConfigError, SimulatorError, UpvlaError
-from upvla.rollout.evaluate import EvalConfig, SuiteConfig, protocol_fingerprint, run_chain
+from upvla.rollout.evaluate import EvalConfig, SuiteConfig, protocol_fingerprint
+from upvla.rollout.play import Rules, run_chain
 from upvla.rollout.policy import RandomPolicy, StillPolicy, UPVLAPolicy
 from upvla.sim import calvin, libero, metaworld
 from upvla.sim.suite import Finding, Suite, World
@@ -36,7 +37,7 @@ class Places:
 
     calvin: str = ""  # a checkout of mees/calvin with calvin_env in it
     libero: str = ""  # a Python that holds LIBERO
-    cache: str = "~/.cache/upvla"
+    cache: str = ".upvla/benchmarks"  # what takes minutes to work out
 
 
 def suite_names() -> list[str]:
@@ -169,16 +170,8 @@ class SuiteJudge:
                 return drive(world, self.suite, chain, index, given.__getitem__)
             if policy is None:
                 return drive(world, self.suite, chain, index, partial(self.suite.expert, world))
-            return run_chain(
-                world,
-                policy,
-                chain,
-                index,
-                oracle=self.suite.succeeded,
-                instruction=self.suite.instruction,
-                max_steps=self.suite.max_steps,
-                replan=self.replan,
-            )
+            rules = Rules(self.suite.succeeded, self.suite.instruction, self.suite.max_steps, self.replan)
+            return run_chain(world, policy, chain, index, rules)
         except ConfigError:
             raise
         except UpvlaError as failure:

@@ -9,18 +9,14 @@ they are never CALVIN numbers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from upvla.errors import Mismatch, UpvlaError
-from upvla.rollout.film import Film
 from upvla.store import content_hash
-from upvla.types import Chain, ChainRecord, Env, Estimate, EvalReport, Policy
-
-Oracle = Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]
+from upvla.types import Chain, ChainRecord, Estimate, EvalReport
 
 
 class SuiteConfig(BaseModel):
@@ -43,66 +39,6 @@ class EvalConfig(BaseModel):
     replan: int = Field(10, gt=0, description="actions of a chunk that are executed before the next prediction")
     videos: int = Field(4, ge=0, description="chains of the first suite that are filmed")
     references: tuple[Literal["random", "still"], ...] = ("random", "still")
-
-
-def run_chain(
-    env: Env,
-    policy: Policy,
-    chain: Chain,
-    index: int,
-    *,
-    oracle: Oracle,
-    instruction: Callable[[str], str],
-    max_steps: int,
-    replan: int,
-    film: Film | None = None,
-) -> ChainRecord:
-    """Run one chain until its first failure. A policy that breaks its contract ends this chain only, with `error`."""
-    env.action_space.require_equal(policy.action_space, ours=f"env {env.name}", theirs=f"policy {policy.name}")
-    env.reset(chain.robot_state, chain.scene_state)
-    steps: list[int] = []
-    error = ""
-    for task in chain.tasks:
-        try:
-            used, done = _subtask(env, policy, task, oracle, instruction(task), max_steps, replan, film)
-        except UpvlaError as failure:
-            used, done, error = 0, False, f"{type(failure).__name__}: {failure}"
-        steps.append(used)
-        if not done:
-            return ChainRecord(index, chain.scene, chain.tasks, len(steps) - 1, tuple(steps), error)
-    return ChainRecord(index, chain.scene, chain.tasks, len(steps), tuple(steps), "")
-
-
-def _subtask(
-    env: Env, policy: Policy, task: str, oracle: Oracle, text: str, max_steps: int, replan: int, film: Film | None
-) -> tuple[int, bool]:
-    policy.reset(text)
-    start = env.info()
-    for step in range(max_steps):
-        if step % replan == 0:
-            observation = env.observe()
-            prediction = policy.act(observation)
-            _check_chunk(prediction.actions, len(env.action_space), replan, policy.name)
-            if film is not None:
-                film.plan(observation, prediction, text)
-        env.step(prediction.actions[step % replan])
-        if film is not None and step % film.every == film.every - 1:
-            film.frame(env.observe())
-        if oracle(task, start, env.info()):
-            if film is not None:
-                film.mark(env.observe(), text, True)
-            return step + 1, True
-    if film is not None:
-        film.mark(env.observe(), text, False)
-    return max_steps, False
-
-
-def _check_chunk(actions: np.ndarray, dims: int, replan: int, name: str) -> None:
-    if actions.ndim != 2 or actions.shape[1] != dims or len(actions) < replan:
-        raise Mismatch(f"policy {name}: chunk has shape {actions.shape}, expected (>={replan}, {dims})")
-    if not np.isfinite(actions).all():
-        bad = np.argwhere(~np.isfinite(actions))[0]
-        raise Mismatch(f"policy {name}: action is not finite at chunk step {bad[0]}, dimension {bad[1]}")
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

@@ -156,6 +156,15 @@ def _advance(one: Play, reply: Any, asking: list[tuple[Play, Ask]]) -> Iterator[
         asking.append((one, ask))
 
 
+def run_chain(
+    env: Env, policy: Policy, chain: Chain, number: int, rules: Rules, film: Film | None = None
+) -> ChainRecord:
+    """One chain alone. Raises `Mismatch` where policy and world do not speak of the same actions."""
+    env.action_space.require_equal(policy.action_space, ours=f"env {env.name}", theirs=f"policy {policy.name}")
+    (record,) = drive(iter([play(env, chain, number, rules, film)]), answers(policy)[0], lanes=1)
+    return record
+
+
 def answers(policy: Policy | BatchPolicy) -> tuple[Answer, int | None]:
     """How a policy answers, and how many lanes it can serve: None for any number, 1 where it remembers its subtask."""
     if isinstance(policy, BatchPolicy):

@@ -13,8 +13,9 @@ import torch
 
 from upvla.checkpoint import load_bundle
 from upvla.errors import ConfigError
-from upvla.rollout.evaluate import EvalConfig, SuiteConfig, protocol_fingerprint, run_chain
+from upvla.rollout.evaluate import EvalConfig, SuiteConfig, protocol_fingerprint
 from upvla.rollout.film import Film
+from upvla.rollout.play import Rules, run_chain
 from upvla.rollout.policy import RandomPolicy, StillPolicy, UPVLAPolicy
 from upvla.sim.playtable import chains, tasks
 from upvla.sim.playtable.env import PlaytableEnv
@@ -97,15 +98,5 @@ class Judge:
     ) -> ChainRecord:
         if chain.scene not in envs:
             envs[chain.scene] = PlaytableEnv(chain.scene)
-        env = envs[chain.scene]
-        return run_chain(
-            env,
-            policy,
-            chain,
-            index,
-            oracle=tasks.succeeded,
-            instruction=tasks.instruction,
-            max_steps=self.config.max_steps,
-            replan=self.config.replan,
-            film=film,
-        )
+        rules = Rules(tasks.succeeded, tasks.instruction, self.config.max_steps, self.config.replan)
+        return run_chain(envs[chain.scene], policy, chain, index, rules, film)

@@ -176,7 +176,7 @@ class LiberoSuite:
             world.close()
 
 
-_HEIGHT = 0.25  # m above an object's centre at which the hand travels
+_HEIGHT, _CARRY = 0.25, 0.35  # m above an object's centre at which the hand travels, and carries a tall bottle
 _OPEN, _CLOSED = -1.0, 1.0
 
 
@@ -193,12 +193,13 @@ def _pick_and_place(env: LiberoEnv) -> Iterator[np.ndarray]:
 
     while True:
         thing, basket = list(env.objects().values())[:2]
-        over, at = np.array((0, 0, _HEIGHT)), thing + np.array((0, 0, 0.005))
+        over, high = np.array((0, 0, _HEIGHT)), np.array((0, 0, _CARRY))
+        at = thing + np.array((0, 0, 0.005))
         yield from travel(thing + over, _OPEN)
         yield from travel(at, _OPEN)
         for _ in range(15):
             yield towards(at, _CLOSED)
-        yield from travel(thing + over, _CLOSED, 0.03)
-        yield from travel(basket + over, _CLOSED, 0.03)
+        for goal in (thing + high, basket + high, basket + over):
+            yield from travel(goal, _CLOSED, 0.03)
         for _ in range(20):
             yield towards(basket + over, _OPEN)

@@ -12,6 +12,7 @@ import fnmatch
 import logging
 import math
 import os
+import sysconfig
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -201,6 +202,9 @@ def build_ops(use_gpu: bool = False) -> None:
         return
     from torch.utils.cpp_extension import _get_build_directory
 
+    scripts = sysconfig.get_path("scripts")  # our own ninja: another version takes what this one built for stale
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
     builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with (folder / "upvla.lock").open("w") as ours:

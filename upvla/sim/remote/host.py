@@ -15,9 +15,12 @@ import json
 import math
 import os
 import runpy
+import select
+import signal
 import socket
 import struct
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,7 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
 
 def _serve(connection: socket.socket, world: Any) -> int:
     """Answer until the other side leaves, or wants a fresh world."""
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     send(connection, {"value": "ready"})
     while True:
         try:
@@ -87,6 +91,14 @@ def _serve(connection: socket.socket, world: Any) -> int:
             send(connection, {"value": getattr(world, request["call"])(**request["arguments"])})
         except Exception as error:  # whatever a simulator raises is the caller's to hear
             send(connection, {"error": f"{type(error).__name__}: {error}"})
+
+
+def _end_with(connection: socket.socket) -> None:
+    """Kill this process group when the other side is gone, though it be in the middle of a long call."""
+    watcher = select.poll()
+    watcher.register(connection, select.POLLRDHUP)
+    watcher.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _serve_forks(connection: socket.socket, world: Any) -> int:
