@@ -9,7 +9,7 @@ export PYTHON
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-readme lint up down status bench
+.PHONY: help setup demo test test-slow test-readme faults lint up down status bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: setup ## fast tests and tests against real engines
 
 test-slow: setup ## the long tests
 	$(BIN)/pytest -m slow
+
+faults: setup ## faults and bad input, the long ones too
+	$(BIN)/pytest tests/faults
 
 test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
 	$(BIN)/pytest -m e2e

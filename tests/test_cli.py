@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.factories import write_calvin
 from upvla.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +65,44 @@ def test_every_command_that_the_readme_shows_exists() -> None:
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     verbs = set(re.findall(r"`upvla ([a-z]+)", text))
     assert verbs and all(CliRunner().invoke(app, [verb, "--help"]).exit_code == 0 for verb in verbs)
+
+
+def _run(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout) if done.stdout.startswith("{") else {}
+
+
+@pytest.mark.parametrize(
+    "verb", ["ls", "show", "diff", "verify", "repair", "remove", "tag", "stats", "gc", "export", "report"]
+)
+def test_help_of_every_data_verb_has_an_example(verb: str) -> None:
+    shown = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and re.search(rf"Example: upvla data {verb}", shown.output)
+
+
+def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
+    raw = write_calvin(tmp_path / "raw", (5, 6, 7), static=(32, 32, 3), gripper=(16, 16, 3))
+    (raw / "episode_0000007.npz").unlink()
+    root = ["--root", str(tmp_path / "store")]
+    command = ["ingest", "--format", "auto", "--source", str(raw), "--dataset", "mine", *root, "--json"]
+    found = _run(*command, "--option", "span_end=exclusive")
+    assert found["quarantined"] == {"missing_frame": 1} and found["seconds"] >= 0
+    assert [found[key] for key in ("version", "recordings", "segments", "steps")] == [1, 2, 4, 12]
+    assert _run(*command, "--option", "span_end=exclusive")["version"] == 1
+    assert _run("data", "show", "mine", *root, "--json")["quarantine"][0]["reason"] == "missing_frame"
+    assert _run("data", "verify", "mine", *root, "--json")["damaged"] == []
+    _run("data", "tag", "mine@1", "golden", *root)
+    changed = _run("data", "remove", "mine", "--where", "max_steps=5", "--because", "short", *root, "--json")
+    assert (changed["version"], changed["recordings"]) == (2, 1)
+    assert len(_run("data", "diff", "mine@golden", "mine", *root, "--json")["removed"]) == 1
+    assert _run("data", "gc", "mine", "--keep-versions", "1", *root, "--json")["versions"] == []  # 1 has a tag
+    assert "findings" in _run("data", "stats", "check", "mine", *root, "--json")
+    out = str(tmp_path / "out")
+    assert _run("data", "export", "mine@golden", "--to", out, *root, "--json")["steps"] == 12
+    _run("data", "report", "mine", "--out", str(tmp_path / "page.html"), *root)
+    assert "missing_frame" in (tmp_path / "page.html").read_text()
+    again = ["ingest", "--format", "lerobot", "--source", out, "--dataset", "back", *root, "--json"]
+    assert _run(*again)["steps"] == 12
+    wrong = CliRunner().invoke(app, ["ingest", "--format", "tape", "--source", out, "--dataset", "x", *root])
+    assert wrong.exit_code == 1 and "there is: calvin, lerobot" in str(wrong.exception)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from functools import partial
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from upvla.cli_data import data_app, ingest
+from upvla.console import Config, Json, Set, SiteName, open_line, show
 from upvla.errors import ConfigError, UpvlaError
 
 app = typer.Typer(
@@ -19,17 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Robot episodes in, a policy you can trust out. Start with `upvla demo`.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look into data sets.")
 app.add_typer(data_app, name="data")
+app.command()(ingest)
 weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
 app.add_typer(weights_app, name="weights")
 
-Config = Annotated[str, typer.Option(help="Run configuration under configs/, without .yaml.")]
-SiteName = Annotated[str, typer.Option("--site", help="Site file under configs/site/: where things are.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. --set stage1.steps=10 (repeatable).")]
 CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calvin_env in it.")]
 LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 _INTERRUPTED = 130  # how Typer ends on Ctrl-C
 
@@ -45,35 +42,6 @@ def main() -> None:
         if end.code == _INTERRUPTED:
             print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
         raise
-
-
-def _show(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2, sort_keys=True))
-        return
-    width = max((len(key) for key in result), default=0)
-    for key, value in result.items():
-        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
-
-
-def _open(config: str, site: str, overrides: list[str] | None) -> Any:
-    """The line of a site; a local site's running stack fills in addresses and credentials."""
-    from upvla import stack
-    from upvla.config import SiteConfig, load
-
-    if load(f"site/{site}", SiteConfig).stack is not None:
-        os.environ.update(stack.environment(stack.load_site(site)))
-    from upvla.launch.pretrain import open_pretraining  # imports Ray, which reads the environment only once
-
-    bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}", disable=not sys.stderr.isatty(), leave=False)
-
-    def progress(share: float, text: str) -> None:
-        bar.set_description_str(text[:100])
-        if share >= 0:
-            bar.n = round(100 * share)
-        bar.refresh()
-
-    return open_pretraining(config, site, overrides or [], progress)
 
 
 def _bar(what: str) -> Any:
@@ -195,50 +163,14 @@ def collect(
         from upvla.launch.benchmarks import collect_suite
 
         suite = "calvin-a" if env == "calvin" else env
-        _show(
+        show(
             collect_suite(
                 suite, _places(site, calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")
             ),
             as_json,
         )
         return
-    _show(_open(config, site, set_).collect(), as_json)
-
-
-@app.command()
-def ingest(
-    source: Annotated[
-        str | None, typer.Option(help="Folder or URL of recordings; default: what `collect` wrote.")
-    ] = None,
-    config: Config = "pretrain/full",
-    site: SiteName = "local",
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Turn recordings into a new dataset version. Example: upvla ingest --source my_recordings/training"""
-    line = _open(config, site, set_)
-    _show(line.ingest(source or line.collect()["source_url"]), as_json)
-
-
-@data_app.command("ls")
-def data_ls(site: SiteName = "local", as_json: Json = False) -> None:
-    """List data sets and their versions. Example: upvla data ls"""
-    from upvla.launch.line import list_datasets
-
-    listing = list_datasets(_open("pretrain/full", site, None).store)
-    if as_json:
-        print(json.dumps(listing, indent=2))
-        return
-    for row in listing:
-        print("{dataset}@{version}  {recordings} recordings, {segments} segments, {steps} steps".format(**row))
-
-
-@data_app.command("show")
-def data_show(name: str, site: SiteName = "local", as_json: Json = False) -> None:
-    """Show one version: counts, statistics id, quarantine. Example: upvla data show playtable@1"""
-    from upvla.launch.line import show_dataset
-
-    _show(show_dataset(_open("pretrain/full", site, None).store, name), as_json)
+    show(open_line(config, site, set_).collect(), as_json)
 
 
 @weights_app.command("import")
@@ -259,22 +191,22 @@ def weights_import(
 
     result = import_weights(kind, path, to, model_preset(preset, **assignments(set_ or [])))
     if as_json:
-        _show(result, as_json)
+        show(result, as_json)
         return
     print(result.pop("audit"))
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
 def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Fix the order of all samples of the newest dataset version. Example: upvla mix --json"""
-    _show(_open(config, site, set_).mix(), as_json)
+    show(open_line(config, site, set_).mix(), as_json)
 
 
 @app.command()
 def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
-    _show(_open(config, site, set_).train_all(), as_json)
+    show(open_line(config, site, set_).train_all(), as_json)
 
 
 @app.command()
@@ -302,11 +234,11 @@ def evaluate(
     With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100"""
     if suite:
         places = _places(site, calvin, libero)
-        line = partial(_open, config, site, set_)
-        _show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
+        line = partial(open_line, config, site, set_)
+        show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
         return
-    opened = _open(config, site, set_)
-    _show(opened.evaluate(opened.checkpoint_url(model)), as_json)
+    opened = open_line(config, site, set_)
+    show(opened.evaluate(opened.checkpoint_url(model)), as_json)
 
 
 @app.command()

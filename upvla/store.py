@@ -81,6 +81,10 @@ class Store(ABC):
     def tokens(self, prefix: str = "") -> dict[str, str]:
         """Sorted keys that start with `prefix`, each with a string that changes when its object does."""
 
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        """Keys with the time of their last write, in seconds of the store's own clock."""
+        raise self._read_only(prefix)
+
     def list(self, prefix: str = "") -> list[str]:
         return list(self.tokens(prefix))
 
@@ -94,6 +98,17 @@ class Store(ABC):
 
     def download(self, key: str, path: str | Path) -> None:
         Path(path).write_bytes(self.read(key))
+
+    def local_copy(self, key: str, folder: str | Path) -> Path:
+        """A file with the object's bytes, for libraries that read files only: downloaded into `folder` unless it lies
+        on this machine already."""
+        path = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:16])
+        self.download(key, path)
+        return path
+
+    def size(self, key: str) -> int:
+        """Bytes of one object."""
+        return len(self.read(key))
 
     def parquet(self, key: str, metadata: FileMetaData | None = None) -> ParquetFile:
         """An open Parquet object for row-group reads; a cached footer as `metadata` saves reading it again."""
@@ -183,6 +198,9 @@ class LocalStore(Store):
                         found[key] = f"{stat.st_size}-{stat.st_mtime_ns}"
         return dict(sorted(found.items()))
 
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        return {key: int(token.rpartition("-")[2]) / 1e9 for key, token in self.tokens(prefix).items()}
+
     def delete(self, key: str) -> None:
         with self._translated(key):
             self._path(key).unlink(missing_ok=True)
@@ -199,6 +217,15 @@ class LocalStore(Store):
     def download(self, key: str, path: str | Path) -> None:
         with self._translated(key):
             shutil.copyfile(self._path(key), path)
+
+    def local_copy(self, key: str, folder: str | Path) -> Path:
+        if not self.exists(key):
+            raise NotFound(f"{self._url_of(key)} does not exist")
+        return self._path(key)
+
+    def size(self, key: str) -> int:
+        with self._translated(key):
+            return self._path(key).stat().st_size
 
     def parquet(self, key: str, metadata: FileMetaData | None = None) -> ParquetFile:
         from pyarrow.parquet import ParquetFile
@@ -290,12 +317,19 @@ class S3Store(Store):
         raise OutcomeUnknown(f"creating {self._url_of(key)}: no reply ({last}); read it back before trying again")
 
     def tokens(self, prefix: str = "") -> dict[str, str]:
-        found: dict[str, str] = {}
+        listed = self._listed(prefix).items()
+        return {key: f"{item['Size']}-{item['ETag'].strip(chr(34))}" for key, item in listed}
+
+    def modified(self, prefix: str = "") -> dict[str, float]:
+        return {key: item["LastModified"].timestamp() for key, item in self._listed(prefix).items()}
+
+    def _listed(self, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         with self._translated(prefix):
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
                 for item in page.get("Contents", ()):
-                    found[item["Key"].removeprefix(self.prefix)] = f"{item['Size']}-{item['ETag'].strip(chr(34))}"
+                    found[item["Key"].removeprefix(self.prefix)] = item
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:
@@ -313,6 +347,10 @@ class S3Store(Store):
     def upload(self, path: str | Path, key: str) -> None:
         with self._translated(key):
             self._client().upload_file(str(path), self.bucket, self.prefix + _checked(key))
+
+    def size(self, key: str) -> int:
+        with self._translated(key):
+            return int(self._client().head_object(**self._at(key))["ContentLength"])
 
     def download(self, key: str, path: str | Path) -> None:
         with self._translated(key):
@@ -374,6 +412,22 @@ class FsspecStore(Store):
             raise NotFound(f"{self._url_of(key)} does not exist") from error
         except OSError as error:
             raise StoreError(f"{self._url_of(key)}: {error}") from error
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        path = f"{self._root}/{_checked(key)}"
+        try:
+            parts = [bytes(self._files.cat_file(path, start, end)) for start, end in ranges]
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self._url_of(key)}: {error}") from error
+        return _require_whole(parts, ranges, self._url_of(key))
+
+    def size(self, key: str) -> int:
+        try:
+            return int(self._files.size(f"{self._root}/{_checked(key)}"))
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
 
     def tokens(self, prefix: str = "") -> dict[str, str]:
         folder = prefix.rpartition("/")[0]

@@ -26,13 +26,13 @@ class ActionDim:
     """One dimension of an action: its SI `unit`, and how many of those a value of 1.0 stands for (`scale`)."""
 
     name: str
-    unit: Literal["m", "rad", "gripper"]
+    unit: Literal["m", "rad", "gripper", "one"]
     frame: Literal["world", "tcp", "joint", "none"]
     mode: Literal["relative", "absolute"]
     scale: float = 1.0
     low: float = -1.0
     high: float = 1.0
-    convention: str = ""  # rotation: "euler_xyz"; gripper: "+1=open,-1=close"
+    convention: str = ""  # rotation: "euler_xyz"; gripper: "+1=open,-1=close", with ",continuous" if it may be between
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Talk:
+    """A conversation about one step of a recording, as rounds of (question, answer)."""
+
+    step: int
+    topic: str
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Episode:
     """One recording. Incoherent lengths raise `BadEpisode` at construction; `data.quality` judges the content.
 
@@ -115,6 +124,7 @@ class Episode:
     spans: tuple[Span, ...]
     absolute_actions: np.ndarray | None = None  # f32[T,A]
     scene_state: np.ndarray | None = None  # f32[T,Q]
+    talks: tuple[Talk, ...] = ()  # conversations that the source brings along
 
     def __post_init__(self) -> None:
         steps = len(self.timestamps)
@@ -132,9 +142,13 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """A place that recordings come from. Listing is cheap; reading one may raise `BadEpisode`."""
+    """A place that recordings come from. Listing is cheap; reading one may raise `BadEpisode`.
+
+    `notes` counts what the source itself found odd and passed over, such as a known erratum of a public set.
+    """
 
     format: str
+    notes: Mapping[str, int]
 
     def keys(self) -> Sequence[str]:
         """Stable identities of the recordings, in order."""
@@ -180,6 +194,8 @@ class Manifest:
     quarantine: ShardRef | None = None  # one row a rejected recording: key, reason, detail
     options: Mapping[str, Any] = field(default_factory=dict)  # how it was imported
     content_id: str = ""  # hash over the content above, free of URLs and clocks
+    operation: Mapping[str, Any] = field(default_factory=dict)  # how it came from its parent
+    format: int = 1  # of this description; readers refuse newer ones
 
 
 # ------------------------------------------------------------------------------------------------------ a mixture
@@ -195,6 +211,8 @@ class MixtureSource:
     kind: Literal["robot", "qa"]
     weight: float
     split: Literal["train", "validation"] = "train"
+    where: Mapping[str, Any] = field(default_factory=dict)  # an `EpisodeFilter` as JSON
+    cameras: Mapping[str, str] = field(default_factory=dict)  # the model's name -> this dataset's; "": no such view
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,9 @@ class MixturePlan:
     sources: tuple[MixtureSource, ...]
     seed: int
     global_batch: int
+    lanes: int = 1  # parallel streams that the order is dealt to; every world size divides them
+    spread: float = 32.0  # row groups of one lane that are open at a time
+    action_space: Mapping[str, Any] | None = None  # what all sources' actions are converted to, as JSON
     plan_id: str = ""  # content hash of the fields above
 
 

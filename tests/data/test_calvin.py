@@ -49,7 +49,7 @@ def test_span_ends_are_an_option(tmp_path: Path) -> None:
         open_source("calvin", str(tmp_path), split="training", span_end="maybe")
     with pytest.raises(ConfigError, match="'calvin'"):
         open_source("calvin", str(tmp_path), spam=1)
-    with pytest.raises(ConfigError, match="there is: calvin"):
+    with pytest.raises(ConfigError, match="there is: calvin, lerobot, rlds, hdf5, llava"):
         open_source("tape", str(tmp_path))
     with pytest.raises(NotFound, match="split's folder"):
         open_source("calvin", str(tmp_path))
@@ -126,7 +126,7 @@ def _break(path: Path, how: str) -> None:
         ("short vector", "shape"),
         ("grey", "shape"),
         ("other size", "shape"),
-        ("pickled", "unreadable_frame"),
+        ("pickled", "unsafe_pickle"),
         ("bomb", "zip_bomb"),
     ],
 )
@@ -161,8 +161,9 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, key: str
     folder = write_calvin(tmp_path / "training", (3,))
     for bomb in (_Bomb(tmp_path / "fired"), {"language": _Bomb(tmp_path / "fired")}, [_Quiet()]):
         np.save(folder / key, np.array(bomb, object), allow_pickle=True)
-        with pytest.raises(Corrupt, match="nothing of it was run"):
-            open_source("calvin", str(folder))
+        with pytest.raises(BadEpisode, match="nothing of it was run") as caught:
+            open_source("calvin", str(folder)).read("0000000-0000002")
+        assert caught.value.reason == "unsafe_pickle"
     assert not (tmp_path / "fired").exists()
     with pytest.raises(FileExistsError):  # the same file does fire where pickles are trusted
         np.save(folder / key, np.array(_Bomb(folder), object), allow_pickle=True)
@@ -187,6 +188,21 @@ def test_annotations_outside_of_recordings_are_ignored(tmp_path: Path) -> None:
     source = open_source("calvin", str(folder))
     assert list(source.keys()) == ["0000004-0000007"]
     assert [(span.start, span.end) for span in source.read("0000004-0000007").spans] == [(0, 4), (0, 4)]
+    assert source.notes == {"annotations outside of every recording": 2}
+
+
+def test_a_recording_in_two_scenes_is_in_none(tmp_path: Path) -> None:
+    folder = write_calvin(tmp_path, (4, 4))
+    np.save(folder / "scene_info.npy", {"calvin_scene_A": [0, 5], "calvin_scene_B": [4, 7]}, allow_pickle=True)  # type: ignore[arg-type]
+    source = open_source("calvin", str(folder))
+    assert [source.read(key).scene for key in source.keys()] == ["calvin_scene_A", "unknown"]
+    assert source.notes == {"recordings in two scenes of scene_info.npy": 1}
+
+
+def test_recordings_without_language_are_read(tmp_path: Path) -> None:
+    folder = write_calvin(tmp_path, (4,))
+    (folder / "lang_annotations" / "auto_lang_ann.npy").unlink()
+    assert open_source("calvin", str(folder)).read("0000000-0000003").spans == ()
 
 
 def test_annotations_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests.data.test_table import make_episode, staged_of
+from upvla.data.commit import commit
 from upvla.data.derived import CodeTable, encode_codes
 from upvla.data.shards import Layout
-from upvla.data.table import Dataset, commit
+from upvla.data.table import Dataset
 from upvla.errors import Mismatch, NotFound
 from upvla.images import Resize, decode_image, resize
 from upvla.store import Store, open_store

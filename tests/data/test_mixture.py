@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.data.test_table import OPTIONS, make_episode, put
+from upvla.data.commit import commit
 from upvla.data.mixture import Mixture, MixtureConfig, _chairman, _permutation, make_plan, plan_from_json
-from upvla.data.table import Dataset
+from upvla.data.samples import SampleReader
+from upvla.data.shards import Layout, stage
+from upvla.data.table import Dataset, load_manifest
+from upvla.data.versions import dataset_root
 from upvla.errors import ConfigError, Mismatch, NotFound
-from upvla.types import MixtureSource
+from upvla.images import Resize
+from upvla.store import open_store
+from upvla.types import CALVIN_RELATIVE, MixtureSource
 
 
-def config(*weights: float, global_batch: int = 16, seed: int = 0) -> MixtureConfig:
+def config(*weights: float, global_batch: int = 16, seed: int = 0, **more: int) -> MixtureConfig:
     kinds = ("robot", "qa")
     sources = [{"dataset": "table", "kind": kind, "weight": w} for kind, w in zip(kinds, weights, strict=False)]
-    return MixtureConfig.model_validate({"sources": sources, "global_batch": global_batch, "seed": seed})
+    return MixtureConfig.model_validate({"sources": sources, "global_batch": global_batch, "seed": seed} | more)
 
 
 def mixture(dataset: Dataset, *weights: float, split: str = "train", **options: int) -> Mixture:
@@ -38,11 +46,15 @@ def test_every_window_is_seen_once_an_epoch_in_another_order_each_time(dataset: 
         for step in range(span.start, span.end)
     }
     assert len(expected) == size
-    # a batch's slots are shuffled, so an epoch is exact up to the batch that it ends in
-    period = size * 8
-    seen = Counter((r.episode, r.span, r.step) for r in map(found.sample_at, range(period)))
-    assert seen == Counter(dict.fromkeys(expected, 8))
-    first, second = ([found.sample_at(p) for p in range(start, start + 40)] for start in (0, size))
+    lanes = found.plan.lanes
+    assert lanes == 8
+    for epoch in (0, 1, 5):  # every lane's part of an epoch, put together, is each window once
+        refs = []
+        for lane in range(lanes):
+            part = (lane + 1) * size // lanes - lane * size // lanes
+            refs += [found.sample_at(lane + lanes * n) for n in range(epoch * part, (epoch + 1) * part)]
+        assert Counter((r.episode, r.span, r.step) for r in refs) == Counter(dict.fromkeys(expected, 1))
+    first, second = ([found.sample_at(p) for p in range(start, start + 40)] for start in (0, lanes * -(-size // lanes)))
     assert first != second
 
 
@@ -115,6 +127,113 @@ def test_seeds_batches_and_sources_make_other_plans(dataset: Dataset) -> None:
     assert plan_from_json(json.loads(json.dumps(asdict(plans[0])))) == plans[0]
     with pytest.raises(Mismatch, match="changed after"):
         plan_from_json(asdict(plans[0]) | {"seed": 9})
+
+
+def test_a_lane_keeps_few_row_groups_open_and_reads_each_once(tmp_path: Path) -> None:
+    layout = Layout(row_group_bytes=1, max_row_group_bytes=1_000_000, shard_bytes=30_000)  # one recording a group
+    store = open_store(str(tmp_path))
+    manifest = put(store, range(60), layout=layout, fraction=0.0)
+    source = MixtureSource("d", 1, manifest.content_id, "robot", 1.0)
+    found = Mixture(make_plan([source], 0, 4, lanes=4, spread=3.0), {"d": Dataset(store, manifest)})
+    (size,) = found.sizes
+    for epoch in range(2):
+        batches = [
+            [found.sample_at(p).episode for p in range(4 * b, 4 * b + 4)]
+            for b in range(epoch * size // 4, (epoch + 1) * size // 4)
+        ]
+        first, last = {}, {}
+        for number, batch in enumerate(batches):
+            for group in batch:
+                first.setdefault(group, number)
+                last[group] = number
+        open_at = [sum(first[g] <= n <= last[g] for g in first) for n in range(len(batches))]
+        assert len(first) == 60 and max(open_at) <= 4 * (3 + 2)
+        assert np.mean([len(set(batch)) for batch in batches]) > 3.5  # of 4
+
+
+def test_ranks_of_any_world_take_whole_lanes(dataset: Dataset) -> None:
+    found = mixture(dataset, 2, 1, lanes=8)
+    everything = [found.sample_at(p) for p in range(160)]
+    for world in (1, 2, 4, 8):
+        dealt = {p: found.sample_at(p) for rank in range(world) for p in range(rank, 160, world)}
+        assert [dealt[p] for p in range(160)] == everything
+        assert all(p % 8 % world == rank for rank in range(world) for p in range(rank, 160, world))
+    with pytest.raises(ConfigError, match="lanes=3 do not divide a global batch of 16"):
+        mixture(dataset, 1, lanes=3)
+
+
+def test_sources_without_weights_go_by_size_and_temperature(dataset: Dataset) -> None:
+    def weights(temperature: float) -> list[float]:
+        settings = {"sources": [{"dataset": "table", "kind": kind} for kind in ("robot", "qa")]}
+        plan = MixtureConfig.model_validate(settings | {"global_batch": 4, "temperature": temperature}).plan(
+            dataset.store
+        )
+        return [source.weight for source in plan.sources]
+
+    robot, asked = mixture(dataset, 1, 1).sizes
+    assert weights(1.0) == [robot, asked]
+    assert weights(2.0) == pytest.approx([robot**0.5, asked**0.5])
+    low, high = weights(1000.0)
+    assert low == pytest.approx(high, rel=0.01)
+
+
+def test_filters_choose_recordings_and_spans(dataset: Dataset) -> None:
+    def only(**where: object) -> Mixture:
+        settings = {"sources": [{"dataset": "table", "kind": "robot", "weight": 1, "where": where}], "global_batch": 4}
+        return Mixture(MixtureConfig.model_validate(settings).plan(dataset.store), {"table": dataset})
+
+    found = only(tasks=["open_drawer"])
+    refs = [found.sample_at(p) for p in range(2 * found.sizes[0])]
+    assert {dataset.episodes[r.episode].spans[r.span].task for r in refs} == {"open_drawer"}
+    found = only(scenes=["calvin_scene_B"], min_steps=20)
+    assert {dataset.episodes[found.sample_at(p).episode].scene for p in range(100)} == {"calvin_scene_B"}
+    assert plan_from_json(json.loads(json.dumps(asdict(found.plan)))).plan_id == found.plan.plan_id
+    with pytest.raises(ConfigError, match=r"no robot samples.*that fit \{'scenes': \['Z'\]\}"):
+        only(scenes=["Z"])
+    assert found.stats.features["action"].count == sum(
+        e.length for e in dataset.episodes if e.split == "train" and e.scene == "calvin_scene_B" and e.length >= 20
+    )
+    assert mixture(dataset, 1).stats == dataset.stats
+
+
+def test_other_action_spaces_are_converted_or_named(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, range(4), fraction=0.0)
+    turned = replace(
+        CALVIN_RELATIVE,
+        name="turned",
+        dims=(
+            *(replace(dim, scale=dim.scale * 2) for dim in CALVIN_RELATIVE.dims[:6]),
+            replace(CALVIN_RELATIVE.dims[6], convention="-1=open,+1=close"),
+        ),
+    )
+    episodes = [replace(make_episode(n), id=f"turned-{n}", action_space=turned) for n in range(4, 8)]
+    staged = stage(dataset_root(store, "other"), [(episode, "token") for episode in episodes])
+    commit(store, "other", [staged], validation_fraction=0.0, options=OPTIONS)
+    settings: dict[str, object] = {
+        "global_batch": 4,
+        "sources": [{"dataset": name, "kind": "robot", "weight": 1} for name in ("d", "other")],
+    }
+    datasets = {name: Dataset(store, load_manifest(store, name)) for name in ("d", "other")}
+    plain = Mixture(MixtureConfig.model_validate(settings).plan(store), datasets)
+    with pytest.raises(Mismatch, match=r"dimension 0 \(dx\) differs in 'scale'.*declare the mixture's action_space"):
+        SampleReader(plain, chunk=2, cameras=["static"], resize=Resize(size=16))
+    plan = MixtureConfig.model_validate(settings | {"action_space": "calvin_relative"}).plan(store)
+    found = Mixture(plan_from_json(json.loads(json.dumps(asdict(plan)))), datasets)
+    reader = SampleReader(found, chunk=1, cameras=["static"], resize=Resize(size=16))
+    kinds = set()
+    for position in range(40):
+        ref = found.sample_at(position)
+        row = datasets[plan.sources[ref.source].dataset].episodes[ref.episode]
+        meant = make_episode(int(row.source_key.rpartition("-")[2])).actions[ref.step]
+        if ref.source == 1:
+            meant = np.r_[np.clip(meant[:6] * 2, -1, 1), -meant[6]]
+        (move,) = reader.read(ref, position).actions  # type: ignore[misc]
+        assert np.allclose(move, meant, atol=1e-5)
+        kinds.add(ref.source)
+    assert kinds == {0, 1}
+    assert found.stats.features["action"].count == 8 * 12
+    assert found.stats.stats_id not in {dataset.manifest.stats_id for dataset in datasets.values()}
 
 
 def test_splits_and_wordings_do_not_mix(dataset: Dataset) -> None:

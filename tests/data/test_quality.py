@@ -45,6 +45,8 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         "no picture": lambda: {"images": images | {"static": [*static[:-1], b"not a picture"]}},
         "other size": lambda: {"images": images | {"static": [*static[:-1], images["gripper"][-1]]}},
         "float picture": lambda: {"images": images | {"static": np.zeros((20, 8, 8, 3))}},
+        "bad name": lambda: {"id": f"{episode.id}\0"},
+        "way out": lambda: {"id": f"a/../{episode.id}"},
         "frozen": lambda: {"images": images | {"static": static[:1] * 20}},
     }
     return replace(episode, **changes[how]())
@@ -59,7 +61,7 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         ("too far", "action_bounds"),
         ("half open", "gripper_value"),
         ("six dims", "shape"),
-        ("double", "shape"),
+        ("double", "dtype"),
         ("time stands", "time"),
         ("time jumps", "time"),
         ("nan time", "time"),
@@ -68,7 +70,9 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         ("silence", "empty_language"),
         ("no picture", "unreadable_image"),
         ("other size", "shape"),
-        ("float picture", "shape"),
+        ("float picture", "dtype"),
+        ("bad name", "bad_id"),
+        ("way out", "bad_id"),
         ("frozen", "frozen_camera"),
     ],
 )

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from upvla.data.commit import commit
 from upvla.data.shards import Layout, Rejection, Staged, stage
-from upvla.data.table import Dataset, commit, dataset_root, load_manifest
+from upvla.data.table import Dataset, load_manifest
+from upvla.data.versions import dataset_root
 from upvla.errors import Corrupt, Mismatch, NotFound
 from upvla.images import decode_image
 from upvla.store import Store, open_store

@@ -6,20 +6,24 @@ only step that shows.
 
 from __future__ import annotations
 
+import functools
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from upvla.data.commit import DAMAGED, commit
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.sources import open_source
-from upvla.data.table import Dataset, commit, dataset_root, newest_manifest
+from upvla.data.table import Dataset
+from upvla.data.versions import dataset_root, newest_manifest
 from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
-from upvla.types import Episode, Manifest
+from upvla.types import Episode, EpisodeSource, Manifest
 
 Progress = Callable[[int, int], None]  # recordings done, recordings in all
 
@@ -29,9 +33,9 @@ class IngestConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: str
+    format: str  # a name of `upvla.data.sources.FORMATS`, or "package.module:Class"
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    options: dict[str, str | int | float | bool | list[str]] = {}
+    options: dict[str, JsonValue] = {}
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     min_accept_ratio: float = Field(default=0.5, ge=0, le=1)
     qa_per_episode: int = Field(default=16, ge=0)
@@ -51,6 +55,7 @@ class Portion(NamedTuple):
     config: IngestConfig
     source_url: str
     recordings: tuple[tuple[str, str], ...]
+    run: str  # portions of one ingest read through one open source a process
 
 
 FanOut = Callable[[Sequence[Portion], Progress], Sequence[Staged]]  # results in the order of the portions
@@ -66,11 +71,13 @@ def ingest(
 ) -> dict[str, Any]:
     """Add what is new at `source_url` to the dataset; nothing new, no work and the same version.
 
-    Returns {version, content_id, recordings, segments, steps, quarantined {reason: n}, report, seconds}.
+    Returns {version, content_id, recordings, segments, steps, quarantined {reason: n}, notes, report, seconds}; notes
+    are the source's own, such as errata of a public set that were recognised.
     """
     started = time.monotonic()
     report = progress or (lambda done, total: None)
-    source = open_source(config.format, source_url, **config.options)
+    run = uuid.uuid4().hex
+    source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
     known = _known(store, parent)
     keys = source.keys()
@@ -79,7 +86,8 @@ def ingest(
     fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
     size = config.recordings_per_task
     portions = [
-        Portion(store, config, source_url, tuple(fresh[start : start + size])) for start in range(0, len(fresh), size)
+        Portion(store, config, source_url, tuple(fresh[start : start + size]), run)
+        for start in range(0, len(fresh), size)
     ]
     manifest = commit(
         store,
@@ -96,6 +104,7 @@ def ingest(
         "segments": manifest.num_spans,
         "steps": manifest.num_steps,
         "quarantined": dict(manifest.quarantined),
+        "notes": dict(source.notes),
         "report": _write_report(store, manifest),
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -124,8 +133,19 @@ def stage_portion(portion: Portion) -> Staged:
     return staged
 
 
+@functools.lru_cache(maxsize=1)
+def _cached_source(run: str, config_json: str, url: str) -> EpisodeSource:
+    config = IngestConfig.model_validate_json(config_json)
+    return open_source(config.format, url, **config.options)
+
+
+def _source(run: str, config: IngestConfig, url: str) -> EpisodeSource:
+    """Opening a source may cost reading its whole description, so a process does it once a run."""
+    return _cached_source(run, config.model_dump_json(), url)
+
+
 def _judged(portion: Portion) -> Iterator[tuple[Episode, str] | Rejection]:
-    source = open_source(portion.config.format, portion.source_url, **portion.config.options)
+    source = _source(portion.run, portion.config, portion.source_url)
     for key, token in portion.recordings:
         try:
             episode = source.read(key)
@@ -142,7 +162,7 @@ def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
         return set()
     dataset = Dataset(store, manifest)
     accepted = {(episode.source_key, episode.source_token) for episode in dataset.episodes}
-    return accepted | {(row.key, row.token) for row in dataset.quarantine}
+    return accepted | {(row.key, row.token) for row in dataset.quarantine if row.reason != DAMAGED}
 
 
 def _write_report(store: Store, manifest: Manifest) -> str:

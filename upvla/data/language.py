@@ -90,7 +90,8 @@ class Question(NamedTuple):
     topic: str
     question: str
     answer: str
-    split: Literal["train", "held_out"]  # of the wording, not of the recording
+    split: Literal["train", "held_out", "both"]  # of the wording, not of the recording
+    more: tuple[tuple[str, str], ...] = ()  # further rounds of the same conversation
 
 
 class _Fact(NamedTuple):

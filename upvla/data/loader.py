@@ -48,6 +48,12 @@ class Loader(Generic[_Batch]):
                 f"a global batch of {mixture.plan.global_batch} rows cannot be dealt to {world_size} ranks in "
                 f"micro-batches of {micro_batch}; world_size * micro_batch must divide it"
             )
+        if mixture.plan.lanes % world_size:
+            fitting = [n for n in range(1, mixture.plan.lanes + 1) if mixture.plan.lanes % n == 0]
+            raise ConfigError(
+                f"a world of {world_size} ranks does not divide the mixture's {mixture.plan.lanes} lanes; use one of "
+                f"{fitting} ranks, or make a mixture with other lanes"
+            )
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of a world of {world_size}")
         self._mixture, self._reader, self._collate = mixture, reader, collate

@@ -1,10 +1,13 @@
 """Weights and a seed -> the order of all samples. A position is one integer; everything else follows from it.
 
-Three steps, each pure and none of them drawing from a generator with a state:
-1. A position's draw: inside a global batch positions are shuffled, so that every rank's stride gets every source.
-2. A draw's source: a repeating sequence in which each source keeps within one draw of its share, always (Tijdeman's
-   chairman assignment), so shares are exact over a period and exact in every batch where they can be.
-3. A source's n-th draw: epoch n // size, and in it a permutation of its samples fixed by (seed, source, epoch).
+Every step is pure and none draws from a generator with a state:
+1. Position p belongs to lane p % lanes, and is that lane's draw p // lanes. A world's ranks take whole lanes.
+2. A lane's draw has a source: a repeating sequence in which each source keeps within one draw of its share, always
+   (Tijdeman's chairman assignment); lanes begin at different places of it, so that every batch has its shares too.
+3. A source's epoch: its row groups, permuted by (seed, source, epoch), make one stream of windows that is cut into
+   equal parts, one a lane. In a lane a window's rank is its row group's plus a random number below `spread`: so a lane
+   has about `spread` row groups open at a time, and reads each once. Neighbouring lanes run in opposite directions,
+   because then a row group that was cut is read by both at the same time.
 Random numbers are raw Philox words keyed by a hash of their purpose: stable over platforms and numpy versions.
 """
 
@@ -22,68 +25,111 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from upvla.data.table import Dataset, load_manifest
+from upvla.data.actions import ActionMap, declared_space
+from upvla.data.stats import Statistics, Summary
+from upvla.data.table import Dataset, EpisodeFilter, load_manifest
 from upvla.errors import ConfigError, Mismatch
 from upvla.store import Store, content_hash
-from upvla.types import MixturePlan, MixtureSource, SampleRef
+from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
 _Key = TypeVar("_Key")
 _MAX_PERIOD = 10_000  # weights are taken as fractions with at most this denominator
+_MAX_LANES = 64
 
 
 class SourceConfig(BaseModel):
-    """One source of a mixture: robot windows or questions of a dataset, by default of its newest version."""
+    """One source of a mixture: robot windows or questions of a dataset, by default of its newest version.
+
+    weight: share of all draws after normalisation; left out, the source's own size decides (see `temperature`).
+    version: a number or a tag. where: which of its recordings. cameras: the model's camera -> this dataset's, where
+    they are called differently; "" for a view that it lacks (shown black).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     kind: Literal["robot", "qa"]
-    weight: float = Field(gt=0)
-    version: int | None = None
+    weight: float | None = Field(default=None, gt=0)
+    version: int | str | None = None
+    where: EpisodeFilter = EpisodeFilter()
+    cameras: dict[str, str] = {}
 
 
 class MixtureConfig(BaseModel):
-    """What training draws from. `global_batch` counts rows over all ranks and accumulation steps."""
+    """What training draws from. `global_batch` counts rows over all ranks and accumulation steps.
+
+    temperature: sources without a weight get size ** (1 / temperature): 1 draws every sample equally often, larger ones
+    favour small sources. lanes: a divisor of the global batch that world sizes must divide; the largest up to 64 by
+    default. pool_mb: memory for open row groups that the order is made for. action_space: a known name or a whole
+    declaration that the actions of all sources are converted to; without it they must agree.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     seed: int = 0
     global_batch: int = Field(gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    lanes: int | None = Field(default=None, gt=0)
+    pool_mb: int = Field(default=256, gt=0)
+    action_space: str | dict[str, Any] | None = None
 
     def plan(self, store: Store, split: Literal["train", "validation"] = "train") -> MixturePlan:
         """Pin every source to a version of its dataset. `NotFound` where there is none."""
         pinned = []
+        datasets: dict[str, Dataset] = {}
         for source in self.sources:
             manifest = load_manifest(store, source.dataset, source.version)
-            pinned.append(
-                MixtureSource(
-                    dataset=source.dataset,
-                    version=manifest.version,
-                    content_id=manifest.content_id,
-                    kind=source.kind,
-                    weight=source.weight,
-                    split=split,
-                )
+            datasets.setdefault(source.dataset, Dataset(store, manifest))
+            draft = MixtureSource(
+                dataset=source.dataset,
+                version=manifest.version,
+                content_id=manifest.content_id,
+                kind=source.kind,
+                weight=source.weight or 1.0,
+                split=split,
+                where=source.where.model_dump(mode="json", exclude_defaults=True),
+                cameras=source.cameras,
             )
-        return make_plan(pinned, self.seed, self.global_batch)
+            if source.weight is None:
+                size = len(_Samples(datasets[source.dataset], draft))
+                draft = replace(draft, weight=max(size, 1) ** (1 / self.temperature))
+            pinned.append(draft)
+        lanes = self.lanes or max(n for n in range(1, _MAX_LANES + 1) if self.global_batch % n == 0)
+        groups = [dataset.row_group_bytes for dataset in datasets.values()]
+        spread = max(1.0, self.pool_mb * 2**20 / (lanes * len(groups) * max(1, *groups)))
+        space = declared_space(self.action_space, "the mixture").to_json() if self.action_space else None
+        return make_plan(
+            pinned, self.seed, self.global_batch, lanes=lanes, spread=float(f"{spread:.2g}"), action_space=space
+        )
 
 
-def make_plan(sources: Sequence[MixtureSource], seed: int, global_batch: int) -> MixturePlan:
+def make_plan(
+    sources: Sequence[MixtureSource],
+    seed: int,
+    global_batch: int,
+    *,
+    lanes: int = 1,
+    spread: float = 32.0,
+    action_space: Mapping[str, Any] | None = None,
+) -> MixturePlan:
     """Raises `ConfigError` where the order would not be defined."""
     if not sources or global_batch < 1:
         raise ConfigError(f"a mixture needs a source and a global batch of at least 1, not {global_batch}")
+    if lanes < 1 or global_batch % lanes:
+        raise ConfigError(f"lanes={lanes} do not divide a global batch of {global_batch}; choose a divisor of it")
     for source in sources:
         if not source.weight > 0:
             raise ConfigError(f"mixture source {source.dataset}/{source.kind}: weight {source.weight} is not positive")
-    plan = MixturePlan(tuple(sources), seed, global_batch)
+    plan = MixturePlan(tuple(sources), seed, global_batch, lanes, spread, action_space)
     return replace(plan, plan_id=content_hash(asdict(plan)))
 
 
 def plan_from_json(value: Mapping[str, Any]) -> MixturePlan:
     """The inverse of `dataclasses.asdict`; refuses a plan whose content does not match its id."""
     sources = tuple(MixtureSource(**source) for source in value["sources"])
-    plan = make_plan(sources, value["seed"], value["global_batch"])
+    options = {name: value[name] for name in ("lanes", "spread", "action_space") if name in value}
+    plan = make_plan(sources, value["seed"], value["global_batch"], **options)
     if plan.plan_id != value["plan_id"]:
         raise Mismatch(f"mixture plan {value['plan_id']} was changed after it was made; make it again")
     return plan
@@ -94,7 +140,7 @@ class Mixture:
 
     def __init__(self, plan: MixturePlan, datasets: Mapping[str, Dataset]):
         self.plan, self.datasets = plan, dict(datasets)
-        self._samples: list[_RobotSamples | _QuestionSamples] = []
+        self._samples: list[_Samples] = []
         for source in plan.sources:
             dataset = self.datasets.get(source.dataset)
             if dataset is None:
@@ -104,16 +150,20 @@ class Mixture:
                     f"mixture {plan.plan_id} was made for content {source.content_id} of {source.dataset} v"
                     f"{source.version}, opened is {dataset.manifest.content_id} v{dataset.manifest.version}"
                 )
-            samples = _RobotSamples(dataset, source) if source.kind == "robot" else _QuestionSamples(dataset, source)
+            samples = _Samples(dataset, source)
             if not len(samples):
+                fits = f" that fit {dict(source.where)}" if source.where else ""
                 raise ConfigError(
-                    f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split; "
-                    "ingest more recordings or drop the source"
+                    f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}"
+                    "; ingest more recordings or drop the source"
                 )
             self._samples.append(samples)
         self._turns, self._ranks, self._shares = _chairman(tuple(source.weight for source in plan.sources))
-        self._slots = _Cache(self._slots_of, size=64)
-        self._orders = _Cache(self._order_of, size=2 * len(plan.sources))
+        period = len(self._turns)
+        self._begins = [lane * period // plan.lanes for lane in range(plan.lanes)]
+        self._before = np.stack([np.cumsum(self._turns == s) - (self._turns == s) for s in range(len(plan.sources))])
+        self._deals = _Cache(self._deal_of, size=2 * len(plan.sources))
+        self._orders = _Cache(self._order_of, size=2 * len(plan.sources) * plan.lanes)
 
     def __len__(self) -> int:
         """Positions until every source has been seen at least once."""
@@ -124,6 +174,44 @@ class Mixture:
         """Samples of each source, in the plan's order."""
         return tuple(map(len, self._samples))
 
+    @property
+    def action_space(self) -> ActionSpace:
+        """Of every robot sample: the plan's, or what all sources share."""
+        if self.plan.action_space is not None:
+            return ActionSpace.from_json(self.plan.action_space)
+        robot = [source for source in self.plan.sources if source.kind == "robot"] or list(self.plan.sources)
+        first = self.datasets[robot[0].dataset].manifest
+        for source in robot[1:]:
+            first.action_space.require_equal(
+                self.datasets[source.dataset].manifest.action_space,
+                ours=f"dataset {first.dataset}",
+                theirs=f"dataset {source.dataset} (declare the mixture's action_space to convert them)",
+            )
+        return first.action_space
+
+    def action_map(self, source: int) -> ActionMap | None:
+        """What turns this source's actions into the mixture's; None where they are the same."""
+        dataset, target = self.datasets[self.plan.sources[source].dataset], self.action_space
+        if dataset.manifest.action_space == target or self.plan.sources[source].kind == "qa":
+            return None
+        found = ActionMap(dataset.manifest.action_space, target)
+        if found.needs_pose:
+            raise Mismatch(
+                f"dataset {dataset.manifest.dataset} has {dataset.manifest.action_space.name} actions, {target.name} "
+                "needs the tool's pose at every step: convert them when they are ingested"
+            )
+        return found
+
+    @functools.cached_property
+    def stats(self) -> Statistics:
+        """Over the training recordings of all robot sources, their actions converted; one dataset's are its own."""
+        robot = [i for i, source in enumerate(self.plan.sources) if source.kind == "robot"]
+        names = {self.plan.sources[i].dataset for i in robot} or {self.plan.sources[0].dataset}
+        plain = all(not self.plan.sources[i].where and self.action_map(i) is None for i in robot)
+        if plain and len(names) == 1:
+            return self.datasets[names.pop()].stats
+        return Statistics.merged(summary for i in robot for summary in self._summaries(i))
+
     def share(self, start: int, end: int) -> dict[str, float]:
         """What fraction of the positions `[start, end)` each source, named dataset/kind, really has."""
         counts = np.bincount([self.sample_at(p).source for p in range(start, end)], minlength=len(self.plan.sources))
@@ -131,63 +219,103 @@ class Mixture:
         return {name: float(count) / (end - start) for name, count in zip(names, counts, strict=True)}
 
     def sample_at(self, position: int) -> SampleRef:
-        batch, slot = divmod(position, self.plan.global_batch)
-        draw = batch * self.plan.global_batch + int(self._slots[batch][slot])
-        period, turn = divmod(draw, len(self._turns))
+        draw, lane = divmod(position, self.plan.lanes)
+        begin = self._begins[lane]
+        period, turn = divmod(draw + begin, len(self._turns))
         source = int(self._turns[turn])
-        nth = period * self._shares[source] + int(self._ranks[turn])
-        epoch, place = divmod(nth, len(self._samples[source]))
-        return self._samples[source].at(source, int(self._orders[source, epoch][place]))
+        nth = period * self._shares[source] + int(self._ranks[turn]) - int(self._before[source, begin])
+        first, last = self._part(source, lane)
+        epoch, place = divmod(nth, last - first)
+        return self._samples[source].at(source, int(self._orders[source, epoch, lane][place]))
 
-    def _slots_of(self, batch: int) -> np.ndarray:
-        return _permutation(self.plan.global_batch, self.plan.seed, "slots", batch)
+    def _part(self, source: int, lane: int) -> tuple[int, int]:
+        """The part of the source's stream that a lane walks; lanes share parts where there are fewer samples."""
+        size = len(self._samples[source])
+        parts = min(self.plan.lanes, size)
+        return lane % parts * size // parts, (lane % parts + 1) * size // parts
 
-    def _order_of(self, key: tuple[int, int]) -> np.ndarray:
+    def _deal_of(self, key: tuple[int, int]) -> np.ndarray:
+        """i64[2, groups]: the row groups in this epoch's order, and where in the stream each ends."""
         number, epoch = key
+        counts = self._samples[number].group_sizes
+        order = _permutation(len(counts), self.plan.seed, *self._name(number), epoch)
+        return np.stack([order, np.cumsum(counts[order])])
+
+    def _order_of(self, key: tuple[int, int, int]) -> np.ndarray:
+        """The sample numbers of one lane's epoch, in order."""
+        number, epoch, lane = key
+        samples, (groups, ends) = self._samples[number], self._deals[number, epoch]
+        places = np.arange(*self._part(number, lane))
+        rank = np.searchsorted(ends, places, side="right")
+        numbers = samples.group_starts[groups[rank]] + places - (ends[rank] - samples.group_sizes[groups[rank]])
+        distance = rank[-1] - rank if lane % 2 else rank - rank[0]
+        words = _words(len(places), self.plan.seed, *self._name(number), epoch, "lane", lane)
+        return np.asarray(numbers[np.argsort(distance + words / 2.0**64 * self.plan.spread, kind="stable")])
+
+    def _name(self, number: int) -> tuple[str, ...]:
         source = self.plan.sources[number]
-        name = f"{number}/{source.dataset}/{source.kind}/{source.split}"
-        return _permutation(len(self._samples[number]), self.plan.seed, name, epoch)
+        return (f"{number}/{source.dataset}/{source.kind}/{source.split}",)
+
+    def _summaries(self, number: int) -> Sequence[Mapping[str, Summary]]:
+        source, convert = self.plan.sources[number], self.action_map(number)
+        dataset, where = self.datasets[source.dataset], EpisodeFilter.model_validate(source.where)
+        found = []
+        for i, row in enumerate(dataset.episodes):
+            if row.split == "train" and where.fits(row):
+                read = dataset.read(i, range(row.length), ["action", "state"])
+                action = convert(read["action"]) if convert else read["action"]
+                found.append({"action": Summary.of(action), "state": Summary.of(read["state"])})
+        return found
 
 
-class _RobotSamples:
-    """Every (span, step) of one split, numbered in the order of the episode index."""
+class _Samples:
+    """What one source offers, numbered so that the samples of a row group are neighbours.
+
+    Robot: every (span, step) of the split. Questions: rows whose wording is for the split. `group_sizes` and
+    `group_starts` i64[groups] say which numbers belong to which row group.
+    """
 
     def __init__(self, dataset: Dataset, source: MixtureSource):
-        spans = [
-            (row, i, span.start, span.end)
-            for row, episode in enumerate(dataset.episodes)
-            if episode.split == source.split
-            for i, span in enumerate(episode.spans)
-        ]
-        self._spans = np.array(spans, np.int64).reshape(-1, 4)
-        self._ends = np.cumsum(self._spans[:, 3] - self._spans[:, 2])
+        self._kind, where = source.kind, EpisodeFilter.model_validate(source.where)
+        chosen = [row.split == source.split and where.fits(row) for row in dataset.episodes]
+        if source.kind == "robot":
+            pieces = [
+                (group, row, i, start, end)
+                for row, episode in enumerate(dataset.episodes)
+                if chosen[row]
+                for i, span in enumerate(episode.spans)
+                if where.takes(span)
+                for group, start, end in dataset.row_groups_of(row, span.start, span.end)
+            ]
+        else:
+            wording = "train" if source.split == "train" else "held_out"
+            pieces = [
+                (
+                    dataset.row_groups_of(row.episode, row.step, row.step + 1)[0][0],
+                    row.episode,
+                    i,
+                    row.step,
+                    row.step + 1,
+                )
+                for i, row in enumerate(dataset.qa)
+                if row.template_split in (wording, "both") and chosen[row.episode]
+            ]
+        self._pieces = np.array(sorted(pieces), np.int64).reshape(-1, 5)
+        lengths = self._pieces[:, 4] - self._pieces[:, 3]
+        self._ends = np.cumsum(lengths)
+        first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))
+        self.group_starts = (self._ends - lengths)[first]
+        self.group_sizes = np.diff(self.group_starts, append=len(self))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def at(self, source: int, number: int) -> SampleRef:
         where = int(np.searchsorted(self._ends, number, side="right"))
-        row, span, _, end = self._spans[where].tolist()
-        return SampleRef(source, "robot", row, end - int(self._ends[where]) + number, span, -1)
-
-
-class _QuestionSamples:
-    """Questions about one split's recordings: training wordings for training, held-out ones for validation."""
-
-    def __init__(self, dataset: Dataset, source: MixtureSource):
-        wording = "train" if source.split == "train" else "held_out"
-        self._rows = [
-            (i, row.episode, row.step)
-            for i, row in enumerate(dataset.qa)
-            if row.template_split == wording and dataset.episodes[row.episode].split == source.split
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def at(self, source: int, number: int) -> SampleRef:
-        row, episode, step = self._rows[number]
-        return SampleRef(source, "qa", episode, step, -1, row)
+        _, row, which, _, end = self._pieces[where].tolist()
+        step = end - int(self._ends[where]) + number
+        robot = self._kind == "robot"
+        return SampleRef(source, self._kind, row, step, which if robot else -1, -1 if robot else which)
 
 
 class _Cache(Generic[_Key]):
@@ -240,6 +368,10 @@ def _chairman(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, tuple
 
 def _permutation(size: int, seed: int, *purpose: str | int) -> np.ndarray:
     """i64[size], a function of the arguments alone."""
+    return np.argsort(_words(size, seed, *purpose), kind="stable")
+
+
+def _words(size: int, seed: int, *purpose: str | int) -> np.ndarray:
+    """u64[size]"""
     key = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()[:16]
-    words = np.random.Philox(key=int.from_bytes(key, "big")).random_raw(size)
-    return np.argsort(words, kind="stable")
+    return np.asarray(np.random.Philox(key=int.from_bytes(key, "big")).random_raw(size))

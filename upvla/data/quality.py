@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from upvla.data.actions import gripper_values
 from upvla.errors import BadEpisode
 from upvla.images import decode_image
 from upvla.types import Episode
 
+_SAFE_ID = re.compile(r"[\w.+=,@:-][\w.+=,@: /-]{0,511}")  # no control characters; '..' is looked for apart
+
 REASONS = {
+    "bad_id": "a name that is no safe path: empty, too long, '..', control characters",
+    "schema": "a column, feature or field that should be there is not",
+    "dtype": "an array of another type than its format says",
+    "unsafe_pickle": "a pickled file that wants to run something",
+    "no_image": "a conversation without a picture",
     "missing_frame": "a frame of the recording is not there",
     "missing_array": "a frame lacks an array",
     "unreadable_frame": "a frame's file is damaged",
     "unreadable_image": "an encoded image does not decode",
     "zip_bomb": "an archive claims to unpack to more than any frame holds",
-    "shape": "an array has another shape or type than its format says",
+    "shape": "an array of another shape than its format says",
     "frame_count": "the arrays of one recording differ in length",
     "too_short": "fewer steps than the limit",
     "non_finite": "NaN or infinity among the numbers",
@@ -28,6 +37,8 @@ REASONS = {
     "span_range": "a language span that is empty or leaves the recording",
     "empty_language": "a language span without words",
     "duplicate": "the same content under another key",
+    "removed": "taken out on purpose; it stays out until its content changes",
+    "damaged": "its stored bytes could not be read any more; ingesting its source again brings it back",
 }
 
 
@@ -44,9 +55,11 @@ class QualityLimits(BaseModel):
 
 def check(episode: Episode, limits: QualityLimits) -> None:
     """Raise `BadEpisode` with the first reason found; its detail names the step and the dimension."""
-    steps = len(episode)
-    if steps < limits.min_steps:
-        raise BadEpisode("too_short", f"{episode.id}: {steps} steps, the limit is {limits.min_steps}")
+    steps, least = len(episode), limits.min_steps if len(episode.action_space) else 1
+    if not _SAFE_ID.fullmatch(episode.id) or ".." in episode.id.split("/"):
+        raise BadEpisode("bad_id", f"{episode.id[:80]!r} is no safe name")
+    if steps < least:
+        raise BadEpisode("too_short", f"{episode.id}: {steps} steps, the limit is {least}")
     _check_numbers(episode, limits)
     _check_time(episode, limits)
     for span in episode.spans:
@@ -68,8 +81,10 @@ def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
     for name, values in numbers.items():
         if values is None:
             continue
-        if values.dtype != np.float32 or values.ndim != 2:
-            raise BadEpisode("shape", f"{episode.id}: {name} is {values.dtype}{values.shape}, must be float32(T, D)")
+        if values.dtype != np.float32:
+            raise BadEpisode("dtype", f"{episode.id}: {name} is {values.dtype}, must be float32")
+        if values.ndim != 2:
+            raise BadEpisode("shape", f"{episode.id}: {name} is {values.shape}, must be (T, D)")
         if not np.isfinite(values).all():
             step, dim = np.argwhere(~np.isfinite(values))[0]
             raise BadEpisode("non_finite", f"{episode.id}: {name} at step {step}, dimension {dim}")
@@ -83,7 +98,7 @@ def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
             step = int(np.argmax(outside))
             detail = f"{dim.name} = {column[step]:g} at step {step}, declared [{dim.low:g}, {dim.high:g}]"
             raise BadEpisode("action_bounds", f"{episode.id}: {detail}")
-        if dim.unit == "gripper":
+        if dim.unit == "gripper" and not gripper_values(dim)[2]:
             between = np.minimum(abs(column - dim.low), abs(column - dim.high)) > limits.action_tolerance
             if between.any():
                 step = int(np.argmax(between))
@@ -102,8 +117,10 @@ def _check_time(episode: Episode, limits: QualityLimits) -> None:
 def _check_camera(key: str, camera: str, frames: np.ndarray | Sequence[bytes], limits: QualityLimits) -> None:
     """Of encoded frames the first and the last are decoded: what a source encodes itself it has seen whole."""
     if isinstance(frames, np.ndarray):
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-            raise BadEpisode("shape", f"{key}: {camera} is {frames.dtype}{frames.shape}, not uint8(T, H, W, 3)")
+        if frames.dtype != np.uint8:
+            raise BadEpisode("dtype", f"{key}: {camera} is {frames.dtype}, not uint8")
+        if frames.ndim != 4 or frames.shape[3] != 3:
+            raise BadEpisode("shape", f"{key}: {camera} is {frames.shape}, not (T, H, W, 3)")
     else:
         try:
             first, last = decode_image(bytes(frames[0])), decode_image(bytes(frames[-1]))

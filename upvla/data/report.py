@@ -40,7 +40,8 @@ def render_report(dataset: Dataset) -> str:
     tasks = Counter(span.task for episode in episodes for span in episode.spans).most_common()
     scenes = Counter(episode.scene for episode in episodes).most_common()
     some = np.linspace(0, len(episodes) - 1, min(len(episodes), _HISTOGRAM_RECORDINGS)).astype(int).tolist()
-    actions = np.concatenate([dataset.read(i, range(episodes[i].length), ["action"])["action"] for i in some])
+    dims = manifest.action_space.dims
+    actions = [dataset.read(i, range(episodes[i].length), ["action"])["action"] for i in some] if dims else []
     parts = [
         f"<h1>{html.escape(manifest.dataset)}</h1>",
         _table(("", ""), facts.items()),
@@ -48,7 +49,7 @@ def render_report(dataset: Dataset) -> str:
         _histogram("steps a recording", lengths),
         _histogram("steps a segment", [span.end - span.start for e in episodes for span in e.spans]),
         "</div><h2>Actions</h2><div class=row>",
-        *(_histogram(dim.name, actions[:, i]) for i, dim in enumerate(manifest.action_space.dims)),
+        *(_histogram(dim.name, np.concatenate(actions)[:, i]) for i, dim in enumerate(dims)),
         "</div><h2>Frames</h2>",
         *_strip(dataset),
         "<h2>Scenes and tasks</h2><div class=row>",

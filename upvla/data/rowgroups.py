@@ -33,6 +33,10 @@ class RowGroupPool:
         places = [(parts[int(group)], row - int(starts[group])) for group, row in zip(numbers, rows, strict=True)]
         return {name: _gather([(part[name], place) for part, place in places]) for name in columns}
 
+    def group_starts(self, key: str) -> np.ndarray:
+        """i64[groups]: the first row of every row group of an object."""
+        return self._file(key)[2]
+
     def _file(self, key: str) -> tuple[threading.Lock, pq.ParquetFile, np.ndarray]:
         with self._lock:
             if key not in self._files:
@@ -47,15 +51,12 @@ class RowGroupPool:
             if name in self._groups:
                 self._groups.move_to_end(name)
                 return self._groups[name][0]
-        reading, file, _ = self._file(key)
+        reading, _, _ = self._file(key)
         with reading:  # one reader a file: a second thread that wants this group finds it in the pool
             with self._lock:
                 if name in self._groups:
                     return self._groups[name][0]
-            try:
-                table = file.read_row_group(group, columns=list(columns), use_threads=False)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise Corrupt(f"{self._root.url}/{key}, row group {group}: {error}; use the version before") from error
+            table = self._read(key, group, columns)
             decoded = {column: _decoded(table[column]) for column in columns}
         with self._lock:
             self._groups[name] = (decoded, table.nbytes)
@@ -63,6 +64,12 @@ class RowGroupPool:
             while self._bytes > self._limit and len(self._groups) > 1:
                 self._bytes -= self._groups.popitem(last=False)[1][1]
         return decoded
+
+    def _read(self, key: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+        try:
+            return self._file(key)[1].read_row_group(group, columns=list(columns), use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise Corrupt(f"{self._root.url}/{key}, row group {group}: {error}; use the version before") from error
 
 
 def _decoded(column: pa.ChunkedArray) -> Any:

@@ -90,17 +90,18 @@ class SampleReader:
         self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
         self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
         self.descriptions, self.features = dict(descriptions or {}), dict(features or {})
-        names = dict.fromkeys(source.dataset for source in mixture.plan.sources)
-        manifests = [mixture.datasets[name].manifest for name in names]
-        self.action_space = manifests[0].action_space
-        for manifest in manifests:
-            self.action_space.require_equal(
-                manifest.action_space, ours=f"dataset {manifests[0].dataset}", theirs=f"dataset {manifest.dataset}"
-            )
-            missing = sorted({*self.cameras, *self.code_cameras} - set(manifest.cameras))
+        self.action_space = mixture.action_space
+        self._maps = [mixture.action_map(number) for number in range(len(mixture.plan.sources))]
+        for source in mixture.plan.sources:
+            manifest, robot = mixture.datasets[source.dataset].manifest, source.kind == "robot"
+            wanted = {source.cameras.get(camera, camera) for camera in self.cameras} - {""}
+            missing = sorted((wanted | set(self.code_cameras if robot else ())) - set(manifest.cameras))
             if missing:
-                raise ConfigError(f"dataset {manifest.dataset} has no camera {missing}; it has {manifest.cameras}")
-            if self.codes and manifest.dataset not in self.codes:
+                raise ConfigError(
+                    f"dataset {manifest.dataset} has no camera {missing}; it has {manifest.cameras}: map them in the "
+                    "mixture source's cameras"
+                )
+            if self.codes and robot and manifest.dataset not in self.codes:
                 raise ConfigError(f"dataset {manifest.dataset} has no table of image codes; encode it first")
         if bool(self.codes) != bool(self.code_cameras):
             raise ConfigError("image codes need both their tables and the cameras to take (codes, code_cameras)")
@@ -122,11 +123,13 @@ class SampleReader:
         name = self.mixture.plan.sources[ref.source].dataset
         dataset = self.mixture.datasets[name]
         if ref.kind == "qa":
-            turns = tuple((row.question, row.answer) for row in dataset.conversation(ref.qa))
+            turns = tuple(turn for row in dataset.conversation(ref.qa) for turn in row.turns)
             return Sample(position, "qa", self._frames(name, ref), None, None, None, None, "", turns)
         span = dataset.episodes[ref.episode].spans[ref.span]
         steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
         moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]
+        if (convert := self._maps[ref.source]) is not None:
+            moves = convert(moves)
         actions, is_pad = fill_chunk(moves, self.chunk, self.action_space)
         codes = future_codes = None
         if self.codes:
@@ -151,10 +154,14 @@ class SampleReader:
     def _frames(self, name: str, ref: SampleRef) -> dict[str, np.ndarray]:
         if self.features:
             return self.features[name].get(ref.episode, ref.step, self.cameras)
-        found = self.mixture.datasets[name].read(
-            ref.episode, [ref.step], [f"image_{camera}" for camera in self.cameras]
-        )
-        return {camera: resize(decode_image(found[f"image_{camera}"][0]), self.resize) for camera in self.cameras}
+        names = self.mixture.plan.sources[ref.source].cameras
+        stored = {camera: f"image_{found}" for camera in self.cameras if (found := names.get(camera, camera))}
+        frames = self.mixture.datasets[name].read(ref.episode, [ref.step], [*dict.fromkeys(stored.values())])
+        black = np.zeros((self.resize.size, self.resize.size, 3), np.uint8)
+        return {
+            camera: resize(decode_image(frames[stored[camera]][0]), self.resize) if camera in stored else black
+            for camera in self.cameras
+        }
 
     def _wording(self, task: str, text: str, position: int) -> str:
         wordings = self.paraphrases.get(task)

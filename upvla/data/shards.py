@@ -20,7 +20,7 @@ from upvla.data.stats import Summary
 from upvla.errors import Mismatch
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash
-from upvla.types import ActionSpace, Episode, ShardRef
+from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
 _FEATURES = ("action", "state")  # whose statistics are kept
 
@@ -50,6 +50,7 @@ QA_SCHEMA = pa.schema(
         ("question", pa.string()),
         ("answer", pa.string()),
         ("template_split", pa.string()),
+        ("more", pa.list_(pa.struct([("question", pa.string()), ("answer", pa.string())]))),
     ]
 )
 
@@ -61,6 +62,7 @@ class Rejection(NamedTuple):
     reason: str
     detail: str
     token: str
+    episode_id: str = ""  # of a recording that is in a shard and was removed
 
 
 class Layout(BaseModel):
@@ -106,6 +108,7 @@ def episode_id(episode: Episode) -> str:
     """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from."""
     spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
     head = [episode.embodiment, episode.scene, episode.action_space.to_json(), episode.rate_hz, spans]
+    head += [[talk.step, talk.topic, talk.turns] for talk in episode.talks]
     digest = hashlib.blake2b(content_hash(head).encode(), digest_size=16)
     for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
         digest.update(f"{name}{values.dtype}{values.shape}".encode())
@@ -127,7 +130,7 @@ def stage(
     """Write checked recordings (each with its source token) as shards under a dataset's `root`; nothing becomes
     visible. Memory holds one recording, whatever the number. Equal input gives equal objects under equal names."""
     writer = _ShardWriter(root, layout or Layout())
-    rejected, scenes = [], []
+    rejected, scenes, asked = [], [], []
     for item in episodes:
         if isinstance(item, Rejection):
             rejected.append(item)
@@ -140,10 +143,11 @@ def stage(
         episode = replace(episode, images=images)
         identity = episode_id(episode)
         writer.add(episode, identity, token)
+        asked += [_asked(identity, talk) for talk in episode.talks]
         if episode.scene_state is not None:
             scenes.append((identity, episode.scene_state, episode.scene))
     writer.close()
-    asked = questions(scenes, qa_per_episode) if qa_per_episode else []
+    asked += questions(scenes, qa_per_episode) if qa_per_episode else []
     return Staged(
         shards=tuple(writer.shards),
         index=tuple(writer.index),
@@ -175,7 +179,8 @@ class _ShardWriter:
     def add(self, episode: Episode, identity: str, token: str) -> None:
         table = self._table(episode, identity)
         size = sum(sum(map(len, frames)) for frames in episode.images.values())
-        size += sum(values.nbytes for values in _numbers(episode).values())
+        numbers = _numbers(episode)
+        size += sum(values.nbytes for values in numbers.values())
         if self._pending_bytes + size > self._layout.max_row_group_bytes:
             self._flush()
         pieces = -(-size // self._layout.max_row_group_bytes)
@@ -199,7 +204,8 @@ class _ShardWriter:
                 "row0": self._row,
                 "spans": [asdict(span) for span in episode.spans],
                 "summary": json.dumps(
-                    {name: Summary.of(_numbers(episode)[name]).to_json() for name in _FEATURES}, separators=(",", ":")
+                    {name: Summary.of(numbers[name]).to_json() for name in _FEATURES if name in numbers},
+                    separators=(",", ":"),
                 ),
             }
         )
@@ -280,14 +286,23 @@ def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _numbers(episode: Episode) -> dict[str, np.ndarray]:
+    """The columns of numbers that there are: Parquet has no lists of no width."""
+    found = {"action": episode.actions, "state": episode.state}
     optional = {"absolute_action": episode.absolute_actions, "scene_state": episode.scene_state}
-    present = {name: values for name, values in optional.items() if values is not None}
-    return {"action": episode.actions, "state": episode.state, **present}
+    found |= {name: values for name, values in optional.items() if values is not None}
+    return {name: values for name, values in found.items() if values.shape[1]}
+
+
+def _asked(identity: str, talk: Talk) -> Question:
+    """A source's own conversation, whose words are for training and validation alike."""
+    (question, answer), *more = talk.turns
+    return Question(identity, talk.step, talk.topic, question, answer, "both", tuple(more))
 
 
 def _qa_table(rows: Sequence[Question]) -> pa.Table:
     columns = [list(column) for column in zip(*rows, strict=True)]
     columns[0] = [bytes.fromhex(identity) for identity in columns[0]]
+    columns[-1] = [[{"question": question, "answer": answer} for question, answer in more] for more in columns[-1]]
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, QA_SCHEMA, strict=True)], schema=QA_SCHEMA
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from upvla.store import content_hash
 _GROWTH = np.log(1.02)  # bucket k > 0 holds magnitudes around _SMALLEST * 1.02**k, bucket 0 everything smaller
 _SMALLEST = 1e-6
 QUANTILES = (0.01, 0.99)
+_SPARSE = 50.0  # times the distance of the quantiles: beyond that they say nothing about the range
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,26 @@ class Statistics:
     def to_json(self) -> dict[str, Any]:
         return {name: asdict(feature) for name, feature in sorted(self.features.items())}
 
+    def require_equal(self, other: Statistics, *, ours: str, theirs: str) -> None:
+        """Raise `Mismatch`, naming the first feature, dimension and figure that differ."""
+        mine, its = self.to_json(), other.to_json()
+        for name in sorted(mine.keys() | its.keys()):
+            if name not in mine or name not in its:
+                raise Mismatch(f"statistics: {name!r} is only in {ours if name in mine else theirs}")
+            for figure in ("mean", "std", "low", "high", "q01", "q99", "constant", "count"):
+                a, b = (np.atleast_1d(value[name][figure]).tolist() for value in (mine, its))
+                if len(a) != len(b):
+                    raise Mismatch(f"statistics: {name} has {len(a)} dimensions in {ours}, {len(b)} in {theirs}")
+                for dim, (x, y) in enumerate(zip(a, b, strict=True)):
+                    if x != y:
+                        raise Mismatch(
+                            f"statistics: {name} dimension {dim} differs in {figure}: {ours} has {x!r}, {theirs} {y!r}"
+                        )
+
+    def check(self) -> list[Finding]:
+        """What would make training on these figures go wrong; `fatal` ones stop it."""
+        return [finding for name, feature in sorted(self.features.items()) for finding in _findings(name, feature)]
+
     @staticmethod
     def from_json(value: Mapping[str, Mapping[str, Any]]) -> Statistics:
         def whole(feature: Mapping[str, Any]) -> FeatureStats:
@@ -115,10 +136,38 @@ class Statistics:
         return Statistics({name: _figures(summary) for name, summary in total.items()})
 
 
+class Finding(NamedTuple):
+    """Something about one dimension that a person should know, or that stops training."""
+
+    feature: str
+    dim: int
+    fatal: bool
+    what: str
+
+
+def _findings(name: str, feature: FeatureStats) -> Iterable[Finding]:
+    for dim in range(len(feature.mean)):
+        figures = [getattr(feature, figure)[dim] for figure in ("mean", "std", "low", "high", "q01", "q99")]
+        low, high, q01, q99 = figures[2:]
+        if not np.isfinite(figures).all():
+            yield Finding(name, dim, True, f"figures are not finite: {figures}")
+        elif feature.constant[dim]:
+            yield Finding(name, dim, False, f"is always {low:g}: it passes through unchanged")
+        elif (reach := max(high - q99, q01 - low)) > _SPARSE * (q99 - q01):
+            yield Finding(
+                name,
+                dim,
+                False,
+                f"is sparse: 98 % lie within {q99 - q01:g}, single values {reach:g} beyond; the whole "
+                "range is the scale",
+            )
+
+
 class Normalizer:
     """`normalise` and `unnormalise` of one feature; constant dimensions pass through unchanged.
 
-    "mean_std": (x - mean) / std. "quantile": q01..q99 onto -1..1.
+    "mean_std": (x - mean) / std. "quantile": q01..q99 onto -1..1, or the whole range where nearly all values are
+    one and the rest lies far off: dividing by such a q99 - q01 would make steps of thousands.
     """
 
     def __init__(self, feature: FeatureStats, mode: Literal["mean_std", "quantile"]):
@@ -126,6 +175,9 @@ class Normalizer:
             centre, scale = np.array(feature.mean), np.array(feature.std)
         else:
             low, high = np.array(feature.q01), np.array(feature.q99)
+            least, most = np.array(feature.low), np.array(feature.high)
+            sparse = np.maximum(most - high, low - least) > _SPARSE * (high - low)
+            low, high = np.where(sparse, least, low), np.where(sparse, most, high)
             centre, scale = (low + high) / 2, (high - low) / 2
         passes = np.array(feature.constant) | (scale <= 0)
         self._centre, self._scale = np.where(passes, 0.0, centre), np.where(passes, 1.0, scale)

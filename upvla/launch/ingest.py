@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from upvla.data.ingest import IngestConfig, Portion, ingest, stage_portion
+from upvla.data.ingest import IngestConfig, Portion, ingest, stage_here, stage_portion
 from upvla.data.shards import Staged
 from upvla.launch.cluster import connected, result_of
 from upvla.store import Store
@@ -21,8 +21,8 @@ def run_ingest(
 
 
 def _on_ray(portions: Sequence[Portion], progress: Callable[[int, int], None]) -> list[Staged]:
-    if not portions:
-        return []
+    if len(portions) < 2:
+        return stage_here(portions, progress)  # not worth a cluster
     with connected():
         stage = ray.remote(num_cpus=1, max_retries=3)(stage_portion)  # repeating a portion is harmless
         number = {stage.remote(portion): i for i, portion in enumerate(portions)}

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from upvla.checkpoint import load_bundle, read_marker
 from upvla.config import LineConfig, SiteConfig, fingerprint
-from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.cluster import connected
@@ -277,26 +276,3 @@ def git_commit() -> str:
     place = Path(__file__).parent
     found = subprocess.run(["git", "-C", str(place), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def list_datasets(store: Store) -> list[Result]:
-    """A row a version: dataset, version, recordings, segments, steps."""
-    names = sorted({key.split("/")[1] for key in store.list("datasets/") if "/_manifest/" in key})
-    versions = [(name, v) for name in names for v in range(1, load_manifest(store, name).version + 1)]
-    return [show_dataset(store, f"{name}@{version}") for name, version in versions]
-
-
-def show_dataset(store: Store, name: str) -> Result:
-    """`name` or `name@version`: counts, statistics id, content id, quarantine."""
-    dataset, _, version = name.partition("@")
-    manifest = load_manifest(store, dataset, int(version) if version else None)
-    return {
-        "dataset": dataset,
-        "version": manifest.version,
-        "recordings": manifest.num_episodes,
-        "segments": manifest.num_spans,
-        "steps": manifest.num_steps,
-        "content_id": manifest.content_id,
-        "stats_id": manifest.stats_id,
-        "quarantined": dict(manifest.quarantined),
-    }

@@ -100,9 +100,8 @@ class Inputs:
         """The model with all it needs. A fine-tune keeps the statistics that its parent's weights were trained with."""
         assert self.vq is not None
         assert self.text is not None
-        first = next(iter(self.train.datasets.values()))
-        stats = first.stats.to_json() if self.parent is None else self.parent.stats
-        return Bundle(self.config, model, self.vq, self.text, first.manifest.action_space, stats, meta)
+        stats = self.train.stats.to_json() if self.parent is None else self.parent.stats
+        return Bundle(self.config, model, self.vq, self.text, self.train.action_space, stats, meta)
 
 
 def open_inputs(spec: TrainSpec) -> Inputs:

@@ -6,8 +6,9 @@
             embodiment.json                {embodiment, action_space, arrays: {name: shape}} of another robot; optional
             lang_annotations/auto_lang_ann.npy   pickled {language: {ann, task}, info: {indx: [(start, end)]}}; optional
 
-Frames that no range covers are leftovers of the public set and are ignored. Frames are encoded as they are read, so
-memory holds one recording's JPEGs, never its pixels.
+Errata of the public set are recognised and counted in `notes`: annotations outside of every recording (leftovers, as
+frames that no range covers) are ignored; where `scene_info.npy` puts a recording into two scenes, its scene is unknown.
+Frames are encoded as they are read, so memory holds one recording's JPEGs, never its pixels.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from upvla.data.sources.pickles import read_object_npy
+from upvla.data.sources.pickles import UnsafePickle, read_object_npy
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
-from upvla.store import content_hash, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Episode, Span
 
 _ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
@@ -65,6 +66,8 @@ class CalvinSource:
             raise ConfigError(f"span_end is 'exclusive' or 'inclusive', not {span_end!r}")
         self.store = open_store(url).sub(split) if split else open_store(url)
         self.cameras = tuple(cameras)
+        self.notes: dict[str, int] = {}
+        self._unsafe = ""
         try:
             ranges = _read_npy(self.store.read("ep_start_end_ids.npy"))
         except NotFound as error:
@@ -77,6 +80,13 @@ class CalvinSource:
         self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
         self._spans = self._read_spans(last=1 if span_end == "inclusive" else 0)
         self._tokens: dict[str, str] | None = None
+        doubtful = sum(len(self._scenes_of(key)) > 1 for key in self._ranges)
+        if doubtful:
+            self._note("recordings in two scenes of scene_info.npy", doubtful)
+
+    @staticmethod
+    def recognises(store: Store) -> bool:
+        return store.exists("ep_start_end_ids.npy")
 
     def keys(self) -> Sequence[str]:
         return list(self._ranges)
@@ -86,9 +96,11 @@ class CalvinSource:
             self._tokens = self.store.tokens("episode_")
         frames = [self._tokens.get(_frame_key(i), "") for i in self._frame_ids(key)]
         spans = [[span.start, span.end, span.text, span.task] for span in self._spans[key]]
-        return content_hash([frames, spans, self._scene(key), self.cameras, self._robot.embodiment])
+        return content_hash([frames, spans, self._scene(key), self.cameras, self._robot.embodiment, self._unsafe])
 
     def read(self, key: str) -> Episode:
+        if self._unsafe:
+            raise BadEpisode("unsafe_pickle", f"{key}: {self._unsafe}")
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self._robot.arrays}
         images: dict[str, list[bytes]] = {camera: [] for camera in self.cameras}
         sizes: dict[str, tuple[int, ...]] = {}
@@ -136,14 +148,25 @@ class CalvinSource:
         return range(start, end + 1)
 
     def _scene(self, key: str) -> str:
+        names = self._scenes_of(key)
+        return names[0] if len(names) == 1 else "unknown"
+
+    def _scenes_of(self, key: str) -> list[str]:
         first = self._ranges[key][0]
-        names = [name for name, (low, high) in self._scenes.items() if int(low) <= first <= int(high)]
-        return names[0] if names else "unknown"
+        return [name for name, (low, high) in self._scenes.items() if int(low) <= first <= int(high)]
+
+    def _note(self, what: str, count: int) -> None:
+        self.notes[what] = count
+        log.warning("%s: %d %s", self.store.url, count, what)
 
     def _pickled(self, key: str) -> dict[str, Any]:
+        """A pickled dict. One that wants to run something spoils every recording: none of it can be trusted."""
         try:
             value = read_object_npy(self.store.read(key), f"{self.store.url}/{key}")
         except NotFound:
+            return {}
+        except UnsafePickle as error:
+            self._unsafe = str(error)
             return {}
         if not isinstance(value, dict):
             raise Corrupt(f"{self.store.url}/{key} holds a {type(value).__name__}, not a dict")
@@ -168,7 +191,7 @@ class CalvinSource:
         except (KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"{self.store.url}/{key} is no annotation file: {error!r}; export it again") from error
         if homeless:
-            log.warning("%s: %d annotations lie outside every recording and are ignored", self.store.url, homeless)
+            self._note("annotations outside of every recording", homeless)
         return {key: tuple(found) for key, found in spans.items()}
 
     def _read_frame(self, key: str) -> dict[str, np.ndarray]:
@@ -188,14 +211,18 @@ class CalvinSource:
                     frame[name] = _read_npy(archive.read(member))
         except KeyError as error:
             raise BadEpisode("missing_array", f"{where}: {error.args[0]}") from error
+        except UnsafePickle as error:
+            raise BadEpisode("unsafe_pickle", f"{where}: {error}") from error
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
             raise BadEpisode("unreadable_frame", f"{where}: {error}") from error
         for name, array in frame.items():
             expected = self._robot.arrays.get(name)
-            if expected and (array.shape != expected or array.dtype.kind not in "fiu"):
-                raise BadEpisode("shape", f"{where}: {name} is {array.dtype}{array.shape}, must be numbers{expected}")
-            if not expected and (array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3):
-                raise BadEpisode("shape", f"{where}: {name} is {array.dtype}{array.shape}, must be uint8(H, W, 3)")
+            if array.dtype.kind not in "fiu" if expected else array.dtype != np.uint8:
+                raise BadEpisode(
+                    "dtype", f"{where}: {name} is {array.dtype}, must be {'numbers' if expected else 'uint8'}"
+                )
+            if array.shape != expected if expected else array.ndim != 3 or array.shape[2] != 3:
+                raise BadEpisode("shape", f"{where}: {name} is {array.shape}, must be {expected or '(H, W, 3)'}")
         return frame
 
 
@@ -219,5 +246,5 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects")
+        raise UnsafePickle("it holds pickled objects, a frame has none")
     return shape, is_fortran, dtype

@@ -24,12 +24,16 @@ _ALLOWED = {
 }
 
 
+class UnsafePickle(Corrupt):
+    """A pickle that would import or run something; nothing of it was run. Do not open the file with anything else."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how protocols below 3 carry bytes
             return _latin1
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
+            raise UnsafePickle(f"it wants to import {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -42,7 +46,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 def read_object_npy(data: bytes, name: str) -> Any:
     """The value inside a 0-d object `.npy` file (a dict, usually) made of containers, numbers, text and arrays.
 
-    Anything else that the pickle asks for is `Corrupt`, and nothing of it has run.
+    Anything else that the pickle asks for is `UnsafePickle`, a damaged file `Corrupt`; nothing of either has run.
     """
     file = io.BytesIO(data)
     try:
@@ -53,5 +57,7 @@ def read_object_npy(data: bytes, name: str) -> Any:
             raise ValueError(f"it holds {dtype}, not a pickled value")
         value = _Unpickler(file).load()
         return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
+    except UnsafePickle as error:
+        raise UnsafePickle(f"{name} is not a safe pickled array: {error}; nothing of it was run") from error
     except Exception as error:  # a malformed pickle may raise anything; all of it means the same
         raise Corrupt(f"{name} is not a safe pickled array: {error}; nothing of it was run") from error

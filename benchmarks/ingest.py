@@ -1,0 +1,132 @@
+"""How near ingest comes to what encoding JPEGs costs anyway, and whether memory grows with the number of recordings.
+
+    python benchmarks/ingest.py [--recordings 16] [--rounds 4] [--json out.json]
+
+`ratio_from_arrays`: recordings from memory into a committed version, against encoding the frames only, on one core.
+`ratio_from_npz`: CALVIN's compressed npz files, against inflating and encoding them only. Sides take turns in a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from _recordings import make_recording
+
+from upvla.data.commit import commit
+from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.shards import stage
+from upvla.data.versions import dataset_root
+from upvla.images import encode_jpeg
+from upvla.store import open_store
+from upvla.types import Episode
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def encode_only(episodes: Sequence[Episode]) -> None:
+    for episode in episodes:
+        for frames in episode.images.values():
+            for frame in frames:
+                encode_jpeg(np.asarray(frame))
+
+
+def from_arrays(episodes: Sequence[Episode]) -> None:
+    with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
+        store = open_store(folder)
+        staged = stage(dataset_root(store, "bench"), ((episode, "token") for episode in episodes))
+        commit(store, "bench", [staged], validation_fraction=0.1, options={})
+
+
+def write_calvin(folder: Path, episodes: Sequence[Episode]) -> None:
+    ends = np.cumsum([len(episode) for episode in episodes])
+    ranges = [(end - len(episode), end - 1) for end, episode in zip(ends, episodes, strict=True)]
+    np.save(folder / "ep_start_end_ids.npy", np.array(ranges))
+    for (start, _), episode in zip(ranges, episodes, strict=True):
+        for step in range(len(episode)):
+            np.savez_compressed(
+                folder / f"episode_{start + step:07d}.npz",
+                actions=episode.actions[step],
+                rel_actions=episode.actions[step],
+                robot_obs=episode.state[step],
+                scene_obs=np.zeros(24),
+                **{f"rgb_{camera}": frames[step] for camera, frames in episode.images.items()},
+            )
+
+
+def inflate_and_encode(folder: Path) -> None:
+    for path in sorted(folder.glob("episode_*.npz")):
+        with np.load(path) as frame:
+            arrays = {name: frame[name] for name in frame.files}
+        encode_jpeg(arrays["rgb_static"])
+        encode_jpeg(arrays["rgb_gripper"])
+
+
+def from_npz(raw: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
+        ingest(open_store(folder), IngestConfig(format="calvin", dataset="bench", qa_per_episode=0), str(raw))
+
+
+def memory_mb(recordings: int) -> float:
+    """Growth of resident memory while a stream of recordings is staged."""
+    process, peak = psutil.Process(), 0.0
+    before = process.memory_info().rss / 2**20
+
+    def stream() -> Any:
+        nonlocal peak
+        for number in range(recordings):
+            yield make_recording(number, 16), "token"
+            peak = max(peak, process.memory_info().rss / 2**20 - before)
+
+    with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
+        stage(dataset_root(open_store(folder), "bench"), stream())
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recordings", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    episodes = [make_recording(number) for number in range(options.recordings)]
+    from_arrays(episodes[:1])  # imports, first-time costs
+    with tempfile.TemporaryDirectory(prefix="upvla-bench-raw-") as folder:
+        raw = Path(folder)
+        write_calvin(raw, episodes[:4])
+        sides = {
+            "encode": lambda: encode_only(episodes),
+            "arrays": lambda: from_arrays(episodes),
+            "inflate": lambda: inflate_and_encode(raw),
+            "npz": lambda: from_npz(raw),
+        }
+        rows = [{name: timed(side) for name, side in sides.items()} for _ in range(options.rounds)]
+    frames = sum(len(episode) for episode in episodes)
+    few, many = memory_mb(20), memory_mb(80)
+    result = {
+        "ratio_from_arrays": round(statistics.median(row["encode"] / row["arrays"] for row in rows), 3),
+        "ratio_from_npz": round(statistics.median(row["inflate"] / row["npz"] for row in rows), 3),
+        "steps_per_s_from_arrays": round(frames / statistics.median(row["arrays"] for row in rows), 1),
+        "steps_per_s_from_npz": round(sum(map(len, episodes[:4])) / statistics.median(row["npz"] for row in rows), 1),
+        "rss_growth_mb_of_20_recordings": round(few, 1),
+        "rss_growth_mb_of_80_recordings": round(many, 1),
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

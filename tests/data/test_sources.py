@@ -1,0 +1,541 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import fsspec
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from upvla.data.actions import LIBERO
+from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.quality import QualityLimits, check
+from upvla.data.sources import detect_format, open_source
+from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
+from upvla.data.table import Dataset, load_manifest
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.images import decode_image, encode_jpeg
+from upvla.store import open_store
+from upvla.types import CALVIN_RELATIVE, Span
+
+STEPS = 12
+
+
+def pictures(steps: int = STEPS, size: int = 32, seed: int = 0) -> list[np.ndarray]:
+    rows, columns = np.mgrid[:size, :size]
+    waves = [np.sin(rows / 5 + 0.3 * (t + seed)) + np.cos(columns / 7) for t in range(steps)]
+    return [np.stack([120 + 50 * wave, 100 + 20 * wave, 90 - 30 * wave], -1).astype(np.uint8) for wave in waves]
+
+
+def png(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "png")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- LeRobot
+
+
+def shared(name: str) -> Path:
+    folder = Path(os.environ.get("UPVLA_SHARED", ROOT.parent / "shared"), "data", name)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here: set UPVLA_SHARED to the folder that holds data/{name}")
+    return folder
+
+
+def test_lerobot_v3_frames_are_the_public_librarys() -> None:
+    folder = shared("lerobot_v3_image")
+    source = open_source("lerobot", str(folder), action_space="calvin_relative")
+    assert len(source.keys()) == 4
+    table = pq.read_table(folder / "data")
+    start = 0
+    for number, key in enumerate(source.keys()):
+        episode = source.read(key)
+        check(episode, QualityLimits())
+        rows = table.slice(start, len(episode))
+        assert set(rows["episode_index"].to_pylist()) == {number}
+        assert np.array_equal(episode.actions, np.array(rows["action"].to_pylist(), np.float32))
+        assert np.array_equal(episode.state, np.array(rows["observation.state"].to_pylist(), np.float32))
+        assert episode.images["static"] == [value["bytes"] for value in rows["observation.images.static"].to_pylist()]
+        start += len(episode)
+    assert start == len(table) == 154
+    assert source.read("episode_000000").spans[0].text == "pick up the blue block in the sliding cabinet"
+
+
+def test_lerobot_v3_video_shows_the_same_frames_as_its_twin_of_pictures() -> None:
+    videos = open_source("lerobot", str(shared("lerobot_v3_video")), action_space="calvin_relative")
+    images = open_source("lerobot", str(shared("lerobot_v3_image")), action_space="calvin_relative")
+    for key in ("episode_000003", "episode_000001"):  # in any order
+        seen, meant = videos.read(key), images.read(key)
+        assert np.array_equal(seen.actions, meant.actions) and seen.spans == meant.spans
+        for camera in ("static", "gripper"):
+            mine, theirs = (np.stack([decode_image(f) for f in e.images[camera]]).astype(int) for e in (seen, meant))
+            error = np.abs(mine - theirs).mean((1, 2, 3))
+            assert error.max() < 12  # what AV1 and JPEG lose
+            moves = theirs[1:] - theirs[:-1]  # where pictures change, the video changes with them, not a frame later
+            best = [
+                float(np.sum((mine[2:-1] - mine[1:-2]) * moves[1 + lag : len(moves) - 1 + lag])) for lag in (-1, 0, 1)
+            ]
+            assert best[1] == max(best)
+
+
+def test_lerobot_says_nothing_of_actions_so_it_is_asked() -> None:
+    folder = shared("lerobot_v3_image")
+    with pytest.raises(ConfigError, match=r"action_space.*dt_s.*convention"):
+        open_source("lerobot", str(folder))
+    with pytest.raises(ConfigError, match=r"shape \[7\].*none 0 dimensions"):
+        open_source("lerobot", str(folder), action_space="none")
+    with pytest.raises(ConfigError, match=r"no feature 'tactile'; there is: observation\.images\.static"):
+        open_source("lerobot", str(folder), action_space="calvin_relative", cameras={"static": "tactile"})
+
+
+def write_lerobot_v21(folder: Path, lengths: Sequence[int] = (STEPS, 9), codec: str = "mpeg4") -> Path:
+    (folder / "meta").mkdir(parents=True)
+    features: dict[str, Any] = {
+        "observation.images.top": {"dtype": "video", "shape": [32, 32, 3]},
+        "observation.state": {"dtype": "float32", "shape": [3]},
+        "action": {"dtype": "float32", "shape": [7]},
+    }
+    info = {"codebase_version": "v2.1", "fps": 30, "robot_type": "so100", "features": features, "chunks_size": 1}
+    info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    tasks = ["open it", "close it"]
+    lines = [json.dumps({"task_index": i, "task": task}) for i, task in enumerate(tasks)]
+    (folder / "meta" / "tasks.jsonl").write_text("\n".join(lines))
+    rows = [json.dumps({"episode_index": i, "tasks": tasks, "length": n}) for i, n in enumerate(lengths)]
+    (folder / "meta" / "episodes.jsonl").write_text("\n".join(rows) + "\n")
+    for number, length in enumerate(lengths):
+        columns = {
+            "observation.state": np.full((length, 3), number, np.float32).tolist(),
+            "action": np.c_[np.sin(np.arange(length * 6)).reshape(length, 6), np.ones(length)].tolist(),
+            "timestamp": np.arange(length, dtype=np.float32) / np.float32(30),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, number),
+            "task_index": (np.arange(length) >= 5).astype(int),
+        }
+        path = folder / info["data_path"].format(episode_chunk=number, episode_index=number)
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table(columns), path)
+        video = Path(
+            folder,
+            info["video_path"].format(episode_chunk=number, episode_index=number, video_key="observation.images.top"),
+        )
+        video.parent.mkdir(parents=True)
+        write_video(video, pictures(length, seed=10 * number), codec)
+    return folder
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4") -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 32, 32, "yuv420p", 4_000_000  # type: ignore[attr-defined]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))  # type: ignore[attr-defined]
+        container.mux(stream.encode())  # type: ignore[attr-defined]
+
+
+def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
+    folder = write_lerobot_v21(tmp_path / "set")
+    fsspec.filesystem("memory").put(str(folder), "/lerobot-v21", recursive=True)
+    for url in (str(folder), "memory://lerobot-v21"):
+        assert detect_format(url) == "lerobot"
+        source = open_source("lerobot", url, action_space=CALVIN_RELATIVE.to_json())
+        assert source.keys() == ["episode_000000", "episode_000001"]
+        for number, key in enumerate(source.keys()):
+            episode = source.read(key)
+            check(episode, QualityLimits())
+            assert episode.embodiment == "so100" and (episode.state == number).all()
+            assert episode.spans == (Span(0, 5, "open it", "open it"), Span(5, len(episode), "close it", "close it"))
+            for mine, theirs in zip(episode.images["top"], pictures(len(episode), seed=10 * number), strict=True):
+                assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 8
+
+
+def _broken_lerobot(folder: Path, how: str) -> None:
+    data = folder / "data/chunk-000/episode_000000.parquet"
+    video = folder / "videos/chunk-000/observation.images.top/episode_000000.mp4"
+    table = pq.read_table(data)
+    if how == "no data":
+        data.unlink()
+    elif how == "cut data":
+        data.write_bytes(data.read_bytes()[:-20])
+    elif how == "fewer rows":
+        pq.write_table(table.slice(0, 5), data)
+    elif how == "another's rows":
+        pq.write_table(pq.read_table(folder / "data/chunk-001/episode_000001.parquet"), data)
+        lines = (folder / "meta/episodes.jsonl").read_text().replace(f'"length": {STEPS}', '"length": 9')
+        (folder / "meta/episodes.jsonl").write_text(lines)
+    elif how == "no column":
+        pq.write_table(table.drop_columns(["observation.state"]), data)
+    elif how == "words":
+        words = pa.array(["x"] * len(table))
+        pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", words), data)
+    elif how == "ragged":
+        lists = pa.array([[0.0] * (6 if i else 8) if i < 2 else [0.0] * 7 for i in range(len(table))])
+        pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", lists), data)
+    elif how == "no video":
+        video.unlink()
+    elif how == "cut video":
+        video.write_bytes(video.read_bytes()[:400])
+    elif how == "short video":
+        write_video(video, pictures(4))
+    elif how == "late rows":
+        late = pa.array(np.arange(len(table), dtype=np.float32) / np.float32(30) + np.float32(0.05))
+        pq.write_table(table.set_column(table.schema.get_field_index("timestamp"), "timestamp", late), data)
+    elif how == "unknown task":
+        strange = pa.array([7] * len(table))
+        pq.write_table(table.set_column(table.schema.get_field_index("task_index"), "task_index", strange), data)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("no data", "missing_frame"),
+        ("cut data", "unreadable_frame"),
+        ("fewer rows", "frame_count"),
+        ("another's rows", "frame_count"),
+        ("no column", "schema"),
+        ("words", "dtype"),
+        ("ragged", "shape"),
+        ("no video", "missing_frame"),
+        ("cut video", "unreadable_image"),
+        ("short video", "missing_frame"),
+        ("late rows", "time"),
+        ("unknown task", "schema"),
+    ],
+)
+def test_a_broken_lerobot_episode_is_named_and_the_next_is_read(tmp_path: Path, how: str, reason: str) -> None:
+    folder = write_lerobot_v21(tmp_path / "set")
+    _broken_lerobot(folder, how)
+    source = open_source("lerobot", str(folder), action_space="calvin_relative")
+    with pytest.raises(BadEpisode, match="episode_000000") as caught:
+        source.read("episode_000000")
+    assert caught.value.reason == reason
+    assert len(source.read("episode_000001")) == 9
+
+
+# ------------------------------------------------------------------------------------------------------------- RLDS
+
+
+def test_crc32c_has_its_published_value_and_lanes_agree_with_bytes() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, appendix B.4, has the zeros
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    rng = np.random.Generator(np.random.Philox(0))
+    for size in (1024 * 16, 1024 * 16 + 1, 100_001):
+        data = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
+        slow = 0xFFFFFFFF
+        for byte in data:
+            slow ^= byte
+            for _ in range(8):
+                slow = slow >> 1 ^ (0x82F63B78 if slow & 1 else 0)
+        assert crc32c(data) == slow ^ 0xFFFFFFFF
+
+
+def test_a_hand_made_example_is_parsed() -> None:
+    """Bytes written out after the protobuf encoding: map entries of key 1 and value 2."""
+    floats = b"\x12\x0a\x0a\x08" + struct.pack("<2f", 1.5, -2.0)  # Feature.float_list, packed
+    ints = b"\x1a\x04\x0a\x02\x03\x04"  # Feature.int64_list, packed
+    text = b"\x0a\x04\x0a\x02hi"  # Feature.bytes_list
+    entries = b""
+    for key, value in ((b"f", floats), (b"i", ints), (b"t", text)):
+        entry = b"\x0a\x01" + key + b"\x12" + bytes([len(value)]) + value
+        entries += b"\x0a" + bytes([len(entry)]) + entry
+    found = parse_example(b"\x0a" + bytes([len(entries)]) + entries, "x")
+    assert found["f"].tolist() == [1.5, -2.0] and found["i"].tolist() == [3, 4] and found["t"] == [b"hi"]
+    with pytest.raises(BadEpisode):
+        parse_example(b"\x0a\xff\xff", "x")
+
+
+def example_bytes(features: Mapping[str, Any]) -> bytes:
+    message = _example_class()()
+    for key, values in features.items():
+        feature = message.features.feature[key]
+        if isinstance(values, list):
+            feature.bytes_list.value.extend(values)
+        else:
+            feature.float_list.value.extend(np.ravel(values).tolist())
+    return bytes(message.SerializeToString())
+
+
+def write_records(path: Path, records: Sequence[bytes]) -> None:
+    parts = []
+    for data in records:
+        header = struct.pack("<Q", len(data))
+        parts += [header, struct.pack("<I", masked_crc32c(header)), data, struct.pack("<I", masked_crc32c(data))]
+    path.write_bytes(b"".join(parts))
+
+
+def bridge_episode(steps: int, seed: int) -> dict[str, Any]:
+    rng = np.random.Generator(np.random.Philox(seed))
+    action = rng.uniform(-0.05, 0.05, (steps, 7))
+    action[:, 6] = rng.uniform(0, 1, steps)
+    return {
+        "steps/observation/image_0": [encode_jpeg(frame) for frame in pictures(steps, seed=seed)],
+        "steps/observation/state": rng.normal(0, 1, (steps, 7)),
+        "steps/action": action,
+        "steps/language_instruction": [b"put the carrot on the plate"] * steps,
+        "episode_metadata/file_path": [b"/raw/traj0"],
+    }
+
+
+def write_bridge(folder: Path, shards: Sequence[Sequence[int]] = ((7, 8), (9,))) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
+    seed = 0
+    for number, lengths in enumerate(shards):
+        records = []
+        for length in lengths:
+            records.append(example_bytes(bridge_episode(length, seed)))
+            seed += 1
+        write_records(folder / f"bridge_dataset-train.tfrecord-{number:05d}-of-{len(shards):05d}", records)
+    return folder
+
+
+def test_rlds_episodes_come_through_the_declared_layout(tmp_path: Path) -> None:
+    folder = write_bridge(tmp_path / "1.0.0")
+    assert detect_format(str(folder)) == "rlds"
+    source = open_source("rlds", str(folder), layout="bridge_v2", split="train")
+    assert [key.rpartition("/")[2] for key in source.keys()] == ["000000", "000001", "000000"]
+    for seed, (key, length) in enumerate(zip(source.keys(), (7, 8, 9), strict=True)):
+        episode, meant = source.read(key), bridge_episode(length, seed)
+        check(episode, QualityLimits())
+        assert episode.images["static"] == meant["steps/observation/image_0"]
+        assert np.allclose(episode.actions, meant["steps/action"]) and episode.embodiment == "widowx"
+        assert episode.spans == (Span(0, length, "put the carrot on the plate", "put the carrot on the plate"),)
+    with pytest.raises(NotFound, match="split 'val'"):
+        open_source("rlds", str(folder), layout="bridge_v2", split="val")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"option layout: one of bridge_v2, droid, fractal.*cameras, state, action"),
+        ({"layout": "fractal"}, "does not say what its actions mean"),
+        ({"layout": {"cameras": {}, "state": ["s"], "action": ["a"], "rate_hz": 5}}, "layout: cameras"),
+        ({"layout": "bridge_v2", "action_space": "libero"}, "runs at 5 Hz, the action space libero"),
+    ],
+)
+def test_rlds_that_is_not_declared_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_source("rlds", str(write_bridge(tmp_path / "set")), **options)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("flip", "unreadable_frame"),
+        ("flip length", "unreadable_frame"),
+        ("cut", "unreadable_frame"),
+        ("no feature", "schema"),
+        ("bytes", "dtype"),
+        ("short", "frame_count"),
+    ],
+)
+def test_a_damaged_record_is_one_bad_episode(tmp_path: Path, how: str, reason: str) -> None:
+    folder = write_bridge(tmp_path / "set", [(7, 8)])
+    path = next(folder.glob("*tfrecord*"))
+    data = bytearray(path.read_bytes())
+    first, second = bridge_episode(7, 0), bridge_episode(8, 1)
+    if how in ("flip", "flip length", "cut"):
+        second_start = len(data) - len(example_bytes(second)) - 16
+        if how == "cut":
+            data = data[:-30]
+        else:
+            data[second_start + (3000 if how == "flip" else 2)] ^= 4
+        path.write_bytes(data)
+    else:
+        changes = {
+            "no feature": {"steps/action": None},
+            "bytes": {"steps/action": [b"x"]},
+            "short": {"steps/action": second["steps/action"][:7]},
+        }
+        broken = {k: v for k, v in (second | changes[how]).items() if v is not None}
+        write_records(path, [example_bytes(first), example_bytes(broken)])
+    source = open_source("rlds", str(folder), layout="bridge_v2")
+    good, bad = source.keys()
+    assert len(source.read(good)) == 7
+    with pytest.raises(BadEpisode) as caught:
+        source.read(bad)
+    assert caught.value.reason == reason
+
+
+def test_records_are_read_in_any_order(tmp_path: Path) -> None:
+    write_records(tmp_path / "r", [bytes([n]) * (n + 1) for n in range(5)])
+    file = RecordFile(open_store(str(tmp_path)), "r")
+    assert [file.read(n)[0] for n in (4, 0, 2)] == [4, 0, 2] and file.count() == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- HDF5
+
+CONTROLLER = {
+    "type": "OSC_POSE",
+    "control_delta": True,
+    "input_max": 1,
+    "input_min": -1,
+    "output_max": [0.05] * 3 + [0.5] * 3,
+}
+
+
+def write_libero(path: Path, lengths: Sequence[int] = (STEPS, 9, *([5] * 9)), **controller: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        settings = {"controller_configs": CONTROLLER | controller, "control_freq": 20}
+        data.attrs["env_args"] = json.dumps({"env_name": "Libero", "env_kwargs": settings})
+        data.attrs["problem_info"] = json.dumps({"language_instruction": ["turn on the stove"]})
+        for number, length in enumerate(lengths):
+            demo = data.create_group(f"demo_{number}")
+            actions = np.sin(np.arange(length * 7.0).reshape(length, 7))
+            actions[:, 6] = np.sign(actions[:, 6])
+            demo["actions"] = actions
+            frames = np.stack(pictures(length, seed=number))
+            demo["obs/agentview_rgb"] = frames[:, ::-1]
+            demo["obs/eye_in_hand_rgb"] = frames[:, ::-1]
+            for name, width in (("ee_states", 6), ("gripper_states", 2), ("joint_states", 7)):
+                demo[f"obs/{name}"] = np.full((length, width), float(number))
+        file["mask/train"] = np.array([b"demo_0", b"demo_10"])
+    return path
+
+
+def test_libero_demonstrations_stand_upright_and_say_what_they_do(tmp_path: Path) -> None:
+    path = write_libero(tmp_path / "kitchen" / "stove_demo.hdf5")
+    assert detect_format(str(tmp_path)) == "hdf5"
+    source = open_source("hdf5", str(tmp_path))
+    assert [key.rpartition("/")[2] for key in source.keys()] == [f"demo_{n}" for n in range(11)]
+    episode = source.read("kitchen/stove_demo.hdf5/demo_1")
+    check(episode, QualityLimits())
+    assert episode.scene == "stove_demo" and episode.spans[0].text == "turn on the stove" and episode.rate_hz == 20
+    assert [dim.scale for dim in episode.action_space.dims[:6]] == [dim.scale for dim in LIBERO.dims[:6]]
+    assert (episode.state == 1).all() and episode.state.shape == (9, 15)
+    for mine, theirs in zip(episode.images["static"], pictures(9, seed=1), strict=True):
+        assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 3
+    assert len(open_source("hdf5", str(path)).keys()) == 11
+    assert [key[-7:] for key in open_source("hdf5", str(tmp_path), mask="train").keys()] == ["/demo_0", "demo_10"]
+
+
+def test_a_controller_without_deltas_has_to_be_declared(tmp_path: Path) -> None:
+    path = write_libero(tmp_path / "a.hdf5", [5], type="JOINT_VELOCITY")
+    with pytest.raises(ConfigError, match="does not say what its actions mean"):
+        open_source("hdf5", str(tmp_path)).read("a.hdf5/demo_0")
+    assert len(open_source("hdf5", str(path), action_space="libero").read("a.hdf5/demo_0")) == 5
+
+
+def test_broken_hdf5_spoils_its_own_demonstrations_only(tmp_path: Path) -> None:
+    write_libero(tmp_path / "a.hdf5", [5, 6])
+    write_libero(tmp_path / "b.hdf5", [5])
+    cut = (tmp_path / "b.hdf5").read_bytes()
+    (tmp_path / "b.hdf5").write_bytes(cut[: len(cut) // 2])
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        del file["data/demo_0/obs/agentview_rgb"]
+        file["data/demo_0/obs/agentview_rgb"] = np.zeros((5, 8, 8, 3), np.float32)
+    source = open_source("hdf5", str(tmp_path), layout="libero")
+    assert source.keys() == ["a.hdf5/demo_0", "a.hdf5/demo_1", "b.hdf5/unreadable"]
+    for key, reason in (("a.hdf5/demo_0", "dtype"), ("b.hdf5/unreadable", "unreadable_frame")):
+        with pytest.raises(BadEpisode) as caught:
+            source.read(key)
+        assert caught.value.reason == reason
+    assert len(source.read("a.hdf5/demo_1")) == 6
+
+
+# ------------------------------------------------------------------------------------------------------------ LLaVA
+
+
+def llava_row(image: str | None, *turns: str, **more: Any) -> dict[str, Any]:
+    said = [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(turns)]
+    return {"id": "x", **({} if image is None else {"image": image}), "conversations": said} | more
+
+
+def write_llava(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    frame = pictures(1)[0]
+    (folder / "a.jpg").write_bytes(encode_jpeg(frame))
+    Image.fromarray(frame).save(folder / "gif.tmp", "gif")
+    (folder / "gif.tmp").rename(folder / "b.jpg")
+    (folder / "c.jpg").write_bytes(b"no picture")
+    rows = [
+        llava_row("a.jpg", '<image>\nWhat is thère? "[{"', "A wave.", "Which colour?", "Ochre."),
+        llava_row("b.jpg", "What?\n<image>", "A gif."),
+        llava_row(None, "What is 2 + 2?", "4"),
+        llava_row("missing.jpg", "What?", "Nothing."),
+        llava_row("c.jpg", "What?", "Noise."),
+        llava_row("../secret.jpg", "What?", "A secret."),
+        llava_row("a.jpg", "What?", " "),
+        llava_row("a.jpg", "Who answers?"),
+        {"id": "y", "image": "a.jpg"},
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    return folder
+
+
+def test_llava_rows_become_questions_or_have_a_reason(tmp_path: Path) -> None:
+    folder = write_llava(tmp_path / "llava")
+    assert detect_format(str(folder)) == "llava"
+    source = open_source("llava", str(folder / "rows.json"))
+    reasons: list[str] = []
+    for key in source.keys():
+        try:
+            check(source.read(key), QualityLimits())
+        except BadEpisode as error:
+            reasons.append(error.reason)
+    assert reasons == ["no_image", "missing_frame", "unreadable_image", "bad_id", "empty_language", "schema", "schema"]
+    store = open_store(str(tmp_path / "store"))
+    found = ingest(
+        store, IngestConfig(format="llava", dataset="qa", min_accept_ratio=0.1, validation_fraction=0.5), str(folder)
+    )
+    assert (found["recordings"], found["steps"], sum(found["quarantined"].values())) == (2, 2, 7)
+    dataset = Dataset(store, load_manifest(store, "qa"))
+    assert {row.turns for row in dataset.qa} == {
+        (('What is thère? "[{"', "A wave."), ("Which colour?", "Ochre.")),
+        (("What?", "A gif."),),
+    }
+    first = dataset.read(0, [0], ["image_image"])["image_image"][0]
+    assert decode_image(first).shape == (32, 32, 3)
+
+
+def test_a_long_list_is_walked_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upvla.data.sources.llava._PIECE_BYTES", 37)
+    source = open_source("llava", str(write_llava(tmp_path / "llava")))
+    assert len(source.keys()) == 9 and source.read("00000001").talks[0].turns == (("What?", "A gif."),)
+    path = tmp_path / "llava" / "rows.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(Corrupt, match=r"rows\.json: byte \d+"):
+        open_source("llava", str(tmp_path / "llava")).keys()
+
+
+# ------------------------------------------------------------------------------------------------- the robot at home
+
+
+def test_the_documented_example_ingests(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "raw" / name / "front").mkdir(parents=True)
+        rows = np.tile([0.5, 0, -0.5, 1, 0.1, 0.2, 0.3], (6, 1)) + np.array([0, 0, 0, 0, 0, 0, len(name) / 10])
+        np.savetxt(tmp_path / "raw" / name / "log.csv", rows, delimiter=",")
+        (tmp_path / "raw" / name / "task.txt").write_text(f"task {name}\n")
+        for step, frame in enumerate(pictures(6, seed=ord(name[0]))):
+            (tmp_path / "raw" / name / "front" / f"{step:06d}.jpg").write_bytes(encode_jpeg(frame))
+    (tmp_path / "raw" / "two" / "front" / "000003.jpg").unlink()
+    store = open_store(str(tmp_path / "store"))
+    config = IngestConfig(format="examples.my_robot:MyRobot", dataset="mine")
+    found = ingest(store, config, str(tmp_path / "raw"))
+    assert (found["recordings"], found["steps"], found["quarantined"]) == (1, 6, {"unreadable_frame": 1})
+    assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 60
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        open_source("examples.my_robot:Nobody", str(tmp_path))
+
+
+def test_what_lies_there_decides_or_nothing_does(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no format that is known; declare one of: calvin"):
+        detect_format(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"options of format 'hdf5'.*layout, action_space, instruction, mask"):
+        open_source("hdf5", str(tmp_path), spam=1)

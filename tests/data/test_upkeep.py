@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.test_table import OPTIONS, make_episode, put, staged_of
+from tests.factories import write_calvin
+from upvla.data.commit import commit, remove
+from upvla.data.export import export_lerobot
+from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.sources import open_source
+from upvla.data.table import Dataset, EpisodeFilter
+from upvla.data.upkeep import collect_garbage, diff, history, list_datasets, remove_where, repair, verify
+from upvla.data.versions import list_tags, load_manifest, open_version, set_tag
+from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound, StoreError
+from upvla.images import decode_image
+from upvla.store import LocalStore, Store, open_store
+
+
+def test_removed_recordings_stay_out_and_older_versions_keep_them(store: Store) -> None:
+    first = put(store, range(6))
+    row = Dataset(store, first).episodes[2]
+    second = remove_where(store, "d", EpisodeFilter(keys=(row.source_key,)), "the lens was dirty")
+    assert (second.version, second.num_episodes, dict(second.quarantined)) == (2, 5, {"removed": 1})
+    assert second.operation == {"kind": "removed", "added": 0, "removed": 1, "because": "the lens was dirty"}
+    assert row.id not in {episode.id for episode in Dataset(store, second).episodes}
+    assert row.id in {episode.id for episode in Dataset(store, load_manifest(store, "d", 1)).episodes}
+    assert put(store, range(6)) == second  # the same content does not come back
+    third = put(store, range(8))
+    assert (third.num_episodes, third.parent) == (7, 2)
+    assert diff(store, "d@1", "d@3")["removed"] == [row.source_key]
+    assert len(diff(store, "d@1", "d@3")["added"]) == 2
+    changed = {key: value for key, value in diff(store, "d@1", "d@3").items() if key in ("steps", "quarantined")}
+    assert changed == {"steps": 12, "quarantined": {"removed": 1}}
+    assert [entry["operation"]["kind"] for entry in history(store, "d")] == ["append", "removed", "append"]
+    assert list_datasets(store) == ["d"]
+
+
+def test_statistics_forget_what_was_removed(tmp_path: Path) -> None:
+    store, alone = open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+    put(store, range(6), fraction=0.0)
+    gone = [
+        row.id for row in Dataset(store, load_manifest(store, "d")).episodes if row.source_key in ("key-4", "key-5")
+    ]
+    assert remove(store, "d", gone, "test").stats_id == put(alone, range(4), fraction=0.0).stats_id
+
+
+def test_filters_that_mean_everything_or_nothing_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, range(3))
+    for where, message in (
+        (EpisodeFilter(), "would remove everything"),
+        (EpisodeFilter(scenes=("Z",)), "no recording fits"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            remove_where(store, "d", where, "test")
+    with pytest.raises(Corrupt, match="remove every recording"):
+        remove_where(store, "d", EpisodeFilter(min_steps=1), "test")
+    assert load_manifest(store, "d").version == 1
+
+
+def test_tags_name_versions_and_move_only_on_purpose(store: Store) -> None:
+    put(store, range(2))
+    put(store, range(3))
+    set_tag(store, "d", "golden", 1)
+    set_tag(store, "d", "golden", 1)
+    assert open_version(store, "d@golden").version == 1 and open_version(store, "d").version == 2
+    with pytest.raises(AlreadyExists):
+        set_tag(store, "d", "golden", 2)
+    set_tag(store, "d", "golden", 2, move=True)
+    assert list_tags(store, "d") == {"golden": 2} and open_version(store, "d@2").version == 2
+    with pytest.raises(NotFound, match="no version or tag 'silver'; tags: golden"):
+        open_version(store, "d@silver")
+    with pytest.raises(NotFound):
+        set_tag(store, "d", "late", 9)
+    with pytest.raises(ConfigError, match="is no tag"):
+        set_tag(store, "d", "7", 1)
+
+
+def test_garbage_is_what_no_version_has(store: Store) -> None:
+    put(store, [0, 1])
+    put(store, [2])
+    gone = [
+        row.id for row in Dataset(store, load_manifest(store, "d")).episodes if row.source_key in ("key-0", "key-1")
+    ]
+    remove(store, "d", gone, "test")
+    staged_of(store, [make_episode(9)])  # an ingest that never committed
+    root = store.sub("datasets/d")
+    before = set(root.list())
+    assert collect_garbage(store, "d")["objects"] == []  # all of it is young
+    orphans = collect_garbage(store, "d", grace_s=0, dry_run=True)["objects"]
+    assert {key.split("/")[0] for key in orphans} == {"data", "index"} and set(root.list()) == before
+    collect_garbage(store, "d", grace_s=0)
+    assert set(root.list()) == before - set(orphans)
+    assert [verify(store, load_manifest(store, "d", version)) for version in (1, 2, 3)] == [[], [], []]
+    set_tag(store, "d", "keep", 1)
+    found = collect_garbage(store, "d", grace_s=0, keep_versions=1)
+    assert found["versions"] == [2] and root.list("_manifest/v") == [
+        "_manifest/v00000001.json",
+        "_manifest/v00000003.json",
+    ]
+    assert verify(store, load_manifest(store, "d", 1)) == verify(store, load_manifest(store, "d", 3)) == []
+    assert put(store, [5]).version == 4
+
+
+def test_a_clock_that_is_wrong_deletes_nothing_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+    put(store, [0])
+    staged_of(store, [make_episode(9)])
+    real = time.time
+    for number, skew in enumerate((3600.0, -3600.0, 30 * 24 * 3600.0)):
+        monkeypatch.setattr(time, "time", lambda skew=skew: real() + skew)
+        assert collect_garbage(store, "d", grace_s=1800)["objects"] == []
+        put(store, [1 + number])
+    assert load_manifest(store, "d").version == 4  # versions are counted, not timed
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_damage_is_found_and_repaired_from_the_source(tmp_path: Path, how: str) -> None:
+    store = open_store(str(tmp_path / "store"))
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=0)
+    ingest(store, config, str(raw))
+    manifest = load_manifest(store, "d")
+    assert verify(store, manifest) == [] and repair(store, "d") == (manifest, [])
+    path = tmp_path / "store" / "datasets" / "d" / manifest.shards[1].key
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data if how == "flip" else data[:-9])
+    (damage,) = verify(store, manifest)
+    assert damage.key == manifest.shards[1].key and len(damage.episodes) == 1
+    repaired, damages = repair(store, "d")
+    assert (repaired.version, repaired.num_episodes, damages) == (2, 2, [damage])
+    assert dict(repaired.quarantined) == {"damaged": 1} and verify(store, repaired) == []
+    back = ingest(store, config, str(raw))
+    assert (back["version"], back["recordings"], back["quarantined"]) == (3, 3, {})
+    assert verify(store, load_manifest(store, "d")) == [] and verify(store, manifest) == []  # the old version too
+    assert load_manifest(store, "d").content_id == manifest.content_id
+
+
+def test_damaged_descriptions_are_not_repaired_but_named(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = put(store, range(3))
+    (tmp_path / "datasets" / "d" / f"stats/{manifest.stats_id}.json").write_text("{}")
+    (damage,) = verify(store, manifest)
+    assert damage.key == f"stats/{manifest.stats_id}.json"
+    with pytest.raises(NotFound, match=r"stats/.*cannot be rebuilt"):
+        repair(store, "d")
+
+
+def test_anybodys_reader_opens_the_tables(tmp_path: Path) -> None:
+    manifest = put(open_store(str(tmp_path)), range(3))
+    path = tmp_path / "datasets" / "d" / manifest.shards[0].key
+    expected = make_episode(0).actions
+    assert np.array_equal(np.stack(pq.read_table(path)["action"].to_pylist()[:12]).astype(np.float32), expected)
+    assert np.array_equal(np.stack(pd.read_parquet(path)["action"].to_list()[:12]), expected)
+    rows = duckdb.sql(f"select step, action[1], octet_length(image_static) from '{path}' order by timestamp").fetchall()
+    assert len(rows) == 36 and all(size > 100 for _, _, size in rows)
+    assert sorted({round(value, 5) for step, value, _ in rows if step == 0}) == sorted(
+        {round(float(make_episode(i).actions[0, 0]), 5) for i in range(3)}
+    )
+
+
+class _Forgetful(LocalStore):
+    """A store that takes `create` for `write`, as some S3 clones do."""
+
+    def create(self, key: str, data: bytes) -> None:
+        self.write(key, data)
+
+
+def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upvla.data.commit.open_store", _Forgetful)
+    store = _Forgetful(str(tmp_path))
+    with pytest.raises(StoreError, match="If-None-Match"):
+        commit(store, "d", [staged_of(store, [make_episode(0)])], validation_fraction=0.2, options=OPTIONS)
+    assert store.list("datasets/d/_manifest") == []
+
+
+def test_descriptions_of_other_formats_are_read_or_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, range(2))
+    root = store.sub("datasets/d")
+    value = root.read_json("_manifest/v00000001.json")
+    old = {key: part for key, part in value.items() if key not in ("format", "operation")}
+    root.write_json("_manifest/v00000002.json", old | {"version": 2})
+    assert Dataset(store, load_manifest(store, "d", 2)).episodes and load_manifest(store, "d", 2).format == 1
+    root.write_json("_manifest/v00000003.json", value | {"format": 99})
+    with pytest.raises(Mismatch, match=r"format 99.*upgrade upvla"):
+        load_manifest(store, "d", 3)
+
+
+def test_an_export_is_read_back_by_the_lerobot_source(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    manifest = put(store, range(3))
+    dataset, target = Dataset(store, manifest), open_store(str(tmp_path / "out"))
+    found = export_lerobot(dataset, target)
+    assert (found["recordings"], found["steps"]) == (3, 36)
+    source = open_source("lerobot", target.url)  # it says itself what its actions mean
+    for number, key in enumerate(source.keys()):
+        row, episode = dataset.episodes[number], source.read(key)
+        original = dataset.read(number, range(row.length), ["action", "state", "image_static"])
+        assert np.array_equal(episode.actions, original["action"]) and np.array_equal(episode.state, original["state"])
+        assert episode.images["static"] == original["image_static"] and episode.action_space == manifest.action_space
+        assert episode.spans[0].text == row.spans[0].text
+    tasks = pd.read_parquet(tmp_path / "out" / "meta" / "tasks.parquet")
+    assert list(tasks.columns) == ["task_index"] and tasks.iloc[0].name == dataset.episodes[0].spans[0].text
+    stats = target.read_json("meta/stats.json")
+    everything = np.concatenate([dataset.read(i, range(12), ["action"])["action"] for i in range(3)])
+    assert np.allclose(stats["action"]["mean"], everything.mean(0), atol=1e-5)
+    assert np.allclose(stats["action"]["std"], everything.std(0), atol=1e-5)
+    frame = decode_image(dataset.read(0, [0], ["image_static"])["image_static"][0])
+    assert np.shape(stats["observation.images.static"]["mean"]) == (3, 1, 1) and frame.shape[2] == 3
+    with pytest.raises(AlreadyExists, match="not empty"):
+        export_lerobot(dataset, target)
+
+
+def test_statistics_name_the_dimension_that_differs() -> None:
+    from upvla.data.stats import Normalizer, Statistics, Summary
+
+    rng = np.random.Generator(np.random.Philox(0))
+    values = rng.normal(0, 1, (500, 3)).astype(np.float32)
+    stats = Statistics.merged([{"action": Summary.of(values)}])
+    stats.require_equal(stats, ours="a", theirs="b")
+    feature = stats.features["action"]
+    for change, message in (
+        (
+            {"mean": (*feature.mean[:2], float(np.nextafter(feature.mean[2], 9)))},
+            "action dimension 2 differs in mean: the model",
+        ),
+        ({"q99": feature.q99[::-1]}, "action dimension 0 differs in q99"),
+        ({"mean": feature.mean[:2]}, "action has 3 dimensions in the model, 2 in the data"),
+    ):
+        other = Statistics({"action": replace(feature, **change)})  # type: ignore[arg-type]
+        with pytest.raises(Mismatch, match=message):
+            stats.require_equal(other, ours="the model", theirs="the data")
+    with pytest.raises(Mismatch, match="'state' is only in the data"):
+        stats.require_equal(Statistics({**stats.features, "state": feature}), ours="the model", theirs="the data")
+    values[:, 1] = 0
+    values[3, 1] = 3.2  # a dimension that moves once in 500 steps
+    values[:, 2] = 7
+    sparse = Statistics.merged([{"action": Summary.of(values)}])
+    assert [(f.dim, f.fatal) for f in sparse.check()] == [(1, False), (2, False)]
+    assert np.abs(Normalizer(sparse.features["action"], "quantile").normalise(values)).max() < 8
+    broken = Statistics({"action": replace(feature, std=(float("nan"), *feature.std[1:]))})
+    assert [(f.dim, f.fatal) for f in broken.check()] == [(0, True)]

@@ -1,0 +1,179 @@
+"""Bad input (T7, T8): whatever is wrong with a recording, it is rejected under its reason and nothing of it runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.factories import write_calvin
+from upvla.data.quality import REASONS, QualityLimits, check
+from upvla.data.sources import open_source
+from upvla.data.sources.pickles import UnsafePickle, read_object_npy
+from upvla.errors import BadEpisode, Corrupt
+from upvla.types import Episode, Span
+
+MUTATIONS = 1000
+LIMITS = QualityLimits(frozen_steps=8)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_calvin(tmp_path_factory.mktemp("raw"), (8,), static=(24, 24, 3), gripper=(16, 16, 3))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(path))
+
+
+def _file_faults(rng: np.random.Generator, path: Path) -> tuple[set[str], Callable[[], object]]:
+    """(reasons that are right, the act) of one fault in one frame's file."""
+    data, arrays = path.read_bytes(), _arrays(path)
+    name = str(rng.choice(["rel_actions", "actions", "robot_obs", "scene_obs"]))
+    place = int(rng.integers(len(arrays[name])))
+
+    def changed(name: str, value: Any) -> Callable[[], object]:
+        return lambda: np.savez(path, **{**arrays, name: value})
+
+    def bomb() -> None:
+        np.savez(path, **{k: v for k, v in arrays.items() if k != "robot_obs"})
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("robot_obs.npy", bytes(65 << 20))
+
+    poisoned = arrays[name].astype(float)
+    poisoned[place] = rng.choice([np.nan, np.inf, -np.inf])
+    far = arrays["rel_actions"].copy()
+    far[int(rng.integers(6))] = rng.choice([-1, 1]) * rng.uniform(1.1, 50)
+    between = arrays["rel_actions"].copy()
+    between[6] = rng.uniform(-0.9, 0.9)
+    faults: list[tuple[set[str], Callable[[], object]]] = [
+        ({"unreadable_frame"}, lambda: path.write_bytes(data[: int(rng.integers(len(data) - 1))])),
+        ({"missing_frame"}, path.unlink),
+        ({"missing_array"}, lambda: np.savez(path, **{k: v for k, v in arrays.items() if k != name})),
+        ({"non_finite"}, changed(name, poisoned)),
+        ({"shape"}, changed(name, arrays[name][:-1])),
+        ({"shape"}, changed(name, np.zeros((3, 100_000)))),
+        ({"dtype"}, changed(name, np.array(["x"] * len(arrays[name])))),
+        ({"dtype"}, changed("rgb_static", arrays["rgb_static"].astype(np.float32))),
+        ({"shape"}, changed("rgb_static", arrays["rgb_static"][:, :, 0])),
+        ({"shape"}, changed("rgb_gripper", arrays["rgb_gripper"][:-2])),
+        ({"unsafe_pickle"}, changed(name, np.array([{"a": 1}], object))),
+        ({"zip_bomb"}, bomb),
+        ({"action_bounds"}, changed("rel_actions", far)),
+        ({"gripper_value"}, changed("rel_actions", between)),
+    ]
+    return faults[int(rng.integers(len(faults)))]
+
+
+def _episode_fault(rng: np.random.Generator, episode: Episode) -> tuple[str, dict[str, Any]]:
+    times, step = episode.timestamps.copy(), int(rng.integers(1, len(episode)))
+    reversed_ = times.copy()
+    reversed_[step] = reversed_[step - 1] - rng.uniform(0, 1)
+    gap = times + (np.arange(len(times)) >= step) * rng.uniform(0.1, 100)
+    static, span = list(episode.images["static"]), Span(0, 4, "open", "open")
+    noise = rng.integers(0, 256, 200, dtype=np.uint8).tobytes()
+    faults: list[tuple[str, dict[str, Any]]] = [
+        ("time", {"timestamps": reversed_}),
+        ("time", {"timestamps": gap}),
+        ("empty_language", {"spans": (replace(span, text=str(rng.choice(["", " ", "\n\t"]))),)}),
+        ("span_range", {"spans": (replace(span, end=int(rng.integers(9, 10**6))),)}),
+        ("span_range", {"spans": (replace(span, start=-int(rng.integers(1, 9))),)}),
+        ("bad_id", {"id": str(rng.choice(["", "../x", "a/../b", "a\0b", "x" * 600, "a\nb"]))}),
+        ("unreadable_image", {"images": {**episode.images, "static": [noise, *static[1:]]}}),
+        ("unreadable_image", {"images": {**episode.images, "static": [*static[:-1], static[-1][:60]]}}),
+        ("frozen_camera", {"images": {**episode.images, "static": static[:1] * len(static)}}),
+        (
+            "too_short",
+            {
+                name: getattr(episode, name)[:1]
+                for name in ("timestamps", "state", "actions", "absolute_actions", "scene_state")
+            }
+            | {"images": {camera: frames[:1] for camera, frames in episode.images.items()}, "spans": ()},
+        ),
+        ("frame_count", {"actions": episode.actions[:-1]}),
+    ]
+    return faults[int(rng.integers(len(faults)))]
+
+
+def test_a_thousand_mutated_recordings_are_each_rejected_for_the_right_reason(recording: Path) -> None:
+    rng = np.random.Generator(np.random.Philox(7))
+    source, key = open_source("calvin", str(recording)), "0000000-0000007"
+    whole = source.read(key)
+    check(whole, LIMITS)
+    found: Counter[str] = Counter()
+    for number in range(MUTATIONS):
+        path = recording / f"episode_{int(rng.integers(8)):07d}.npz"
+        saved = path.read_bytes()
+        if number % 4 == 0:
+            right, damage = _file_faults(rng, path)
+            damage()
+        else:
+            reason, change = _episode_fault(rng, whole)
+            right = {reason}
+        with pytest.raises(BadEpisode) as caught:
+            check(source.read(key) if number % 4 == 0 else replace(whole, **change), LIMITS)
+        path.write_bytes(saved)
+        assert caught.value.reason in right, (number, right, str(caught.value))
+        found[caught.value.reason] += 1
+    check(source.read(key), LIMITS)
+    assert sum(found.values()) == MUTATIONS and found.keys() <= REASONS.keys() and len(found) >= 16
+
+
+class _Call:
+    def __init__(self, function: Any, *arguments: Any):
+        self._call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def _payloads(canary: Path) -> list[bytes]:
+    """Pickles that would make `canary`, or import what could: every protocol, plain, nested, through numpy's names."""
+    make: list[Any] = [
+        _Call(os.mkdir, str(canary)),
+        _Call(os.system, f"touch {canary}"),
+        _Call(eval, f"__import__('os').mkdir({str(canary)!r})"),
+        _Call(exec, f"open({str(canary)!r}, 'w')"),
+        _Call(open, str(canary), "w"),
+    ]
+    found = [pickle.dumps(value, protocol) for protocol in range(6) for value in make[:3]]
+    found += [pickle.dumps({"language": {"ann": [value]}}, 4) for value in make]
+    text = f"c{{}}\n{{}}\n(S'{canary}'\ntR."
+    names = (
+        "numpy.testing._private.utils runstring",
+        "numpy load",
+        "numpy.f2py.crackfortran myeval",
+        "builtins getattr",
+        "numpy.distutils.exec_command exec_command",
+        "pickle loads",
+        "functools partial",
+    )
+    found += [text.format(*name.split()).encode() for name in names]
+    return found
+
+
+def test_no_malicious_pickle_runs(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    payloads = _payloads(canary)
+    assert len(payloads) >= 30
+    head = io.BytesIO()
+    np.save(head, np.array({"a": 1}, object), allow_pickle=True)
+    header = head.getvalue()[: head.getvalue().index(b"\n") + 1]
+    for payload in payloads:
+        with pytest.raises(UnsafePickle, match="nothing of it was run"):
+            read_object_npy(header + payload, "auto_lang_ann.npy")
+        assert not canary.exists()
+    for size in range(0, len(header), 9):  # cut anywhere, it is damaged and no more
+        with pytest.raises(Corrupt):
+            read_object_npy(header[:size], "cut.npy")
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(payloads[-6])  # np.load of a file that is not there: trusted pickles do call

@@ -1,0 +1,238 @@
+"""Demonstrations in HDF5 files as robomimic writes them and LIBERO after it.
+
+    data/                      attributes: env_args (JSON: the controller's settings), LIBERO: problem_info (JSON)
+    data/demo_0/actions        f[T,7];  data/demo_0/obs/<key>  u8[T,H,W,3] or f[T,n]
+    mask/<split>               names of demonstrations; optional
+
+The controller's settings say what the actions mean, so they are not asked for. LIBERO's pictures are stored upside
+down and are turned. Frames are read and encoded in blocks: memory holds a few pictures, whatever the file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from upvla.data.actions import declared_space, joined
+from upvla.errors import BadEpisode, ConfigError, NotFound
+from upvla.images import encode_jpeg
+from upvla.store import Store, content_hash, open_store
+from upvla.types import ActionDim, ActionSpace, Episode, Span
+
+_MAGIC = b"\x89HDF\r\n\x1a\n"
+_BLOCK = 32  # frames read at a time
+
+
+class DemoMap(BaseModel):
+    """Which arrays of a demonstration are what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cameras: dict[str, str] = Field(min_length=1)
+    state: tuple[str, ...] = Field(min_length=1)
+    action: str = "actions"
+    upside_down: bool = False
+    embodiment: str = "franka_panda"
+
+
+LAYOUTS = {
+    "libero": DemoMap(
+        cameras={"static": "obs/agentview_rgb", "gripper": "obs/eye_in_hand_rgb"},
+        state=("obs/ee_states", "obs/gripper_states", "obs/joint_states"),
+        upside_down=True,
+    ),
+    "robomimic": DemoMap(
+        cameras={"static": "obs/agentview_image", "gripper": "obs/robot0_eye_in_hand_image"},
+        state=("obs/robot0_eef_pos", "obs/robot0_eef_quat", "obs/robot0_gripper_qpos"),
+    ),
+}
+
+
+class HDF5Source:
+    """Every demonstration of every HDF5 file under `url`, or of one file.
+
+    layout: a name of `LAYOUTS` or a `DemoMap`; by default the one whose arrays are there. instruction: for sets that
+    carry none. mask: take only the demonstrations that `mask/<mask>` lists.
+    """
+
+    format = "hdf5"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        layout: str | Mapping[str, Any] | None = None,
+        action_space: str | Mapping[str, Any] | None = None,
+        instruction: str = "",
+        mask: str = "",
+    ):
+        self.store = open_store(url)
+        self.notes: Mapping[str, int] = {}
+        self._layout, self._space, self._instruction, self._mask = layout, action_space, instruction, mask
+        self._tokens = _hdf5_files(self.store)
+        folder, _, name = self.store.url.rpartition("/")
+        if not self._tokens and folder and name:  # one file
+            self.store = open_store(folder)
+            self._tokens = {key: token for key, token in self.store.tokens(name).items() if key == name}
+        if not self._tokens:
+            raise NotFound(f"{url} holds no HDF5 files")
+        self._scratch = tempfile.TemporaryDirectory(prefix="upvla-hdf5-")
+        self._open: tuple[str, h5py.File, Path] | None = None
+
+    @staticmethod
+    def recognises(store: Store) -> bool:
+        return bool(_hdf5_files(store))
+
+    def keys(self) -> Sequence[str]:
+        return [f"{file}/{name}" for file in self._tokens for name in self._demos(file)]
+
+    def token(self, key: str) -> str:
+        options = [self._layout, self._space, self._instruction, self._mask]
+        return content_hash([self._tokens[key.rpartition("/")[0]], options])
+
+    def read(self, key: str) -> Episode:
+        file, _, name = key.rpartition("/")
+        try:
+            opened = self._file(file)
+            demo, layout = opened[f"data/{name}"], self._map(opened)
+            space = self._space_of(opened, file)
+            steps = len(_array(demo, layout.action, key))
+            images = {camera: _encoded(demo, path, layout, key) for camera, path in layout.cameras.items()}
+            state = joined([_array(demo, path, key)[()] for path in layout.state])
+            actions = np.asarray(_array(demo, layout.action, key)[()], np.float32)
+        except (OSError, RuntimeError) as error:  # what h5py raises for damaged files
+            raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
+        except KeyError as error:
+            raise BadEpisode("schema", f"{key}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise BadEpisode("dtype", f"{key}: {error}") from error
+        text = self._instruction or _language(opened)
+        return Episode(
+            id=key,
+            source=self.format,
+            embodiment=layout.embodiment,
+            scene=file.rpartition("/")[2].rpartition(".")[0],
+            action_space=space,
+            rate_hz=1 / space.dt_s,
+            timestamps=np.arange(steps) * space.dt_s,
+            images=images,
+            state=state,
+            actions=actions,
+            spans=(Span(0, steps, text, text),) if text else (),
+        )
+
+    def _file(self, key: str) -> h5py.File:
+        if self._open is None or self._open[0] != key:
+            if self._open is not None:
+                self._open[1].close()
+                if self._open[2].is_relative_to(self._scratch.name):
+                    self._open[2].unlink()
+            path = self.store.local_copy(key, self._scratch.name)
+            self._open = None
+            self._open = (key, h5py.File(path, "r"), path)
+        return self._open[1]
+
+    def _demos(self, file: str) -> list[str]:
+        """Names in order of their numbers. A file that does not open counts as one, and reading that says why."""
+        try:
+            opened = self._file(file)
+            names = [name.decode() for name in opened[f"mask/{self._mask}"]] if self._mask else list(opened["data"])
+        except (OSError, RuntimeError, KeyError):
+            return ["unreadable"]
+        return sorted(names, key=lambda name: (len(name), name))
+
+    def _map(self, opened: h5py.File) -> DemoMap:
+        if isinstance(self._layout, str) and self._layout in LAYOUTS:
+            return LAYOUTS[self._layout]
+        if isinstance(self._layout, Mapping):
+            try:
+                return DemoMap.model_validate(self._layout)
+            except ValidationError as error:
+                raise ConfigError(f"{self.store.url}: layout: {error}") from error
+        demo = opened["data"][next(iter(opened["data"]))]
+        fits = [m for m in LAYOUTS.values() if all(path in demo for path in m.cameras.values())]
+        if len(fits) != 1 or self._layout:
+            raise ConfigError(
+                f"{self.store.url}: say which arrays are what with the option layout: one of {', '.join(LAYOUTS)}, or "
+                f"a mapping of {', '.join(DemoMap.model_fields)}"
+            )
+        return fits[0]
+
+    def _space_of(self, opened: h5py.File, file: str) -> ActionSpace:
+        """As declared, or as the recording's own controller settings say."""
+        if self._space is not None:
+            return declared_space(self._space, f"HDF5 file {file}")
+        try:
+            settings = json.loads(opened["data"].attrs["env_args"])["env_kwargs"]
+            return controller_space(settings)
+        except (KeyError, TypeError, ValueError):
+            return declared_space(
+                None, f"HDF5 file {self.store.url}/{file} (no OSC_POSE settings in data.attrs['env_args'])"
+            )
+
+
+def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
+    """The action space of robosuite's OSC_POSE controller in delta mode. `ValueError` for any other."""
+    controller = settings["controller_configs"]
+    controller = controller[0] if isinstance(controller, list) else controller
+    controller = controller.get("body_parts", {}).get("right", controller)  # composite controllers, robosuite >= 1.5
+    if controller["type"] != "OSC_POSE" or not controller.get("control_delta", True):
+        raise ValueError(f"controller {controller['type']} is not OSC_POSE with deltas")
+    scale = [float(value) / float(controller.get("input_max", 1)) for value in controller["output_max"]]
+    low, high = float(controller.get("input_min", -1)), float(controller.get("input_max", 1))
+    names, dt_s = ("dx", "dy", "dz", "drx", "dry", "drz"), 1 / float(settings["control_freq"])
+    dims = [
+        ActionDim(name, "m", "world", "relative", scale[i], low, high)
+        if i < 3
+        else ActionDim(name, "rad", "world", "relative", scale[i], low, high, "axis_angle")
+        for i, name in enumerate(names)
+    ]
+    gripper = ActionDim("gripper", "gripper", "none", "absolute", convention="-1=open,+1=close,continuous")
+    return ActionSpace("osc_pose", (*dims, gripper), dt_s)
+
+
+def _hdf5_files(store: Store) -> dict[str, str]:
+    """Objects that begin with HDF5's signature, whatever they are called; names only save looking into pictures."""
+    plain = (".json", ".jpg", ".png", ".mp4", ".parquet", ".npz", ".npy", ".txt", ".md")
+    return {
+        key: token
+        for key, token in store.tokens().items()
+        if not key.endswith(plain) and (key.endswith((".hdf5", ".h5")) or _begins_so(store, key))
+    }
+
+
+def _begins_so(store: Store, key: str) -> bool:
+    return store.size(key) >= len(_MAGIC) and store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
+
+
+def _array(demo: h5py.Group, path: str, key: str) -> h5py.Dataset:
+    if path not in demo:
+        raise BadEpisode("schema", f"{key}: there is no array {path!r}")
+    return demo[path]
+
+
+def _encoded(demo: h5py.Group, path: str, layout: DemoMap, key: str) -> list[bytes]:
+    frames = _array(demo, path, key)
+    if frames.dtype != np.uint8:
+        raise BadEpisode("dtype", f"{key}: {path} is {frames.dtype}, pictures are uint8")
+    if frames.ndim != 4 or frames.shape[3] != 3:
+        raise BadEpisode("shape", f"{key}: {path} is {frames.shape}, must be (T, H, W, 3)")
+    turned = slice(None, None, -1 if layout.upside_down else 1)
+    blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
+    return [encode_jpeg(frame[turned]) for block in blocks for frame in block]
+
+
+def _language(opened: h5py.File) -> str:
+    """LIBERO's instruction; its writer wraps it in a list now and then, or in quotes."""
+    try:
+        text = json.loads(opened["data"].attrs["problem_info"])["language_instruction"]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return str("".join(text) if isinstance(text, list) else text).strip().strip('"')

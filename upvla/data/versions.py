@@ -1,0 +1,149 @@
+"""Versions of a dataset: manifests and tags, and what every version's recordings are split into.
+
+A version is `_manifest/v00000001.json`, created once and never changed; a tag is a name for one, `_tags/<name>.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from upvla.data.shards import Rejection, refs
+from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound
+from upvla.store import Store, open_store
+from upvla.types import ActionSpace, Manifest, ShardRef
+
+Split = Literal["train", "validation"]
+FORMAT = 2
+"""Of manifests: 2 added removed recordings and further rounds of questions; 1 is read as it is."""
+
+_TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+
+
+def dataset_root(store: Store, dataset: str) -> Store:
+    return store.sub(f"datasets/{dataset}")
+
+
+def newest_manifest(store: Store, dataset: str) -> Manifest | None:
+    versions = list_versions(store, dataset)
+    return load_manifest(store, dataset, versions[-1]) if versions else None
+
+
+def load_manifest(store: Store, dataset: str, version: int | str | None = None) -> Manifest:
+    """A version by number or tag, or the newest. `NotFound` where there is none."""
+    root = dataset_root(store, dataset)
+    if version is None:
+        found = newest_manifest(store, dataset)
+        if found is None:
+            raise NotFound(f"{root.url} holds no dataset; `upvla ingest` makes one")
+        return found
+    if isinstance(version, str):
+        version = int(version) if version.isdigit() else _tagged(root, version)
+    value = root.read_json(manifest_key(version))
+    try:
+        if value.get("format", 1) > FORMAT:
+            raise Mismatch(
+                f"{root.url}/{manifest_key(version)} is of format {value['format']}, this upvla reads up to {FORMAT}; "
+                "upgrade upvla, or read an older version"
+            )
+        return Manifest(
+            **value
+            | {name: refs(value[name]) for name in ("shards", "index", "qa")}
+            | {
+                "action_space": ActionSpace.from_json(value["action_space"]),
+                "cameras": tuple(value["cameras"]),
+                "quarantine": ShardRef(**value["quarantine"]) if value["quarantine"] else None,
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Corrupt(f"{root.url}/{manifest_key(version)}: {error!r}; use the version before") from error
+
+
+def open_version(store: Store, name: str) -> Manifest:
+    """`dataset`, `dataset@version` or `dataset@tag`."""
+    dataset, _, version = name.partition("@")
+    return load_manifest(store, dataset, version or None)
+
+
+def list_versions(store: Store, dataset: str) -> list[int]:
+    """Numbers of the versions that are still there, oldest first."""
+    return [int(key[-13:-5]) for key in dataset_root(store, dataset).list("_manifest/v")]
+
+
+def set_tag(store: Store, dataset: str, tag: str, version: int, *, move: bool = False) -> None:
+    """Name a version. A tag that means another version is moved only if asked to."""
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(f"{tag!r} is no tag: a letter, then letters, digits, '.', '_' and '-'")
+    root, manifest = dataset_root(store, dataset), load_manifest(store, dataset, version)
+    value = {"version": version, "content_id": manifest.content_id}
+    try:
+        root.create_json(_tag_key(tag), value)
+    except AlreadyExists:
+        if root.read_json(_tag_key(tag)) == value:
+            return
+        if not move:
+            raise
+        root.write_json(_tag_key(tag), value)
+
+
+def list_tags(store: Store, dataset: str) -> dict[str, int]:
+    root = dataset_root(store, dataset)
+    return {key[len("_tags/") : -len(".json")]: root.read_json(key)["version"] for key in root.list("_tags/")}
+
+
+def assign_splits(ids: Sequence[str], fraction: float, forced: Mapping[str, Split]) -> dict[str, Split]:
+    """By hash of the id, so that a recording never changes sides; where a side would be empty (and there are two
+    recordings), the nearest one is forced onto it, and stays there in later versions."""
+    splits: dict[str, Split] = {i: forced.get(i) or ("validation" if draw(i) < fraction else "train") for i in ids}
+    order = sorted(ids, key=draw)
+    if fraction > 0 and len(ids) > 1:
+        if "validation" not in splits.values():
+            splits[order[0]] = "validation"
+        if "train" not in splits.values():
+            splits[order[-1]] = "train"
+    return splits
+
+
+def draw(identity: str) -> float:
+    """Of a recording's id, uniform in [0, 1)."""
+    return int(hashlib.sha256(f"split/{identity}".encode()).hexdigest()[:13], 16) / 16**13
+
+
+def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
+    """Rows of one index object. Its name is its content, so what was read once need not be read again."""
+    return _cached_index(root.url, ref.key)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_index(url: str, key: str) -> list[dict[str, Any]]:
+    data = open_store(url).read(key)  # small: one request instead of an open file's three
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    return rows
+
+
+def read_quarantine(root: Store, manifest: Manifest) -> list[Rejection]:
+    if manifest.quarantine is None:
+        return []
+    return [Rejection(**row) for row in root.parquet(manifest.quarantine.key).read().to_pylist()]
+
+
+def manifest_key(version: int) -> str:
+    return f"_manifest/v{version:08d}.json"
+
+
+def _tag_key(tag: str) -> str:
+    return f"_tags/{tag}.json"
+
+
+def _tagged(root: Store, tag: str) -> int:
+    try:
+        return int(root.read_json(_tag_key(tag))["version"])
+    except NotFound as error:
+        known = [key[len("_tags/") : -len(".json")] for key in root.list("_tags/")]
+        raise NotFound(f"{root.url} has no version or tag {tag!r}; tags: {', '.join(known) or 'none'}") from error
