@@ -272,6 +272,15 @@ def test_prompts_over_budget_are_refused_when_acting_and_asking(batch: Batch) ->
     assert torch.isfinite(actions).all()
 
 
+@pytest.mark.slow
+def test_block_masks_read_forward_on_a_cpu_change_nothing_beyond_rounding(batch: Batch) -> None:
+    plain, flex = (mini_model(backbone={"attention": kind}) for kind in ("sdpa", "flex"))
+    with torch.no_grad():
+        expected, found = plain(batch).objectives, flex(batch).objectives
+    for name in OBJECTIVES:
+        torch.testing.assert_close(found[name].total, expected[name].total, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.gpu
 def test_block_masks_on_a_gpu_change_nothing_beyond_rounding(batch: Batch) -> None:
     if not torch.cuda.is_available():
