@@ -36,6 +36,7 @@ from upvla.images import decode_image, resize
 from upvla.launch.cluster import connected
 from upvla.launch.evaluate import map_chains
 from upvla.launch.pretrain import Pretraining
+from upvla.launch.train import ALLOCATOR
 from upvla.model.vq import to_frames
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig, wilson
 from upvla.rollout.policy import UPVLAPolicy
@@ -286,6 +287,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_ADDRESS", "local")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let training yield to everything else here
+    os.environ.update(ALLOCATOR)
     with tempfile.TemporaryDirectory(prefix="learning-gate-") as scratch:
         home = (options.home or Path(scratch)).resolve()
         options.pictures.mkdir(parents=True, exist_ok=True)

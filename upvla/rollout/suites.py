@@ -98,6 +98,6 @@ class Judge:
         self, envs: dict[str, PlaytableEnv], policy: Policy, index: int, chain: Chain, film: Film | None = None
     ) -> ChainRecord:
         if chain.scene not in envs:
-            envs[chain.scene] = PlaytableEnv(chain.scene)
+            envs[chain.scene] = PlaytableEnv(chain.scene, cameras=self.policy not in REFERENCES)
         rules = Rules(tasks.succeeded, tasks.instruction, self.config.max_steps, self.config.replan)
         return run_chain(envs[chain.scene], policy, chain, index, rules, film)

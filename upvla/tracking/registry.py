@@ -73,7 +73,7 @@ class Registry:
             self._client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
             self._client.finalize_logged_model(model.model_id, "READY")
             for metric, value in sorted(metrics.items()):
-                self._client.log_metric(run_id, metric, value, step=checkpoint.step, model_id=model.model_id)
+                self._client.log_metric(run_id, metric, value, step=0, model_id=model.model_id)
             with contextlib.suppress(MlflowException):  # it exists already, or creating the version says what is wrong
                 self._client.create_registered_model(name)
             made = self._client.create_model_version(

@@ -34,8 +34,9 @@ class PlaytableEnv:
 
     action_space = CALVIN_RELATIVE
 
-    def __init__(self, scene: str) -> None:
+    def __init__(self, scene: str, *, cameras: bool = True) -> None:
         self.scene, self.name = scene, f"playtable-{scene.lower()}"
+        self._looks = cameras  # without, observations hold no images and nothing is rendered
         self.layout = s.layout(scene)
         self._mj = mj = load_mujoco()
         self.model = mj.MjModel.from_xml_string(s.mjcf(scene), assets=textures(scene))
@@ -198,10 +199,10 @@ class PlaytableEnv:
     # ------------------------------------------------------------------------------------------------- looking
 
     def observe(self) -> Observation:
-        """Render both cameras: {"static": u8[200,200,3], "gripper": u8[84,84,3]}."""
-        if self._cameras is None:
+        """Render both cameras: {"static": u8[200,200,3], "gripper": u8[84,84,3]}; none in a world without cameras."""
+        if self._looks and self._cameras is None:
             self._cameras = Cameras(self._mj, self.model)
-        images = self._cameras.frames(self.data)
+        images = self._cameras.frames(self.data) if self._looks and self._cameras else {}
         return Observation(images, self.robot_state().astype(np.float32), self.scene_state().astype(np.float32))
 
     def visible(self) -> dict[str, np.ndarray]:
