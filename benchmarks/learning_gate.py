@@ -48,7 +48,7 @@ from upvla.types import Chain, Estimate, Observation, Policy, Prediction
 OVERFIT = ["data.collect.recordings_per_scene=0", "data.collect.starts_per_task=4", "data.collect.scenes=[A]",
            "data.collect.noise=0.15", "data.ingest.dataset=overfit", "data.ingest.validation_fraction=0.05",
            "mixture.sources=[{dataset: overfit, kind: robot, weight: 0.9}, {dataset: overfit, kind: qa, weight: 0.1}]",
-           "stage2.steps=1000", "stage2.eval_every=1000", "stage2.save_every=1000"]  # fmt: skip
+           "stage2.steps=1100", "stage2.eval_every=1100", "stage2.save_every=1100"]  # fmt: skip
 
 
 class Blinded(UPVLAPolicy):
@@ -139,7 +139,7 @@ def _psnr(squared_error: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / squared_error.mean()))
 
 
-def understanding(bundle: Bundle, dataset: Dataset, limit: int = 400) -> dict[str, Estimate]:
+def understanding(bundle: Bundle, dataset: Dataset, limit: int = 1500) -> dict[str, Estimate]:
     """Exact answers to held-out questions about validation recordings, with the picture and with a grey one."""
     rows = [
         q for q in dataset.qa if q.template_split == "held_out" and dataset.episodes[q.episode].split == "validation"

@@ -26,13 +26,14 @@ _OPEN_DRAWER = _family(
     "pull the handle to open the drawer", "take the drawer handle and pull it out", "open up the drawer",
     "the drawer should be open", "slide the drawer out towards you", "get the drawer open", "pull out the drawer",
     "please open the drawer", "draw the drawer out by its bar", "make the drawer stand open",
-    "go to the drawer and open it",
+    "go to the drawer and open it", "open the drawer", "open the desk's drawer",
 )  # fmt: skip
 _CLOSE_DRAWER = _family(
     "close the drawer of the desk",
     "push the handle to close the drawer", "shove the drawer back in", "shut the drawer", "the drawer should be closed",
     "slide the drawer back into the desk", "get the drawer shut", "push the drawer in", "please close the drawer",
     "press the drawer front until it is shut", "make the drawer stand closed", "go to the drawer and close it",
+    "close the drawer", "close the desk's drawer",
 )  # fmt: skip
 _SLIDER = _family(
     "move the sliding door to the {side} side",
@@ -40,7 +41,7 @@ _SLIDER = _family(
     "the sliding door should be on the {side}", "push the cabinet door {side}", "move the door {side}",
     "bring the sliding door to the {side} end", "please slide the cabinet door to the {side}",
     "grab the handle of the door and go {side}", "shift the sliding door over to the {side}",
-    "let the door run to its {side} stop",
+    "let the door run to its {side} stop", "move the sliding door {side}", "slide the cabinet door to the {side} side",
 )  # fmt: skip
 _BULB_ON = _family(
     "turn on the light bulb with the switch",
@@ -48,7 +49,8 @@ _BULB_ON = _family(
     "the light bulb should be on", "use the switch to turn on the lamp", "flip the switch so the bulb glows",
     "move the lever to turn the bulb on", "please switch on the light bulb",
     "slide the purple switch up to the cabinet",
-    "turn the yellow light on", "get the lamp to light up",
+    "turn the yellow light on", "get the lamp to light up", "turn on the light bulb", "turn on the lamp",
+    "turn the bulb on with the switch", "switch on the lamp with the purple switch",
 )  # fmt: skip
 _BULB_OFF = _family(
     "turn off the light bulb with the switch",
@@ -56,14 +58,16 @@ _BULB_OFF = _family(
     "the light bulb should be off", "use the switch to turn off the lamp", "flip the switch so the bulb stops glowing",
     "move the lever to turn the bulb off", "please switch off the light bulb",
     "slide the purple switch back to the front",
-    "turn the yellow light off", "get the lamp to go out",
+    "turn the yellow light off", "get the lamp to go out", "turn off the light bulb", "turn off the lamp",
+    "turn the bulb off with the switch", "switch off the lamp with the purple switch",
 )  # fmt: skip
 _LED_ON = _family(
     "turn on the green led with the button",
     "press the orange button to light the led", "push the button down", "make the green light shine",
     "the led should be on", "use the button to switch on the led", "press the button so the led glows",
     "hit the round button to turn on the green light", "please turn the led on", "light up the led",
-    "tap the orange button to get green light", "put the green light on",
+    "tap the orange button to get green light", "put the green light on", "turn on the led", "turn on the green light",
+    "turn the led on with the button", "switch on the green led with the orange button",
 )  # fmt: skip
 _LED_OFF = _family(
     "turn off the green led with the button",
@@ -71,7 +75,8 @@ _LED_OFF = _family(
     "make the green light go dark",
     "the led should be off", "use the button to switch off the led", "press the button so the led stops glowing",
     "hit the round button to turn off the green light", "please turn the led off", "darken the led",
-    "tap the orange button to stop the green light", "put the green light out",
+    "tap the orange button to stop the green light", "put the green light out", "turn off the led",
+    "turn off the green light", "turn the led off with the button", "switch off the green led with the orange button",
 )  # fmt: skip
 _ROTATE = _family(
     "rotate the {block} block towards the {side}",
