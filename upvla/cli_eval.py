@@ -168,7 +168,6 @@ def table(result: Mapping[str, Any]) -> str:
         gain = result["compared"]["average_length"]
         lines += ["", "against {with}: ".format(**result["compared"])
                   + "{value:+.2f} [{low:+.2f}, {high:+.2f}] tasks a chain".format(**gain)]  # fmt: skip
-    speed = result["speed"]
-    lines += ["", "{env_steps_per_s:.0f} env steps/s, {frames_per_s:.1f} frames/s, policy {policy_ms_per_chunk:.1f} ms a "
-              "chunk, {seconds:.1f} s".format(**speed)]  # fmt: skip
+    took = "{env_steps_per_s:.0f} env steps/s, {frames_per_s:.1f} frames/s, policy {policy_ms_per_chunk:.1f} ms a chunk"
+    lines += ["", f"{took}, {{seconds:.1f}} s".format(**result["speed"])]
     return "\n".join(lines)

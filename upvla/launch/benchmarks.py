@@ -41,7 +41,7 @@ def evaluate_suite(
     tracker: Tracker | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, Any]:
-    """Scores of a built-in policy or a checkpoint's URL over a suite's first `num` chains, beside the references, as JSON.
+    """Scores of a built-in policy or a checkpoint's URL over a suite's first `num` chains, beside references, as JSON.
 
     `against`: an earlier result to compare with. Videos are written to the folder `out`, and to `tracker`'s MLflow with
     the scores. What was judged once under the same protocol is read back.
@@ -119,7 +119,7 @@ def recorded_segments(store: Store, dataset: str, suite: Suite, num: int | None)
     homes = {"calvin": "calvin_scene_", "playtable": "playtable_"}
     if (family := suite.name.partition("-")[0]) not in homes:
         raise ConfigError(
-            f"replay needs worlds that can be set to a recorded state, which {suite.name}'s cannot: calvin-d, playtable-d"
+            f"replay needs worlds that can be set to a recorded state, which {suite.name}'s cannot: calvin-d"
         )
     name, _, version = dataset.partition("@")
     table = Dataset(store, load_manifest(store, name, int(version) if version else None))
@@ -131,8 +131,8 @@ def recorded_segments(store: Store, dataset: str, suite: Suite, num: int | None)
     for number, row in enumerate(table.episodes):
         if not row.scene.startswith(homes[family]):
             raise Mismatch(
-                f"{dataset}: {row.source_key} was recorded in {row.scene!r}, not in a world of {family}: it cannot tell "
-                "whether this simulator is the one that it was recorded in"
+                f"{dataset}: {row.source_key} was recorded in {row.scene!r}, not in a world of {family}: it cannot "
+                "tell whether this simulator is the one that it was recorded in"
             )
         for span in row.spans:
             steps = range(span.start, min(span.end + 1, row.length))  # some sources count an end as the last step

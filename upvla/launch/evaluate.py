@@ -1,8 +1,8 @@
 """Chains spread over processes on Ray: simulators side by side, the policy in each of them or in one that all ask.
 
 Every process says every second what it has finished and whether anything moves in it. One that dies, hangs or stops
-answering is killed; the chains that it held are judged again, one at a time in a new process, so that the one that is to
-blame is found. If that happens to it a second time, its record says so, and no other chain is touched.
+answering is killed; the chains that it held are judged again, one at a time in a new process, so that the one that is
+to blame is found. If that happens to it a second time, its record says so, and no other chain is touched.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ class _Crew:
         condemned = []
         self._stillborn = 0 if member.held else self._stillborn + 1
         if self._stillborn > _STILLBORN:
-            raise JobFailed(
-                f"processes of simulators of {self._judge.suite.name} die before they judge anything: {why}"
-            )
+            raise JobFailed(f"simulators of {self._judge.suite.name}: their processes judge nothing: the last {why}")
         if member.alone and len(member.held) == 1:
             ((number, chain),) = member.held.items()
             error = f"{SimulatorError.__name__}: the process that judged it {why}, twice"
@@ -178,7 +176,7 @@ def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:
 
 
 class Report(NamedTuple):
-    """What a process of simulators says of itself. `still_s`: for how long nothing has moved while chains are played."""
+    """What a process of simulators says of itself. `still_s`: for how long nothing moved while chains are played."""
 
     records: list[ChainRecord]
     cost: Cost
@@ -187,7 +185,7 @@ class Report(NamedTuple):
 
 
 class _Simulators:
-    """`run` keeps one thread for its whole life, since a GL context belongs to a thread; the rest answer from others."""
+    """`run` keeps one thread for its whole life, as a GL context belongs to a thread; the rest answer from others."""
 
     def __init__(self, judge: SuiteJudge) -> None:
         self._judge = judge

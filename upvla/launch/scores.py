@@ -1,4 +1,4 @@
-"""One policy judged on one suite: what was judged before an interruption, or under the same protocol, is not run again."""
+"""Policies judged on one suite: what was judged before, or before an interruption, is read back and not run again."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def judge(
 ) -> dict[str, Judged]:
     """Scores of each policy (a checkpoint's URL, `random`, `still`, `expert`, or `replay` of a recording), by name.
 
-    Before any is scored, a world is opened and looked at, every policy is held against it, and the suite is tested with
-    its own expert. Raises `Mismatch` or `ConfigError` naming what is wrong. `expected`: what a registry says of a policy.
+    Before any is scored, a world is opened and looked at, every policy is held against it, and the suite is tested
+    with its own expert. Raises `Mismatch` or `ConfigError` naming what is wrong. `expected`: what a registry says.
     """
     asked, cameras = protocol(exam.suite, exam.chains, exam.control)
     if "expert" in policies and not exam.suite.has_expert:

@@ -121,7 +121,9 @@ class UPVLA(nn.Module):
         """One forward a chunk: u8[B,K,H,W,3], i64[B,V,N], i64[B,L], i64[B] -> actions f32[B,C,A], codes i64[B,V,N].
 
         With `text_room` the rows are laid out for at least so many tokens of text: their length then does not depend
-        on the longest text that happens to be in the batch. Pose is clipped to [-1, 1]; the gripper is -1 or +1 by the sign of the head's last dimension, which is both
+        on the longest text that happens to be in the batch.
+
+        Pose is clipped to [-1, 1]; the gripper is -1 or +1 by the sign of the head's last dimension, which is both
         the regression's nearest target and the logit's threshold. The codes are the future frame's, by argmax.
         """
         config = self.config

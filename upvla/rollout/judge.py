@@ -102,8 +102,8 @@ class Measured:
 class SuiteJudge:
     """Runs chains in one process: the policy is loaded once, worlds are opened as they are needed and kept.
 
-    `policy`: a name that `load_policy` knows, `expert` or `replay` (which plays `recorded`, by chain index), or a policy
-    that answers many worlds. `cost` grows while it runs; `busy` chains are being played.
+    `policy`: a name that `load_policy` knows, `expert` or `replay` (which plays `recorded`, by chain index), or a
+    policy that answers many worlds. `cost` grows while it runs; `busy` chains are being played.
     """
 
     suite: Suite
@@ -295,15 +295,15 @@ def protocol(suite: Suite, chains: Sequence[Chain], control: Control) -> tuple[d
 def identity(
     policy: str, suite: Suite, cameras: Mapping[str, Any], slots: int = 1, expected: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Who is judged. Raises `Mismatch` where it and the suite's world speak of different actions, where it looks through
-    a camera that the world does not have, or where it is not what is `expected` (`model_id`, `stats_id`)."""
+    """Who is judged. Raises `Mismatch` where it and the suite's world speak of different actions, where it looks
+    through a camera that the world does not have, or where it is not what is `expected` (`name`, `stats_id`)."""
     if policy in SCRIPTED:
         return {"name": policy}
     loaded = load_policy(policy, suite, slots=slots)
     missing = [camera for camera in loaded.cameras if camera not in cameras]
     if missing:
         raise Mismatch(
-            f"camera: model {policy} looks through {missing[0]!r}, suite {suite.name} has {', '.join(cameras) or 'none'}"
+            f"camera: model {policy} looks through {missing[0]!r}, suite {suite.name} has {', '.join(cameras)}"
         )
     found = {"name": loaded.name, **loaded.identity()}
     for name, value in (expected or {}).items():
@@ -333,9 +333,7 @@ def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
                 f"in a fresh world end after {record.steps[0]} steps with {record.error or record.failure or 'success'}"
             )
         return {"task": short.tasks[0], "steps": len(actions)}
-    raise Mismatch(
-        f"self-test of {suite.name}: the expert manages none of {', '.join(failed)}; is the simulator whole?"
-    )
+    raise Mismatch(f"self-test of {suite.name}: its expert fails in {', '.join(failed)}; is the simulator whole?")
 
 
 def _demonstration(suite: Suite, chain: Chain) -> np.ndarray | None:

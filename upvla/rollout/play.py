@@ -38,7 +38,7 @@ class Ask(NamedTuple):
 Play = Generator[Ask, Prediction, ChainRecord]
 Answer = Callable[[Sequence[Ask]], Sequence[Prediction | Exception]]
 Script = Callable[[str], Iterator[np.ndarray]]
-"""Actions of a task that nobody has to be asked for: an expert's, or a recording's. Where they end, so does the task."""
+"""Actions of a task that nobody has to be asked for: an expert's or a recording's. Where they end so does the task."""
 Info = Mapping[str, Any]
 
 
