@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from tqdm import tqdm
 
 from upvla.console import Config, Json, Set, SiteName, open_line, show
-from upvla.errors import ConfigError, Mismatch, UpvlaError
+from upvla.errors import ConfigError, Mismatch, StackError
 
 CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calvin_env in it.")]
 LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
@@ -70,6 +71,7 @@ def evaluate(
         opened = open_line(config, site, set_)
         show(opened.evaluate(opened.checkpoint_url(model)), as_json)
         return
+    tracker = _running_tracker(site)  # before Ray is imported, which reads its environment only once
     from upvla.launch.benchmarks import evaluate_suite, replay_dataset
 
     places, progress = places_of(site, calvin, libero), lambda name: bar(f"{name}: chains")
@@ -79,8 +81,7 @@ def evaluate(
         store = open_line(config, site, set_).store
         _print(replay_dataset(store, dataset, suite, places, workers=workers, progress=progress), as_json)
         return
-    line = _running_line(config, site, set_)
-    url, expected = _resolved(model, lambda: line or open_line(config, site, set_))
+    url, expected = _resolved(model, lambda: open_line(config, site, set_))
     result = evaluate_suite(
         url,
         suite,
@@ -94,18 +95,26 @@ def evaluate(
         against=None if compare is None else _earlier(compare),
         videos=videos,
         out=out if videos else "",
-        tracker=line.tracker if line is not None and line.site.tracking_url else None,
+        tracker=tracker,
         progress=progress,
     )
     _print(result, as_json)
 
 
-def _running_line(config: str, site: str, overrides: list[str] | None) -> Any:
-    """The site's line where its stack runs, else None: a benchmark needs neither object store nor MLflow."""
+def _running_tracker(site: str) -> Any:
+    """MLflow, where the site's stack runs, else None: a benchmark needs neither."""
+    from upvla import stack
+    from upvla.config import SiteConfig, load
+
     try:
-        return open_line(config, site, overrides)
-    except (UpvlaError, OSError):
+        if load(f"site/{site}", SiteConfig).stack is not None:
+            os.environ.update(stack.environment(stack.load_site(site)))
+    except StackError:
         return None
+    from upvla.tracking import Tracker
+
+    found = load(f"site/{site}", SiteConfig)
+    return Tracker(found.tracking_url, found.experiment) if found.tracking_url else None
 
 
 def _resolved(model: str, line: Callable[[], Any]) -> tuple[str, Mapping[str, str]]:

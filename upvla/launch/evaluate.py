@@ -95,9 +95,11 @@ class _Crew:
                     why = self._listen(member, keep) if member.report in ready else self._silent(member)
                     if why:
                         keep(self._replace(member, why))
-            return reduce(add, (member.cost for member in self._members), self._cost)
+            self._let_go()
         finally:
-            self._stop()
+            for actor in (*(member.actor for member in self._members), *([self._model] if self._model else [])):
+                ray.kill(actor)
+        return reduce(add, (member.cost for member in self._members), self._cost)
 
     def _listen(self, member: _Member, keep: Callable[[Sequence[ChainRecord]], None]) -> str:
         """Take in what a process says, and feed it; why it is lost, or nothing."""
@@ -153,12 +155,11 @@ class _Crew:
         member.report = member.actor.report.remote()
         return member
 
-    def _stop(self) -> None:
+    def _let_go(self) -> None:
+        """Let every process close its worlds, which may have processes of their own."""
         for member in self._members:
             member.actor.feed.remote(None)
         ray.wait([member.running for member in self._members], num_returns=len(self._members), timeout=_STOP_S)
-        for actor in (*(member.actor for member in self._members), *([self._model] if self._model else [])):
-            ray.kill(actor)
 
 
 def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:

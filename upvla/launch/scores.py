@@ -70,6 +70,8 @@ def judge(
     if "expert" in policies and not exam.suite.has_expert:
         raise ConfigError(f"{exam.suite.name} has no expert; `upvla evaluate replay` plays recordings instead")
     who = {name: identity(name, exam.suite, cameras, SLOTS, (expected or {}).get(name)) for name in policies}
+    for name in who.keys() - set(BLIND):
+        who[name]["device"] = "cuda" if exam.use_gpu and exam.layout.model == "one" else "cpu"
     if recording:
         who["replay"] = {"name": "replay", "dataset": recording.dataset}
     tested = once(store, "self-test", {"protocol": content_hash(asked)}, lambda: self_test(exam.suite, exam.chains))

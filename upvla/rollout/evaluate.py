@@ -133,12 +133,11 @@ class Comparison(NamedTuple):
 def compare(before: EvalReport, after: EvalReport) -> Comparison:
     """Raises `Mismatch` naming what differs where the two were not judged by one protocol."""
     if before.fingerprint != after.fingerprint:
-        old, new = _flat(before.protocol), _flat(after.protocol)
-        gone = "nothing"
+        old, new, none = before.protocol, after.protocol, "nothing"
         said = [
-            f"{key}: {old.get(key, gone)} and {new.get(key, gone)}"
+            f"{key}: {old.get(key, none)} and {new.get(key, none)}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, gone) != new.get(key, gone)
+            if old.get(key, none) != new.get(key, none)
         ]
         raise Mismatch(
             f"{before.policy} and {after.policy} were judged by different protocols, which differ in "
@@ -150,13 +149,6 @@ def compare(before: EvalReport, after: EvalReport) -> Comparison:
         bootstrap_mean([new - old for old, new in pairs]),
         tuple(bootstrap_mean([float(new >= k) - float(old >= k) for old, new in pairs]) for k in steps),
     )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return found
 
 
 # ----------------------------------------------------------------------------------------------- reports as JSON

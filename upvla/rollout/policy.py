@@ -66,7 +66,6 @@ class UPVLAPolicy:
             "vision_resize": config.vision_resize.model_dump(mode="json"),
             "code_resize": config.vq_resize.model_dump(mode="json"),
             "slots": self.slots,
-            "device": self._device.type,
             "torch": str(torch.__version__),
         }
 
