@@ -11,6 +11,7 @@ import torch
 from tests.model.conftest import mini_model
 from upvla.checkpoint import Bundle
 from upvla.errors import Mismatch
+from upvla.images import resize
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer
@@ -92,7 +93,8 @@ def same(a: Prediction, b: Prediction) -> bool:
 
 def test_an_answer_depends_on_neither_its_neighbours_nor_its_slot() -> None:
     """To the bit: sums depend on the shape of a batch, so the shape never changes, whoever asks."""
-    policy = UPVLAPolicy(make_bundle(), slots=4)
+    bundle = make_bundle(text_budget=79)
+    policy = UPVLAPolicy(bundle, slots=4)
     (alone,) = policy.act_many([ask(0)])
     rng = np.random.default_rng(0)
     for count in (2, 3, 4, 7):
@@ -100,7 +102,7 @@ def test_an_answer_depends_on_neither_its_neighbours_nor_its_slot() -> None:
         others = [ask(10 + i, str(rng.choice(["push the red block", "a", TEXTS[2] * 3]))) for i in range(count)]
         others[place] = ask(0)
         assert same(policy.act_many(others)[place], alone), (count, place)
-    single = UPVLAPolicy(make_bundle())
+    single = UPVLAPolicy(bundle)
     single.reset("open the drawer")
     np.testing.assert_allclose(single.act(observation(0)).actions, alone.actions, atol=1e-5)
 
@@ -129,7 +131,7 @@ def test_many_worlds_are_described_together_and_each_remembers_its_own() -> None
     many.act_many([asks[0], asks[2]])  # the first is not due yet, the third begins
     assert asks[0].memory == {"chunks": 2, "description": first} and asks[2].memory["chunks"] == 1
     for i, each in enumerate(asks):
-        shown = [observation(i).images[camera][4:36, 4:36] for camera in ("static", "gripper")]
+        shown = [resize(image, bundle.config.vision_resize) for image in observation(i).images.values()]
         filled = torch.from_numpy(np.stack([np.stack(shown)] * 4))
         assert each.memory["description"] == describe_frames(bundle, filled)[0]
 
