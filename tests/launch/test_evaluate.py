@@ -23,14 +23,14 @@ from upvla.types import ChainRecord
 pytestmark = pytest.mark.seam
 
 NUM = 12
-IMPATIENT = Layout(lanes=3, patience_s=3.0)
+IMPATIENT = Layout(lanes=3, patience_s=6.0)
 
 
-def run(suite: LineSuite, num_workers: int = 2, layout: Layout = IMPATIENT) -> list[ChainRecord]:
+def run(suite: LineSuite) -> list[ChainRecord]:
     found: list[ChainRecord] = []
-    work = SuiteJudge(suite, Stepper(), Control(replan=2), layout.lanes)
+    work = SuiteJudge(suite, Stepper(), Control(replan=2), IMPATIENT.lanes)
     with connected():
-        cost = judge_chains(work, list(enumerate(suite.chains(NUM))), num_workers, layout, found.extend)
+        cost = judge_chains(work, list(enumerate(suite.chains(NUM))), 2, IMPATIENT, found.extend)
     assert cost.env_steps >= sum(sum(record.steps) for record in found if not record.error)
     return sorted(found, key=lambda record: record.number)
 
@@ -40,15 +40,15 @@ def clean() -> list[ChainRecord]:
     return sorted(found, key=lambda record: record.number)
 
 
-@pytest.mark.parametrize("harm", ["crash", "hang", "stop"])
-def test_a_process_that_is_lost_once_costs_nothing(ray_head: RayHead, tmp_path: Path, harm: str) -> None:
-    """It exits, it hangs in a world, or it is stopped and answers nobody."""
-    assert run(LineSuite(harm=harm, harmed=4, times=tmp_path, most=1)) == clean()
-    assert len(list(tmp_path.iterdir())) == 1
+def test_processes_that_are_lost_once_cost_nothing(ray_head: RayHead, tmp_path: Path) -> None:
+    """One exits, one hangs in a world, one is stopped and answers nobody."""
+    harms = {2: "crash", 5: "hang", 9: "stop"}
+    assert run(LineSuite(harms=harms, times=tmp_path)) == clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2-0", "5-0", "9-0"]
 
 
 def test_a_chain_that_always_kills_its_process_is_an_error_and_the_only_one(ray_head: RayHead, tmp_path: Path) -> None:
-    found = run(LineSuite(harm="crash", harmed=4, times=tmp_path, most=99))
+    found = run(LineSuite(harms={4: "crash"}, times=tmp_path, most=99))
     assert found[4].error == "SimulatorError: the process that judged it died, twice" and found[4].failure == "error"
     assert [r for r in found if r.number != 4] == [r for r in clean() if r.number != 4]
     assert len(list(tmp_path.iterdir())) == 2

@@ -19,14 +19,13 @@ from upvla.types import CALVIN_RELATIVE, Chain, Observation, Prediction
 
 @dataclass
 class Line:
-    """A world of one number. It may die at a step, drift, or harm its process where chain `harmed` begins."""
+    """A world of one number. It may die at a step, drift, or harm its process where a chain begins."""
 
     dies_at: int = -1
     drift: float = 0.0
-    harm: str = ""
-    harmed: int = -1
-    times: Path | None = None  # a folder that counts: harm is done only while it holds fewer files than `most`
-    most: int = 0
+    harms: Mapping[int, str] = field(default_factory=dict)  # by chain, each `most` times
+    times: Path | None = None  # a folder that counts them
+    most: int = 1
     name = "line"
     action_space = CALVIN_RELATIVE
     x: float = 0.0
@@ -36,11 +35,12 @@ class Line:
         self.x = float(scene_state[0])
         if not np.isfinite(self.x):
             raise ValueError("start is not finite")
-        if int(scene_state[0]) == self.harmed and self.times and len(list(self.times.iterdir())) < self.most:
-            (self.times / f"{time.monotonic_ns()}").touch()
-            if self.harm == "crash":
+        harm = self.harms.get(int(self.x), "")
+        if harm and self.times and (done := len(list(self.times.glob(f"{int(self.x)}-*")))) < self.most:
+            (self.times / f"{int(self.x)}-{done}").touch()
+            if harm == "crash":
                 os._exit(11)
-            if self.harm == "stop":
+            if harm == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(600)
 
@@ -72,10 +72,9 @@ class Line:
 class LineSuite:
     deaths: list[int] = field(default_factory=list)  # of the worlds, in the order in which they are opened
     drifts: list[float] = field(default_factory=list)
-    harm: str = ""
-    harmed: int = -1
+    harms: dict[int, str] = field(default_factory=dict)
     times: Path | None = None
-    most: int = 0
+    most: int = 1
     name: str = "line"
     opened: int = 0
     words: str = "go right"
@@ -90,7 +89,7 @@ class LineSuite:
         self.opened += 1
         died = dict(enumerate(self.deaths, 1)).get(self.opened, -1)
         drift = dict(enumerate(self.drifts, 1)).get(self.opened, 0.0)
-        return Line(died, drift, self.harm, self.harmed, self.times, self.most)
+        return Line(died, drift, self.harms, self.times, self.most)
 
     def succeeded(self, task: str, start: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         return bool(now["x"] - start["x"] >= float(task))

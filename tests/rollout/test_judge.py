@@ -135,7 +135,7 @@ def test_a_suite_is_tested_with_its_own_expert() -> None:
 
 def test_a_simulator_that_does_not_repeat_itself_is_refused() -> None:
     drifting = LineSuite(drifts=[0.0, 0.5])  # the second world is another one
-    with pytest.raises(Mismatch, match=r"\+1 succeeded after 1 actions, the same actions in a fresh world"):
+    with pytest.raises(Mismatch, match=r"\+1 succeeded after 1 actions; the same actions in a fresh world did not"):
         self_test(drifting, drifting.chains(2))
     useless = LineSuite(drifts=[1.0] * 5)
     with pytest.raises(Mismatch, match="its expert fails in"):

@@ -11,7 +11,7 @@ import pytest
 from upvla.rollout.evaluate import Control
 from upvla.rollout.film import Film
 from upvla.rollout.play import Ask, Rules, answers, drive, play
-from upvla.rollout.policy import RandomPolicy, StillPolicy
+from upvla.rollout.references import RandomPolicy, StillPolicy
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Chain, ChainRecord, Observation, Prediction
 
 

@@ -90,7 +90,9 @@ class _Crew:
     def run(self, keep: Callable[[Sequence[ChainRecord]], None]) -> Cost:
         try:
             while self._todo or self._suspects or any(member.held for member in self._members):
-                ready, _ = ray.wait([member.report for member in self._members], timeout=_REPORT_S)
+                reports = [member.report for member in self._members]
+                ray.wait(reports, timeout=_REPORT_S)
+                ready, _ = ray.wait(reports, num_returns=len(reports), timeout=0)
                 for member in list(self._members):
                     why = self._listen(member, keep) if member.report in ready else self._silent(member)
                     if why:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from upvla.checkpoint import load_bundle, read_marker
 from upvla.errors import ConfigError
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig
-from upvla.rollout.policy import RandomPolicy, StillPolicy, UPVLAPolicy
+from upvla.rollout.references import RandomPolicy, StillPolicy
 from upvla.sim import calvin, libero, metaworld
 from upvla.sim.playtable import suite as playtable
 from upvla.sim.suite import Finding, Suite
 from upvla.store import open_store
+
+if TYPE_CHECKING:
+    from upvla.rollout.policy import UPVLAPolicy
 
 BUILT_IN = ("random", "still", "expert")
 
@@ -85,6 +88,9 @@ def load_policy(
         return StillPolicy(suite.action_space)
     if "/" not in name:
         raise ConfigError(f"no policy {name!r}: name one of {', '.join(BUILT_IN)}, or the URL of a checkpoint")
+    from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without
+    from upvla.rollout.policy import UPVLAPolicy
+
     model_id = read_marker(open_store(name)).model_id
     policy = UPVLAPolicy(load_bundle(name), model_id, slots=slots, device=device)
     suite.action_space.require_equal(policy.action_space, ours=f"suite {suite.name}", theirs=f"model {name}")
