@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
-from upvla.checkpoint import load_bundle, read_marker
+from upvla.checkpoint import load_bundle
 from upvla.config import FinetuneConfig, SiteConfig, load
 from upvla.data.table import load_manifest
 from upvla.errors import NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.tokenizers import save_tower, save_vq
-from upvla.rollout.evaluate import bootstrap_mean
-from upvla.store import open_store
+from upvla.rollout.evaluate import compare
 from upvla.tracking import CHAMPION, Registry
 from upvla.types import Estimate
 
@@ -92,10 +89,6 @@ class Finetuning(Line):
 
     def compare(self, champion_url: str, challenger_url: str) -> Estimate:
         """Mean difference in tasks done a chain, challenger - champion, over the first suite's chains."""
-        suite = self.config.eval.suites[0]
-        lengths = []
-        for url in (champion_url, challenger_url):
-            checkpoint = read_marker(open_store(url))
-            report = scoring.judge(self.store, self.config.eval, suite, checkpoint, num_workers=self.site.num_workers)
-            lengths.append(np.array([record.succeeded for record in report.records], np.float64))
-        return bootstrap_mean(list(lengths[1] - lengths[0]))
+        both = (champion_url, challenger_url)
+        judged = scoring.judge(self.store, self.exam(self.config.eval.suites[0]), both)
+        return compare(*(judged[url].report for url in both)).average_length
