@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from tests.data.test_table import OPTIONS, make_episode, put
 from upvla.data.commit import commit
-from upvla.data.mixture import Mixture, MixtureConfig, _chairman, _permutation, make_plan, plan_from_json
+from upvla.data.mixture import Mixture, MixtureConfig, _chairman, make_plan, plan_from_json
+from upvla.data.order import permutation
 from upvla.data.samples import SampleReader
 from upvla.data.shards import Layout, stage
 from upvla.data.table import Dataset, load_manifest
@@ -111,7 +112,7 @@ def test_the_order_is_pure_and_no_global_generator_matters(dataset: Dataset, mon
 
 def test_the_order_itself_is_pinned() -> None:
     """Runs resume across releases: a change here is a change of every plan that was ever written down."""
-    assert _permutation(10, 3, "a", 1).tolist() == [6, 8, 7, 0, 1, 4, 9, 5, 2, 3]
+    assert permutation(10, 3, "a", 1).tolist() == [6, 8, 7, 0, 1, 4, 9, 5, 2, 3]
     assert _chairman((3.0, 2.0, 1.0))[0].tolist() == [0, 1, 0, 2, 1, 0]
 
 

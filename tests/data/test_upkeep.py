@@ -174,8 +174,9 @@ def test_anybodys_reader_opens_the_tables(tmp_path: Path) -> None:
 class _Forgetful(LocalStore):
     """A store that takes `create` for `write`, as some S3 clones do."""
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         self.write(key, data)
+        return ""
 
 
 def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
