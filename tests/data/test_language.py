@@ -22,7 +22,13 @@ def _scenes(count: int = 40, steps: int = 40) -> list[tuple[str, np.ndarray, str
         for block in range(3):
             scene[:, 6 + 6 * block : 9 + 6 * block] = rng.uniform((-0.3, -0.1, 0.46), (0.3, 0.1, 0.46), (steps, 3))
         scene[:, 8] = rng.choice([0.46, 0.38], steps)
-        scenes.append((f"{number:032x}", scene, ("playtable_A", "playtable_D", "calvin_scene_A", "calvin_scene_C", "elsewhere")[number % 5]))
+        scenes.append(
+            (
+                f"{number:032x}",
+                scene,
+                ("playtable_A", "playtable_D", "calvin_scene_A", "calvin_scene_C", "elsewhere")[number % 5],
+            )
+        )
     return scenes
 
 

@@ -271,3 +271,12 @@ def test_what_cannot_be_drawn_is_refused(dataset: Dataset) -> None:
         make_plan([source], 0, 4)
     with pytest.raises(ConfigError, match="global batch"):
         make_plan([], 0, 4)
+
+
+def test_a_hundred_thousand_draws_keep_their_shares_across_a_resume(dataset: Dataset) -> None:
+    """T31: within 3 sigma of a fair coin's spread (in fact within one draw), whoever goes on in the middle."""
+    found, draws, share = mixture(dataset, 7, 3), 100_000, 0.3
+    asked = np.array([found.sample_at(p).source for p in range(draws)])
+    assert abs(asked.sum() - share * draws) < min(3 * np.sqrt(draws * share * (1 - share)), found.plan.lanes)
+    resumed = mixture(dataset, 7, 3)
+    assert [resumed.sample_at(p) for p in range(50_000, 50_400)] == [found.sample_at(p) for p in range(50_000, 50_400)]

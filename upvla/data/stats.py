@@ -141,7 +141,7 @@ class Statistics:
         fatal = [f"{found.feature} dimension {found.dim} {found.what}" for found in self.check() if found.fatal]
         if fatal:
             raise Mismatch(
-                f"statistics {self.stats_id} of {name} would spoil training: {'; '.join(fatal)}; see `upvla data stats "
+                f"statistics of {name} would spoil training: {'; '.join(fatal)}; see `upvla data stats "
                 "check`, and repair or filter the recordings"
             )
 
