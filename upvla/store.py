@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TEMPORARY = ".tmp-"  # local files being written; never listed
 _CREATE_ATTEMPTS = 4
 _READ_ATTEMPTS = 4
+_ARROW_ATTEMPTS = 6  # a row group that does not come stops a training run
 
 
 def content_hash(value: Any) -> str:
@@ -533,7 +534,7 @@ def _s3_client(
 @functools.lru_cache(maxsize=8)
 def _arrow_s3(pid: int, endpoint: str | None, region: str, access_key: str | None, secret: str | None) -> Any:
     """pyarrow's S3 reads row groups as fast as any client; it has no conditional write, so it only reads."""
-    from pyarrow.fs import S3FileSystem
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
     scheme, _, host = (endpoint or "").rpartition("://")
     return S3FileSystem(
@@ -543,4 +544,5 @@ def _arrow_s3(pid: int, endpoint: str | None, region: str, access_key: str | Non
         region=region,
         endpoint_override=host or None,
         scheme=scheme or "https",
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_ARROW_ATTEMPTS),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upvla.errors import Corrupt, Mismatch
+from upvla.errors import Corrupt, Mismatch, StoreError
 from upvla.store import Store
 
 
@@ -118,7 +118,10 @@ class RowGroupPool:
         try:
             return self._file(key).file.read_row_group(group, columns=list(columns), use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
-            raise Corrupt(f"{self._root.url}/{key}, row group {group}: {error}; use the version before") from error
+            where = f"{self._root.url}/{key}, row group {group}: {error}"
+            if "AWS Error" in str(error):  # Arrow tells a store that fails from bytes that are wrong by words only
+                raise StoreError(f"{where}; is the object store up?") from error
+            raise Corrupt(f"{where}; use the version before") from error
 
 
 def _decoded(column: pa.ChunkedArray) -> _Column:
