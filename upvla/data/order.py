@@ -26,14 +26,14 @@ _SEGMENT = 1 << 15
 
 
 class Groups(NamedTuple):
-    """Row groups of a source. `edges` maps i64[n] group numbers, up to `count`, to the number of their first sample."""
+    """Row groups of a source. `edges` maps i64[n] group numbers, up to `num_groups`, to the number of their first sample."""
 
-    count: int
+    num_groups: int
     edges: Callable[[np.ndarray], np.ndarray]
 
     @property
     def num_samples(self) -> int:
-        return int(self.edges(np.array([self.count]))[0]) if self.count else 0
+        return int(self.edges(np.array([self.num_groups]))[0]) if self.num_groups else 0
 
 
 class Order:
@@ -42,7 +42,7 @@ class Order:
     def __init__(self, groups: Groups, *, seed: int, name: str, lanes: int, spread: float):
         self._groups, self._seed, self._name, self._spread = groups, seed, name, spread
         self.num_samples, self._lanes = groups.num_samples, lanes
-        self._unit = -(-groups.count // _MAX_UNITS)  # row groups that travel together
+        self._unit = -(-groups.num_groups // _MAX_UNITS)  # row groups that travel together
         self._deals = _Cache(self._deal, size=2)
         self._segments = _Cache(self._segment, size=2 * lanes)
 
@@ -60,9 +60,9 @@ class Order:
     def _deal(self, key: tuple[int]) -> np.ndarray:
         """i64[2, units]: the units in this epoch's order, and where in the stream each ends."""
         (epoch,) = key
-        count = -(-self._groups.count // self._unit)
+        count = -(-self._groups.num_groups // self._unit)
         order = permutation(count, self._seed, self._name, epoch)
-        edges = self._groups.edges(np.minimum(np.arange(count + 1) * self._unit, self._groups.count))
+        edges = self._groups.edges(np.minimum(np.arange(count + 1) * self._unit, self._groups.num_groups))
         return np.stack([order, np.cumsum(np.diff(edges)[order])])
 
     def _segment(self, key: tuple[int, int, int]) -> np.ndarray:
@@ -93,7 +93,7 @@ class Order:
         if self._unit == 1:
             return np.array([unit])
         start = unit * self._unit
-        count = min(self._unit, self._groups.count - start)
+        count = min(self._unit, self._groups.num_groups - start)
         return start + permutation(count, self._seed, self._name, epoch, "unit", unit)
 
 
