@@ -34,9 +34,9 @@ np.savez(
     episodes=dataset.num_episodes,
     fps=dataset.fps,
     task=np.array([row["task"] for row in rows]),
-    **{key.replace(".", "_"): np.rint(value.transpose(0, 2, 3, 1) * 255).astype(np.uint8) for key, value in frames.items()},
+    **{key.replace(".", "_"): np.rint(f.transpose(0, 2, 3, 1) * 255).astype(np.uint8) for key, f in frames.items()},
     **{key.rpartition(".")[2]: np.stack([row[key].numpy() for row in rows]) for key in ("action", "observation.state")},
-    **{key: np.array([row[key].item() for row in rows]) for key in ("timestamp", "frame_index", "episode_index", "index")},
+    **{key: np.array([row[key].item() for row in rows]) for key in ("timestamp", "frame_index", "episode_index")},
 )
 """
 
@@ -70,7 +70,7 @@ def test_the_lerobot_library_reads_the_export_frame_for_frame(library: str, tmp_
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     seen, start = np.load(tmp_path / "seen.npz"), 0
-    assert (int(seen["episodes"]), float(seen["fps"]), len(seen["index"])) == (3, 30.0, 62)
+    assert (int(seen["episodes"]), float(seen["fps"]), len(seen["task"])) == (3, 30.0, 62)
     for number, row in enumerate(dataset.episodes):
         part = slice(start, start + row.length)
         found = dataset.read(number, range(row.length), ["action", "state", "image_static", "image_gripper"])

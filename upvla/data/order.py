@@ -26,7 +26,7 @@ _SEGMENT = 1 << 15
 
 
 class Groups(NamedTuple):
-    """Row groups of a source. `edges` maps i64[n] group numbers, up to `num_groups`, to the number of their first sample."""
+    """Row groups of a source. `edges` maps group numbers i64[n], up to `num_groups`, to the first sample of each."""
 
     num_groups: int
     edges: Callable[[np.ndarray], np.ndarray]
