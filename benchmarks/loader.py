@@ -3,8 +3,8 @@
     python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 4] [--epochs 2] [--pool-mb 256] [--json FILE]
 
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
-The limit decodes and resizes the same frames from memory into a batch, in one process and in two at once. Sides take
-turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
+The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
+once. Sides take turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
 `npz_per_frame` reads the same recordings as the published code does: np.load of a compressed npz a frame, PIL bicubic.
 `--recordings 1200 --epochs 5` gives a set of 4 GB for the memory figures.
 """
@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from PIL import Image
 from upvla.data.commit import commit
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture, MixtureConfig
+from upvla.data.order import Groups, Order
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.samples import Collator, SampleReader
 from upvla.data.shards import stage
@@ -73,7 +75,7 @@ def rate_of_limit(frames: Sequence[Sequence[bytes]], batches: int) -> float:
     for number in range(batches):
         for row in range(BATCH):
             for view, encoded in enumerate(frames[(number * BATCH + row) % len(frames)]):
-                batch[row, view] = resize(decode_image(encoded), SIZE)
+                resize(decode_image(encoded), SIZE, batch[row, view])
     return batches * BATCH / (time.perf_counter() - began)
 
 
@@ -153,18 +155,21 @@ def memory_over_epochs(store: Store, epochs: int, pool_mb: int) -> dict[str, Any
     }
 
 
-def plan_seconds(windows: int = 1_143_680) -> float:
-    """The first batch of an order over 17,870 row groups of 64 windows."""
-    from upvla.data.mixture import _permutation, _words
+def plan(groups: int) -> dict[str, float]:
+    """Seconds and MB until the first batch of an order over so many row groups of 64 windows, on 64 lanes."""
+
+    def first_batch() -> list[int]:
+        order = Order(Groups(groups, lambda edges: edges * 64), seed=0, name="plan", lanes=64, spread=4.0)
+        return [order.number(lane, 0) for lane in range(64)]
 
     began = time.perf_counter()
-    order = _permutation(windows // 64, 0, "plan", 0)
-    ends = np.cumsum(np.full(len(order), 64))
-    for lane in range(64):
-        places = np.arange(lane * windows // 64, (lane + 1) * windows // 64)
-        rank = np.searchsorted(ends, places, side="right")
-        np.argsort(rank + _words(len(places), 0, "lane", lane) / 2.0**64 * 4, kind="stable")
-    return time.perf_counter() - began
+    batch = first_batch()
+    seconds = time.perf_counter() - began
+    tracemalloc.start()
+    assert first_batch() == batch
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {"row_groups": groups, "first_batch_s": round(seconds, 3), "peak_mb": round(peak / 2**20, 1)}
 
 
 def stored_frames(store: Store, limit: int = 1024) -> list[tuple[bytes, ...]]:
@@ -214,7 +219,7 @@ def main() -> None:
             "ratio_two_threads": ratio("two_threads", "limit_two_cores", found),
             "ratio_vs_npz_per_frame": ratio("one_thread", "npz", found),
             "windows_per_s": {name: round(statistics.median(row[name] for row in found), 1) for name in sides},
-            "plan_s": round(plan_seconds(), 3),
+            "plans": [plan(17_870), plan(16_000_000)],
             **memory_over_epochs(store, options.epochs, options.pool_mb),
         }
         if not options.no_s3:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _TEMPORARY = ".tmp-"  # local files being written; never listed
 _CREATE_ATTEMPTS = 4
+_READ_ATTEMPTS = 4
+_ARROW_ATTEMPTS = 6  # a row group that does not come stops a training run
 
 
 def content_hash(value: Any) -> str:
@@ -78,8 +80,9 @@ class Store(ABC):
     def read(self, key: str) -> bytes: ...
 
     @abstractmethod
-    def tokens(self, prefix: str = "") -> dict[str, str]:
-        """Sorted keys that start with `prefix`, each with a string that changes when its object does."""
+    def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
+        """Sorted keys that start with `prefix` and are greater than `after`, each with a string that changes when its
+        object does."""
 
     def modified(self, prefix: str = "") -> dict[str, float]:
         """Keys with the time of their last write, in seconds of the store's own clock."""
@@ -121,8 +124,9 @@ class Store(ABC):
         """Put, replacing; readers see the old or the new object, never a part of one."""
         raise self._read_only(key)
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         """Put if absent, else `AlreadyExists`. `OutcomeUnknown` when replies were lost and reading back cannot tell.
+        Returns the object's token where the reply says it, else "".
 
         After a lost reply an object with equal bytes counts as ours: where that matters, put a unique id into `data`.
         """
@@ -148,8 +152,8 @@ class Store(ABC):
     def write_json(self, key: str, value: Any) -> None:
         self.write(key, _json_bytes(value))
 
-    def create_json(self, key: str, value: Any) -> None:
-        self.create(key, _json_bytes(value))
+    def create_json(self, key: str, value: Any) -> str:
+        return self.create(key, _json_bytes(value))
 
     def _url_of(self, key: str) -> str:
         return f"{self.url}/{key}"
@@ -180,22 +184,22 @@ class LocalStore(Store):
             _write_synced(temporary, data)
             temporary.replace(self._path(key))
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         with self._translated(key), self._temporary(key) as temporary:
             _write_synced(temporary, data)
             os.link(temporary, self._path(key))
+            return _file_token(temporary)
 
-    def tokens(self, prefix: str = "") -> dict[str, str]:
+    def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
         root, found = Path(self.url), {}
         top = root / prefix.rpartition("/")[0]
         for folder, _, names in os.walk(top):
             for name in names:
                 path = Path(folder, name)
                 key = path.relative_to(root).as_posix()
-                if key.startswith(prefix) and not name.startswith(_TEMPORARY):
+                if key.startswith(prefix) and key > after and not name.startswith(_TEMPORARY):
                     with contextlib.suppress(FileNotFoundError):  # deleted while we walk
-                        stat = path.stat()
-                        found[key] = f"{stat.st_size}-{stat.st_mtime_ns}"
+                        found[key] = _file_token(path)
         return dict(sorted(found.items()))
 
     def modified(self, prefix: str = "") -> dict[str, float]:
@@ -271,12 +275,11 @@ class S3Store(Store):
 
     def read(self, key: str) -> bytes:
         with self._translated(key):
-            return bytes(self._client().get_object(**self._at(key))["Body"].read())
+            return self._body(self._client(), **self._at(key))
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
         def get(span: tuple[int, int]) -> bytes:
-            answer = client.get_object(**self._at(key), Range=f"bytes={span[0]}-{span[1] - 1}")
-            return bytes(answer["Body"].read())
+            return self._body(client, **self._at(key), Range=f"bytes={span[0]}-{span[1] - 1}")
 
         client = self._client()
         with self._translated(key), ThreadPoolExecutor(min(8, len(ranges)) or 1) as pool:
@@ -286,20 +289,20 @@ class S3Store(Store):
         with self._translated(key):
             self._client().put_object(**self._at(key), Body=data)
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
 
         client, in_doubt, last = self._client(attempts=1), False, ""
         for attempt in range(_CREATE_ATTEMPTS):
-            time.sleep(0.2 * attempt)
+            time.sleep(_jittered(0.2 * attempt))
             try:
-                client.put_object(**self._at(key), Body=data, IfNoneMatch="*")
-                return
+                reply = client.put_object(**self._at(key), Body=data, IfNoneMatch="*")
+                return _object_token(len(data), reply["ETag"])
             except ClientError as error:
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
                 if status == 412:  # without a put of ours in doubt this is somebody else's object, whatever is in it
                     if in_doubt and self.read(key) == data:
-                        return
+                        return ""
                     raise AlreadyExists(f"{self._url_of(key)} is already there") from error
                 if status < 500 and status != 409:
                     raise self._translate(error, key) from error
@@ -312,22 +315,23 @@ class S3Store(Store):
             raise StoreError(f"{self._url_of(key)}: {last}; is the object store up? (`upvla status`)")
         with contextlib.suppress(StoreError, NotFound):
             if self.read(key) == data:
-                return
+                return ""
             raise AlreadyExists(f"{self._url_of(key)} is already there")
         raise OutcomeUnknown(f"creating {self._url_of(key)}: no reply ({last}); read it back before trying again")
 
-    def tokens(self, prefix: str = "") -> dict[str, str]:
-        listed = self._listed(prefix).items()
-        return {key: f"{item['Size']}-{item['ETag'].strip(chr(34))}" for key, item in listed}
+    def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
+        listed = self._listed(prefix, after).items()
+        return {key: _object_token(item["Size"], item["ETag"]) for key, item in listed}
 
     def modified(self, prefix: str = "") -> dict[str, float]:
         return {key: item["LastModified"].timestamp() for key, item in self._listed(prefix).items()}
 
-    def _listed(self, prefix: str) -> dict[str, Any]:
+    def _listed(self, prefix: str, after: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
+        begin = {"StartAfter": self.prefix + after} if after else {}
         with self._translated(prefix):
             pages = self._client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, **begin):
                 for item in page.get("Contents", ()):
                     found[item["Key"].removeprefix(self.prefix)] = item
         return dict(sorted(found.items()))
@@ -366,6 +370,18 @@ class S3Store(Store):
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + _checked(key)}
 
+    def _body(self, client: Any, **request: str) -> bytes:
+        """One object's bytes. A reply that breaks off is asked for again: the client's own retries end where it
+        begins."""
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for attempt in range(1, _READ_ATTEMPTS):
+            body = client.get_object(**request)["Body"]
+            with contextlib.suppress(IncompleteReadError, HTTPClientError):
+                return bytes(body.read())
+            time.sleep(_jittered(0.1 * attempt))
+        return bytes(client.get_object(**request)["Body"].read())
+
     def _client(self, attempts: int = 4) -> Any:
         return _s3_client(os.getpid(), attempts, *_s3_environment())
 
@@ -388,6 +404,8 @@ class S3Store(Store):
             return NotFound(f"{url} does not exist")
         if code in ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             return StoreError(f"{url}: access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({error})")
+        if code == "RequestTimeTooSkewed":
+            return StoreError(f"{url}: this machine's clock is off by more than the store tolerates; set it ({error})")
         if code in ("416", "InvalidRange"):
             return Corrupt(f"{url} ends before the range that was asked for")
         if "InternalError" in str(error):
@@ -429,7 +447,7 @@ class FsspecStore(Store):
         except FileNotFoundError as error:
             raise NotFound(f"{self._url_of(key)} does not exist") from error
 
-    def tokens(self, prefix: str = "") -> dict[str, str]:
+    def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
         folder = prefix.rpartition("/")[0]
         found = self._files.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
         keys = {path[len(self._root) :].lstrip("/"): info for path, info in sorted(found.items())}
@@ -437,7 +455,7 @@ class FsspecStore(Store):
         return {
             key: "-".join(str(info[name]) for name in names if name in info)
             for key, info in keys.items()
-            if key.startswith(prefix)
+            if key.startswith(prefix) and key > after
         }
 
 
@@ -445,6 +463,20 @@ def _checked(key: str) -> str:
     if not key or key.startswith("/") or ".." in key.split("/"):
         raise ConfigError(f"{key!r} is no key: keys are relative, without '..'")
     return key
+
+
+def _file_token(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _object_token(size: int, etag: str) -> str:
+    return f"{size}-{etag.strip(chr(34))}"
+
+
+def _jittered(seconds: float) -> float:
+    """Up to half as long again, so that clients that failed together do not come back together."""
+    return seconds * (1 + uuid.uuid4().int % 1000 / 2000)  # no global random generator
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -502,7 +534,7 @@ def _s3_client(
 @functools.lru_cache(maxsize=8)
 def _arrow_s3(pid: int, endpoint: str | None, region: str, access_key: str | None, secret: str | None) -> Any:
     """pyarrow's S3 reads row groups as fast as any client; it has no conditional write, so it only reads."""
-    from pyarrow.fs import S3FileSystem
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
     scheme, _, host = (endpoint or "").rpartition("://")
     return S3FileSystem(
@@ -512,4 +544,5 @@ def _arrow_s3(pid: int, endpoint: str | None, region: str, access_key: str | Non
         region=region,
         endpoint_override=host or None,
         scheme=scheme or "https",
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_ARROW_ATTEMPTS),
     )

@@ -107,8 +107,8 @@ class Episode:
     """One recording. Incoherent lengths raise `BadEpisode` at construction; `data.quality` judges the content.
 
     images: camera -> u8[T,H,W,3], or T encoded frames (JPEG or PNG bytes) kept as the source wrote them.
-    scene_state follows CALVIN's 24 dims (slider, drawer, button, switch, bulb, LED, then red, blue, pink block
-    as position in m and euler xyz in rad) where the source has it.
+    scene_state follows CALVIN's 24 dims (slider, drawer, button, switch, bulb, LED, then three blocks, in the scene's
+    own order, as position in m and euler xyz in rad) where the source has it.
     """
 
     id: str

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 
-from upvla.data.language import BLOCKS, Question, questions
+from upvla.data.language import BLOCK_ORDER, BLOCKS, Question, questions
+from upvla.data.sources import open_source
 
 
-def _scenes(count: int = 30, steps: int = 40) -> list[tuple[str, np.ndarray, str]]:
+def _scenes(count: int = 40, steps: int = 40) -> list[tuple[str, np.ndarray, str]]:
     """Random but clear states: devices jump, blocks drift, some lie in the drawer."""
     scenes = []
     for number in range(count):
@@ -20,7 +22,13 @@ def _scenes(count: int = 30, steps: int = 40) -> list[tuple[str, np.ndarray, str
         for block in range(3):
             scene[:, 6 + 6 * block : 9 + 6 * block] = rng.uniform((-0.3, -0.1, 0.46), (0.3, 0.1, 0.46), (steps, 3))
         scene[:, 8] = rng.choice([0.46, 0.38], steps)
-        scenes.append((f"{number:032x}", scene, ("playtable_A", "playtable_D", "elsewhere")[number % 3]))
+        scenes.append(
+            (
+                f"{number:032x}",
+                scene,
+                ("playtable_A", "playtable_D", "calvin_scene_A", "calvin_scene_C", "elsewhere")[number % 5],
+            )
+        )
     return scenes
 
 
@@ -31,7 +39,9 @@ def _holds(question: Question, scene: np.ndarray, name: str) -> str:
     devices |= {"sliding door": ("right", "left", scene[0] > 0.1), "light bulb": ("off", "on", scene[4] > 0.5)}
     blocks = re.findall("|".join((*BLOCKS, "drawer handle")), text)
     if "block" in text:
-        place = {colour: scene[6 + 6 * i : 9 + 6 * i] for i, colour in enumerate(BLOCKS)}
+        order = {"calvin_scene_A": ("pink", "blue", "red"), "calvin_scene_C": ("blue", "red", "pink")}.get(name, BLOCKS)
+        assert name != "elsewhere"
+        place = {colour: scene[6 + 6 * i : 9 + 6 * i] for i, colour in enumerate(order)}
         place["drawer handle"] = np.array(({"playtable_A": 0.14, "playtable_D": 0.10}.get(name, np.nan), np.nan, 0.5))
         first, second = (place[block] for block in blocks)
         named = re.findall("left|right|in front|behind", text.replace(", right?", ""))
@@ -87,3 +97,21 @@ def test_the_same_scenes_give_the_same_questions() -> None:
     scenes = _scenes(6)
     assert questions(scenes, 8) == questions(scenes, 8)
     assert questions(scenes, 0) == [] == questions([], 8)
+
+
+def test_the_order_of_blocks_is_the_public_environments(calvin_mini: Path) -> None:
+    """Whatever block a task names is the one that moves."""
+    source = open_source("calvin", str(calvin_mini / "training"))
+    seen = set()
+    for key in source.keys():
+        episode = source.read(key)
+        assert episode.scene_state is not None
+        for span in episode.spans:
+            colour = next((block for block in BLOCKS if f"{block}_block" in span.task), None)
+            if colour is None:
+                continue
+            moves = episode.scene_state[min(span.end, len(episode) - 1)] - episode.scene_state[span.start]
+            far = [float(np.abs(moves[6 + 6 * i : 12 + 6 * i]).sum()) for i in range(3)]
+            assert BLOCK_ORDER[episode.scene][int(np.argmax(far))] == colour, (episode.scene, span, far)
+            seen.add(episode.scene)
+    assert seen == {"calvin_scene_A", "calvin_scene_B", "calvin_scene_C"}

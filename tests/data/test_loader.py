@@ -4,17 +4,22 @@ import pickle
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.data.test_mixture import mixture
-from upvla.data.loader import Loader
+from tests.data.test_table import make_episode, staged_of
+from upvla.data.commit import commit
+from upvla.data.loader import Loader, _Memory
+from upvla.data.mixture import Mixture, MixtureConfig
 from upvla.data.samples import SampleReader
-from upvla.data.table import Dataset
+from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError, Corrupt
-from upvla.images import Resize
+from upvla.images import Resize, encode_jpeg
+from upvla.store import open_store
 from upvla.types import Sample
 
 
@@ -107,8 +112,6 @@ def test_work_ahead_is_bounded_and_waiting_is_counted(dataset: Dataset) -> None:
 def test_an_unreadable_shard_raises_where_it_is_met(dataset: Dataset, tmp_path: Path) -> None:
     import shutil
 
-    from upvla.store import open_store
-
     copy = tmp_path / "copy"
     shutil.copytree(dataset.store.url, copy)
     store = open_store(str(copy))
@@ -126,3 +129,41 @@ def test_an_unreadable_shard_raises_where_it_is_met(dataset: Dataset, tmp_path: 
 def test_datasets_travel_to_workers(dataset: Dataset) -> None:
     there = pickle.loads(pickle.dumps(dataset))
     assert _take(_loader(there), 2) == _take(_loader(dataset), 2)
+
+
+def test_a_picture_that_does_not_decode_is_named_and_nothing_takes_its_place(tmp_path: Path) -> None:
+    episodes = [make_episode(n) for n in range(4)]
+    frames = [encode_jpeg(frame) for frame in np.asarray(episodes[2].images["static"])]
+    frames[5] = frames[5][:20] + b"not a picture" * 9  # a check sees the first and the last frame only
+    episodes[2] = replace(episodes[2], images={"static": frames})
+    store = open_store(str(tmp_path))
+    commit(store, "d", [staged_of(store, episodes)], validation_fraction=0.0, options={})
+    settings = {"sources": [{"dataset": "d", "kind": "robot", "weight": 1}], "global_batch": 8}
+    found = Mixture(
+        MixtureConfig.model_validate(settings).plan(store), {"d": Dataset(store, load_manifest(store, "d"))}
+    )
+    reader = SampleReader(found, chunk=3, cameras=["static"], resize=Resize(size=16))
+    with Loader(found, reader, Row, rank=0, world_size=1, micro_batch=4) as loader:
+        steps: list[int] = []
+        message = r"sample \d+ \(d@1, recording key-2, step 5, data/.*unreadable_image.*upvla data remove"
+        with pytest.raises(Corrupt, match=message):
+            for _ in range(40):
+                steps.append(loader.step)
+                next(loader)
+        assert steps == list(range(len(steps)))  # none before it is missing
+        with pytest.raises(Corrupt, match="recording key-2, step 5"):  # nor is it skipped the next time
+            loader.load_state_dict({"step": steps[-1]})
+            next(loader)
+
+
+def test_memory_of_batches_is_used_again_when_nobody_has_it() -> None:
+    memory = _Memory()
+    first = memory.take(100)
+    second = memory.take(80)
+    assert not np.shares_memory(first, second)
+    place = first.ctypes.data
+    part = first[3:5]
+    del first
+    assert memory.take(90).ctypes.data != place  # a part of it is still read
+    del part
+    assert memory.take(90).ctypes.data == place

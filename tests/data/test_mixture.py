@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from tests.data.test_table import OPTIONS, make_episode, put
 from upvla.data.commit import commit
-from upvla.data.mixture import Mixture, MixtureConfig, _chairman, _permutation, make_plan, plan_from_json
+from upvla.data.mixture import Mixture, MixtureConfig, _chairman, make_plan, plan_from_json
+from upvla.data.order import permutation
 from upvla.data.samples import SampleReader
 from upvla.data.shards import Layout, stage
 from upvla.data.table import Dataset, load_manifest
@@ -111,7 +112,7 @@ def test_the_order_is_pure_and_no_global_generator_matters(dataset: Dataset, mon
 
 def test_the_order_itself_is_pinned() -> None:
     """Runs resume across releases: a change here is a change of every plan that was ever written down."""
-    assert _permutation(10, 3, "a", 1).tolist() == [6, 8, 7, 0, 1, 4, 9, 5, 2, 3]
+    assert permutation(10, 3, "a", 1).tolist() == [6, 8, 7, 0, 1, 4, 9, 5, 2, 3]
     assert _chairman((3.0, 2.0, 1.0))[0].tolist() == [0, 1, 0, 2, 1, 0]
 
 
@@ -270,3 +271,12 @@ def test_what_cannot_be_drawn_is_refused(dataset: Dataset) -> None:
         make_plan([source], 0, 4)
     with pytest.raises(ConfigError, match="global batch"):
         make_plan([], 0, 4)
+
+
+def test_a_hundred_thousand_draws_keep_their_shares_across_a_resume(dataset: Dataset) -> None:
+    """T31: within 3 sigma of a fair coin's spread (in fact within one draw), whoever goes on in the middle."""
+    found, draws, share = mixture(dataset, 7, 3), 100_000, 0.3
+    asked = np.array([found.sample_at(p).source for p in range(draws)])
+    assert abs(asked.sum() - share * draws) < min(3 * np.sqrt(draws * share * (1 - share)), found.plan.lanes)
+    resumed = mixture(dataset, 7, 3)
+    assert [resumed.sample_at(p) for p in range(50_000, 50_400)] == [found.sample_at(p) for p in range(50_000, 50_400)]

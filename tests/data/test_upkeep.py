@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -16,6 +19,7 @@ from upvla.data.commit import commit, remove
 from upvla.data.export import export_lerobot
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.sources import open_source
+from upvla.data.stats import Normalizer, Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter
 from upvla.data.upkeep import collect_garbage, diff, history, list_datasets, remove_where, repair, verify
 from upvla.data.versions import list_tags, load_manifest, open_version, set_tag
@@ -174,8 +178,9 @@ def test_anybodys_reader_opens_the_tables(tmp_path: Path) -> None:
 class _Forgetful(LocalStore):
     """A store that takes `create` for `write`, as some S3 clones do."""
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> str:
         self.write(key, data)
+        return ""
 
 
 def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +202,74 @@ def test_descriptions_of_other_formats_are_read_or_refused(tmp_path: Path) -> No
     root.write_json("_manifest/v00000003.json", value | {"format": 99})
     with pytest.raises(Mismatch, match=r"format 99.*upgrade upvla"):
         load_manifest(store, "d", 3)
+
+
+def test_datasets_of_the_first_format_are_read_verified_and_added_to(tmp_path: Path) -> None:
+    """tests/data/format1 was written by the code before this format: T33."""
+    shutil.copytree(Path(__file__).parent / "format1", tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
+    old = load_manifest(store, "old")
+    assert (old.format, old.num_episodes, dict(old.quarantined)) == (1, 2, {"missing_frame": 1})
+    assert verify(store, old) == []
+    dataset = Dataset(store, old)
+    assert [row.length for row in dataset.episodes] == [6, 5] and len(dataset.qa) == sum(ref.rows for ref in old.qa)
+    frames = dataset.read(0, range(6), ["image_static", "action"])
+    assert frames["action"].shape == (6, 7) and decode_image(frames["image_static"][5]).shape == (24, 24, 3)
+    counted = Statistics.merged(
+        summary for row, summary in zip(dataset.episodes, dataset.summaries(), strict=True) if row.split == "train"
+    )
+    assert counted == dataset.stats
+    raw = write_calvin(tmp_path / "raw", (5, 4, 6), static=(24, 24, 3), gripper=(16, 16, 3))
+    config = IngestConfig(format="calvin", dataset="old", validation_fraction=0.5, qa_per_episode=4)
+    assert ingest(store, config, str(raw))["recordings"] == 3
+    new = load_manifest(store, "old")
+    assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 2, 1, {})
+    assert {row.id for row in dataset.episodes} < {row.id for row in Dataset(store, new).episodes}
+    assert verify(store, new) == []
+
+
+def _nudge(figures: list[float], dim: int) -> None:
+    figures[dim] = float(np.nextafter(figures[dim], 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: _nudge(s["action"]["mean"], 2), "action dimension 2 differs in mean"),
+        (lambda s: s["action"]["q99"].reverse(), "action dimension 0 differs in q99"),
+        (lambda s: s["state"]["std"].pop(), "state has 14 dimensions"),
+        (lambda s: s.pop("state"), "'state' is only in the recordings"),
+        (lambda s: s["state"].pop("q01"), "lack or misstate"),
+        (lambda s: s["action"]["q01"].__setitem__(3, s["action"]["q99"][3]), "action dimension 3 differs in q01"),
+    ],
+)  # fmt: skip
+def test_figures_that_are_not_the_recordings_are_refused_by_dimension(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    """T23: another data set's figures, permuted ones, one bit of one."""
+    store = open_store(str(tmp_path))
+    manifest = put(store, range(4))
+    root, key = store.sub("datasets/d"), f"stats/{manifest.stats_id}.json"
+    figures = root.read_json(key)
+    change(figures)
+    root.write_json(key, figures)
+    with pytest.raises((Mismatch, Corrupt), match=message):
+        Dataset(store, manifest).stats  # noqa: B018
+    (damage,) = verify(store, manifest)
+    assert damage.key == key
+
+
+def test_figures_that_would_spoil_training_are_refused(tmp_path: Path) -> None:
+    stats = Dataset(open_store(str(tmp_path)), put(open_store(str(tmp_path)), range(4))).stats
+    stats.require_usable("the data")
+    action = stats.features["action"]
+    for change, message in (
+        ({"std": (float("nan"), *action.std[1:])}, "action dimension 0 has figures that are not finite"),
+        ({"low": (*action.low[:5], 9.0, action.low[6])}, "action dimension 5 has figures that contradict"),
+    ):
+        broken = Statistics({**stats.features, "action": replace(action, **change)})  # type: ignore[arg-type]
+        with pytest.raises(Mismatch, match=rf"of the data would spoil training: {message}.*stats check"):
+            broken.require_usable("the data")
 
 
 def test_an_export_is_read_back_by_the_lerobot_source(tmp_path: Path) -> None:
@@ -225,8 +298,6 @@ def test_an_export_is_read_back_by_the_lerobot_source(tmp_path: Path) -> None:
 
 
 def test_statistics_name_the_dimension_that_differs() -> None:
-    from upvla.data.stats import Normalizer, Statistics, Summary
-
     rng = np.random.Generator(np.random.Philox(0))
     values = rng.normal(0, 1, (500, 3)).astype(np.float32)
     stats = Statistics.merged([{"action": Summary.of(values)}])

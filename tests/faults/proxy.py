@@ -6,19 +6,21 @@ import http.client
 import random
 import socket
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-FAULTS = ("503", "500", "reset before", "reset after", "cut body")
+FAULTS = ("503", "500", "reset before", "reset after", "cut body", "slow body")
 
 
 class FaultProxy:
     """Forwards to `target_url`; `rate` of the requests meet one of `faults`.
 
-    "reset after" lets the server do the work and drops its reply; "cut body" ends a reply half-way. strip: request
+    "reset after" lets the server do the work and drops its reply; "cut body" ends a reply half-way, "slow body" stops
+    there for a moment. strip: request
     headers that are taken away, as a store would that does not know them. `seen` counts what was done.
     """
 
@@ -71,7 +73,11 @@ class FaultProxy:
                 self.send_header("Content-Length", length or "0")
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(data[: len(data) // 2] if fault == "cut body" else data)
+                    self.wfile.write(data[: len(data) // 2])
+                    if fault == "slow body":
+                        time.sleep(0.3)
+                    if fault != "cut body":
+                        self.wfile.write(data[len(data) // 2 :])
                 if fault == "cut body":
                     self.hang_up()
 

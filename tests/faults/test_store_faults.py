@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import multiprocessing
 import os
+import resource
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +21,16 @@ from tests.factories import write_calvin
 from tests.faults.proxy import FaultProxy
 from upvla.data.commit import _require_conditional_create, commit
 from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.loader import Loader
+from upvla.data.mixture import Mixture, MixtureConfig
+from upvla.data.samples import SampleReader
 from upvla.data.table import Dataset
 from upvla.data.upkeep import verify
 from upvla.data.versions import list_versions, load_manifest
 from upvla.errors import StoreError
-from upvla.store import open_store
+from upvla.images import Resize
+from upvla.store import Store, open_store
+from upvla.types import Sample
 
 CONFIG = IngestConfig(format="calvin", dataset="d", recordings_per_task=2, qa_per_episode=4)
 
@@ -123,3 +133,71 @@ def test_a_full_disk_is_said_and_space_lets_it_go_on(
     room[0] = 10**6
     assert ingest(store, CONFIG, str(recordings))["content_id"] == expected["content_id"]
     assert np.isfinite(Dataset(store, load_manifest(store, "d")).stats.features["action"].mean).all()
+
+
+def _pixels(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    return [(sample.position, sum(int(frame.sum()) for frame in sample.images.values())) for sample in samples]
+
+
+def _batches(store: Store, steps: int) -> list[list[list[tuple[int, int]]]]:
+    settings = {"sources": [{"dataset": "d", "kind": "robot", "weight": 1}], "global_batch": 8}
+    plan = MixtureConfig.model_validate(settings).plan(store)
+    mixture = Mixture(plan, {"d": Dataset(store, load_manifest(store, "d"), pool_mb=0)})  # nothing is kept
+    reader = SampleReader(mixture, chunk=3, cameras=["static"], resize=Resize(size=16))
+    with Loader(mixture, reader, _pixels, rank=0, world_size=1, micro_batch=4) as loader:
+        return [next(loader) for _ in range(steps)]
+
+
+@pytest.mark.seam
+def test_training_reads_the_same_through_a_failing_network(
+    s3_server: S3Server, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_server.url())
+    ingest(store, CONFIG, str(recordings))
+    expected = _batches(store, 6)
+    with FaultProxy(s3_server.endpoint_url, rate=0.2, methods=("GET", "HEAD"), seed=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert _batches(open_store(store.url), 6) == expected
+    assert sum(count for name, count in proxy.seen.items() if name != "well") > 5
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_is_wrong_is_said(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """S3 signs requests with this machine's time and tolerates a quarter of an hour."""
+    import botocore.auth
+
+    real = botocore.auth.get_current_datetime
+    monkeypatch.setattr(
+        botocore.auth, "get_current_datetime", lambda *a, **k: real(*a, **k) + datetime.timedelta(hours=hours)
+    )
+    with pytest.raises(StoreError, match="this machine's clock is off"):
+        open_store(s3_server.url()).read("k")
+
+
+def _ingest_with_little_room(url: str, source: str, said: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))  # no file may grow beyond
+    try:
+        ingest(open_store(url), CONFIG, source)
+    except StoreError as error:
+        said.send(str(error))
+
+
+def test_too_little_scratch_space_names_the_place_and_the_need(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ingest(open_store(str(tmp_path / "calm")), CONFIG, str(recordings))
+    url, context = str(tmp_path / "tight"), multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_ingest_with_little_room, args=(url, str(recordings), theirs))
+    child.start()
+    theirs.close()
+    said = ours.recv()
+    child.join()
+    assert tempfile.gettempdir() in said and "File too large" in said and "128 MB" in said and "TMPDIR" in said
+    assert list_versions(open_store(url), "d") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        with pytest.raises(StoreError, match=r"gone.*point TMPDIR elsewhere"):
+            ingest(open_store(url), CONFIG, str(recordings))
+    assert ingest(open_store(url), CONFIG, str(recordings))["content_id"] == expected["content_id"]

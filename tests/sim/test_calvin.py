@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upvla.data.language import BLOCK_ORDER
 from upvla.data.sources import open_source
 from upvla.errors import ConfigError
 from upvla.rollout.benchmarks import Places, open_suite
@@ -25,6 +26,11 @@ real = pytest.mark.skipif(
     "UPVLA_CALVIN" not in os.environ or importlib.util.find_spec("pybullet") is None,
     reason="real CALVIN: set UPVLA_CALVIN to a checkout and `pip install upvla[calvin]` (docs/benchmarks.md)",
 )
+
+
+def test_the_data_layer_knows_the_same_order_of_blocks() -> None:
+    known = {name: order for name, order in BLOCK_ORDER.items() if name.startswith("calvin")}
+    assert {f"calvin_scene_{scene}": order for scene, order in calvin.BLOCKS.items()} == known
 
 
 @pytest.mark.parametrize(("text", "expected"), [("test", 3910690890), ("", 0)])

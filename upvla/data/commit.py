@@ -7,7 +7,6 @@ first one's. Nothing that a manifest refers to is ever changed.
 from __future__ import annotations
 
 import functools
-import json
 import time
 import uuid
 from collections import Counter
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from upvla.data.shards import Rejection, Staged, put_table
+from upvla.data.objects import put_table, read_index, read_summaries
+from upvla.data.shards import Rejection, Staged
 from upvla.data.stats import Statistics, Summary
 from upvla.data.versions import (
     FORMAT,
@@ -27,8 +27,8 @@ from upvla.data.versions import (
     load_manifest,
     manifest_key,
     newest_manifest,
-    read_index,
     read_quarantine,
+    remember,
 )
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
@@ -82,7 +82,8 @@ def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None]
         if parent and parent.content_id == manifest.content_id:
             return parent
         try:
-            root.create_json(manifest_key(manifest.version), asdict(manifest))
+            token = root.create_json(manifest_key(manifest.version), asdict(manifest))
+            remember(root, manifest, token)
             return manifest
         except AlreadyExists:
             time.sleep(min(attempt, 10) * 0.01 * (1 + uuid.uuid4().int % 100 / 100))  # no global random generator
@@ -212,10 +213,10 @@ def _completed(
     fraction = draft.options["splits"]["validation_fraction"]
     ids = sorted(rows)
     splits = assign_splits(ids, fraction, parent.options["splits"]["forced"] if parent else {})
-    training = (rows[identity] for identity in ids if splits[identity] == "train")
-    stats = Statistics.merged(
-        {name: Summary.from_json(part) for name, part in json.loads(row["summary"]).items()} for row in training
-    )
+    summaries: dict[str, dict[str, Summary]] = {}
+    for ref in draft.index:
+        summaries |= read_summaries(root, ref)
+    stats = Statistics.merged(summaries[identity] for identity in ids if splits[identity] == "train")
     if parent is None or parent.stats_id != stats.stats_id:
         root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())  # named by its content: twice is harmless
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.table import Dataset
-from upvla.errors import Mismatch, NotFound
+from upvla.errors import NotFound
 from upvla.images import Resize, decode_image, resize
 
 Tower = Callable[[np.ndarray], np.ndarray]  # u8[B,H,W,3] -> f16[B,P,D]
@@ -66,9 +66,7 @@ class FeatureTable:
         """camera -> f32[P,D] at one step of one recording."""
         row = self.dataset.episodes[episode]
         columns = tuple(f"features_{camera}" for camera in cameras)
-        found = self._rows.take(_sidecar(self.tower_id, row.shard), [row.row0 + step], columns)
-        if missing := [column for column in columns if column not in found]:
-            raise Mismatch(f"tower {self.tower_id} encoded no {missing[0]!r}")
+        found = self._rows.take(_sidecar(self.tower_id, row.shard), {key: [row.row0 + step] for key in columns})
         return {
             camera: np.frombuffer(found[column][0], np.float16).astype(np.float32).reshape(self.shape)
             for camera, column in zip(cameras, columns, strict=True)

@@ -9,16 +9,25 @@ Left and right follow the task language (larger x is right); behind is larger y,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 BLOCKS = ("red", "blue", "pink")
-_BLOCK_COLUMN = {"red": 6, "blue": 12, "pink": 18}  # of the scene state: x, y, z follow
+BLOCK_ORDER = {
+    **dict.fromkeys(("playtable_A", "playtable_B", "playtable_C", "playtable_D"), BLOCKS),
+    "calvin_scene_A": ("pink", "blue", "red"),
+    "calvin_scene_B": ("red", "blue", "pink"),
+    "calvin_scene_C": ("blue", "red", "pink"),
+    "calvin_scene_D": ("red", "blue", "pink"),
+}
+"""In which order the scene state lists the blocks (calvin_env, conf/scene/*.yaml: it is not the same everywhere). In a
+scene that is not listed nobody knows which block is which, and none is asked about."""
 _WHETHER_EVERY = 6  # one question in so many is answered yes or no: nothing is learnt from it before words are
 _FACTS_A_STEP = 4  # that a step yields on average, once true and false are paired
+_SCENE_DIMS = 24  # of CALVIN's scene state; other simulators' are not understood here
 _MIN_DISTANCE_M = 0.05  # one block's width: closer than that nobody could tell
 _TABLE_Z_M = 0.43  # lower lies in the drawer, out of sight
 
@@ -101,17 +110,20 @@ class _Fact(NamedTuple):
 
 
 def questions(scenes: Sequence[tuple[str, np.ndarray, str]], per_episode: int) -> list[Question]:
-    """(episode id, scene state f32[T,24], scene's name) of a set of recordings -> at most `per_episode` facts each on
+    """(episode id, scene state f32[T,Q], scene's name) of a set of recordings -> at most `per_episode` facts each on
     average, every fact asked once in a wording for training and once in a held-out one. A function of its arguments.
 
     All topics look at the same few steps of a recording, so that one picture is asked about many times.
     """
     topics: dict[str, list[_Fact]] = {}
     for episode_id, scene, name in scenes:
+        if scene.shape[1] != _SCENE_DIMS:
+            continue
+        blocks = _blocks(scene, name)
         steps = sorted(range(len(scene)), key=lambda step: _digest(episode_id, step))[
             : -(-per_episode // _FACTS_A_STEP)
         ]
-        for topic, truth in _truths(scene, DRAWER_HANDLE_X.get(name)):
+        for topic, truth in _truths(scene, blocks, DRAWER_HANDLE_X.get(name)):
             facts = [_Fact(episode_id, step, bool(truth[step])) for step in steps if truth[step] >= 0]
             topics.setdefault(topic, []).extend(facts)
     rows = []
@@ -125,21 +137,28 @@ def questions(scenes: Sequence[tuple[str, np.ndarray, str]], per_episode: int) -
     return sorted(rows)
 
 
-def _truths(scene: np.ndarray, handle_x: float | None) -> Iterable[tuple[str, np.ndarray]]:
+def _blocks(scene: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Colour -> f32[T,3] position in m, of a scene whose order of blocks is known."""
+    return {block: scene[:, 6 + 6 * i : 9 + 6 * i] for i, block in enumerate(BLOCK_ORDER.get(name, ()))}
+
+
+def _truths(
+    scene: np.ndarray, blocks: Mapping[str, np.ndarray], handle_x: float | None
+) -> Iterable[tuple[str, np.ndarray]]:
     """(topic, i8[T]): 1 true, 0 false, -1 not to be asked about."""
     for topic, state in STATES.items():
         reading = scene[:, state.column]
         yield topic, np.where(reading >= state.high, 1, np.where(reading <= state.low, 0, -1))
-    for a, b in combinations(BLOCKS, 2):
-        first, second = (scene[:, _BLOCK_COLUMN[block] : _BLOCK_COLUMN[block] + 3] for block in (a, b))
+    for a, b in combinations(BLOCKS if blocks else (), 2):
+        first, second = blocks[a], blocks[b]
         visible = (first[:, 2] > _TABLE_Z_M) & (second[:, 2] > _TABLE_Z_M)
         for axis in RELATIONS:
             distance = first[:, axis] - second[:, axis]
             clear = visible & (np.abs(distance) >= _MIN_DISTANCE_M)
             yield f"{a}-{b}-{axis}", np.where(clear, (distance < 0).astype(int), -1)
     if handle_x is not None:
-        for block in BLOCKS:
-            x, _, z = scene[:, _BLOCK_COLUMN[block] : _BLOCK_COLUMN[block] + 3].T
+        for block, place in blocks.items():
+            x, _, z = place.T
             clear = (z > _TABLE_Z_M) & (np.abs(x - handle_x) >= _MIN_DISTANCE_M)
             yield f"{block}-{_HANDLE}-0", np.where(clear, (x < handle_x).astype(int), -1)
 

@@ -4,35 +4,28 @@ Every step is pure and none draws from a generator with a state:
 1. Position p belongs to lane p % lanes, and is that lane's draw p // lanes. A world's ranks take whole lanes.
 2. A lane's draw has a source: a repeating sequence in which each source keeps within one draw of its share, always
    (Tijdeman's chairman assignment); lanes begin at different places of it, so that every batch has its shares too.
-3. A source's epoch: its row groups, permuted by (seed, source, epoch), make one stream of windows that is cut into
-   equal parts, one a lane. In a lane a window's rank is its row group's plus a random number below `spread`: so a lane
-   has about `spread` row groups open at a time, and reads each once. Neighbouring lanes run in opposite directions,
-   because then a row group that was cut is read by both at the same time.
-Random numbers are raw Philox words keyed by a hash of their purpose: stable over platforms and numpy versions.
+3. What the lane takes from the source is the source's own order (`upvla/data/order.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.data.actions import ActionMap, declared_space
+from upvla.data.order import Groups, Order
 from upvla.data.stats import Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter, load_manifest
 from upvla.errors import ConfigError, Mismatch
 from upvla.store import Store, content_hash
 from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
-_Key = TypeVar("_Key")
 _MAX_PERIOD = 10_000  # weights are taken as fractions with at most this denominator
 _MAX_LANES = 64
 
@@ -162,8 +155,16 @@ class Mixture:
         period = len(self._turns)
         self._begins = [lane * period // plan.lanes for lane in range(plan.lanes)]
         self._before = np.stack([np.cumsum(self._turns == s) - (self._turns == s) for s in range(len(plan.sources))])
-        self._deals = _Cache(self._deal_of, size=2 * len(plan.sources))
-        self._orders = _Cache(self._order_of, size=2 * len(plan.sources) * plan.lanes)
+        self._orders = [
+            Order(
+                samples.groups,
+                seed=plan.seed,
+                name=f"{number}/{source.dataset}/{source.kind}/{source.split}",
+                lanes=plan.lanes,
+                spread=plan.spread,
+            )
+            for number, (source, samples) in enumerate(zip(plan.sources, self._samples, strict=True))
+        ]
 
     def __len__(self) -> int:
         """Positions until every source has been seen at least once."""
@@ -224,55 +225,25 @@ class Mixture:
         period, turn = divmod(draw + begin, len(self._turns))
         source = int(self._turns[turn])
         nth = period * self._shares[source] + int(self._ranks[turn]) - int(self._before[source, begin])
-        first, last = self._part(source, lane)
-        epoch, place = divmod(nth, last - first)
-        return self._samples[source].at(source, int(self._orders[source, epoch, lane][place]))
-
-    def _part(self, source: int, lane: int) -> tuple[int, int]:
-        """The part of the source's stream that a lane walks; lanes share parts where there are fewer samples."""
-        size = len(self._samples[source])
-        parts = min(self.plan.lanes, size)
-        return lane % parts * size // parts, (lane % parts + 1) * size // parts
-
-    def _deal_of(self, key: tuple[int, int]) -> np.ndarray:
-        """i64[2, groups]: the row groups in this epoch's order, and where in the stream each ends."""
-        number, epoch = key
-        counts = self._samples[number].group_sizes
-        order = _permutation(len(counts), self.plan.seed, *self._name(number), epoch)
-        return np.stack([order, np.cumsum(counts[order])])
-
-    def _order_of(self, key: tuple[int, int, int]) -> np.ndarray:
-        """The sample numbers of one lane's epoch, in order."""
-        number, epoch, lane = key
-        samples, (groups, ends) = self._samples[number], self._deals[number, epoch]
-        places = np.arange(*self._part(number, lane))
-        rank = np.searchsorted(ends, places, side="right")
-        numbers = samples.group_starts[groups[rank]] + places - (ends[rank] - samples.group_sizes[groups[rank]])
-        distance = rank[-1] - rank if lane % 2 else rank - rank[0]
-        words = _words(len(places), self.plan.seed, *self._name(number), epoch, "lane", lane)
-        return np.asarray(numbers[np.argsort(distance + words / 2.0**64 * self.plan.spread, kind="stable")])
-
-    def _name(self, number: int) -> tuple[str, ...]:
-        source = self.plan.sources[number]
-        return (f"{number}/{source.dataset}/{source.kind}/{source.split}",)
+        return self._samples[source].at(source, self._orders[source].number(lane, nth))
 
     def _summaries(self, number: int) -> Sequence[Mapping[str, Summary]]:
         source, convert = self.plan.sources[number], self.action_map(number)
         dataset, where = self.datasets[source.dataset], EpisodeFilter.model_validate(source.where)
         found = []
-        for i, row in enumerate(dataset.episodes):
+        for i, (row, summary) in enumerate(zip(dataset.episodes, dataset.summaries(), strict=True)):
             if row.split == "train" and where.fits(row):
-                read = dataset.read(i, range(row.length), ["action", "state"])
-                action = convert(read["action"]) if convert else read["action"]
-                found.append({"action": Summary.of(action), "state": Summary.of(read["state"])})
+                if convert:
+                    actions = dataset.read(i, range(row.length), ["action"])["action"]
+                    summary = summary | {"action": Summary.of(convert(actions))}
+                found.append(summary)
         return found
 
 
 class _Samples:
     """What one source offers, numbered so that the samples of a row group are neighbours.
 
-    Robot: every (span, step) of the split. Questions: rows whose wording is for the split. `group_sizes` and
-    `group_starts` i64[groups] say which numbers belong to which row group.
+    Robot: every (span, step) of the split. Questions: rows whose wording is for the split.
     """
 
     def __init__(self, dataset: Dataset, source: MixtureSource):
@@ -304,8 +275,8 @@ class _Samples:
         lengths = self._pieces[:, 4] - self._pieces[:, 3]
         self._ends = np.cumsum(lengths)
         first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))
-        self.group_starts = (self._ends - lengths)[first]
-        self.group_sizes = np.diff(self.group_starts, append=len(self))
+        edges = np.append((self._ends - lengths)[first], len(self))
+        self.groups = Groups(len(first), edges.__getitem__)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -316,27 +287,6 @@ class _Samples:
         step = end - int(self._ends[where]) + number
         robot = self._kind == "robot"
         return SampleRef(source, self._kind, row, step, which if robot else -1, -1 if robot else which)
-
-
-class _Cache(Generic[_Key]):
-    """The last few results of a pure function; threads that miss together compute together, to the same result."""
-
-    def __init__(self, compute: Callable[[_Key], np.ndarray], size: int):
-        self._compute, self._size = compute, size
-        self._values: OrderedDict[_Key, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getitem__(self, key: _Key) -> np.ndarray:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = self._compute(key)
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
 
 
 @functools.lru_cache(maxsize=16)
@@ -364,14 +314,3 @@ def _chairman(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, tuple
         ranks.append(done[chosen])
         done[chosen] += 1
     return np.array(turns), np.array(ranks), tuple(counts)
-
-
-def _permutation(size: int, seed: int, *purpose: str | int) -> np.ndarray:
-    """i64[size], a function of the arguments alone."""
-    return np.argsort(_words(size, seed, *purpose), kind="stable")
-
-
-def _words(size: int, seed: int, *purpose: str | int) -> np.ndarray:
-    """u64[size]"""
-    key = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()[:16]
-    return np.asarray(np.random.Philox(key=int.from_bytes(key, "big")).random_raw(size))

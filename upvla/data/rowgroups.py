@@ -2,61 +2,110 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from upvla.errors import Corrupt
+from upvla.errors import Corrupt, Mismatch, StoreError
 from upvla.store import Store
 
 
+class _File(NamedTuple):
+    """An open object. `starts` are the first rows of its row groups."""
+
+    reading: threading.Lock
+    file: pq.ParquetFile
+    starts: list[int]
+
+
+class _Binary(NamedTuple):
+    """Values of a binary column over the memory that Arrow read them into."""
+
+    data: memoryview
+    edges: list[int]
+
+
+_Column = np.ndarray | _Binary
+
+
 class RowGroupPool:
-    """Rows of Parquet objects, through a pool of decoded row groups bounded in bytes; safe for threads."""
+    """Rows of Parquet objects, through a pool of decoded row groups bounded in bytes; safe for threads.
+
+    A row group is read with all the columns that are asked for together, so callers who ask for the same ones each
+    time read it once.
+    """
 
     def __init__(self, root: Store, pool_mb: int):
         self._root, self._limit = root, pool_mb << 20
         self._lock = threading.Lock()
-        self._files: dict[str, tuple[threading.Lock, pq.ParquetFile, np.ndarray]] = {}
-        self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], tuple[dict[str, Any], int]] = OrderedDict()
+        self._files: dict[str, _File] = {}
+        self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], tuple[dict[str, _Column], int]] = OrderedDict()
         self._bytes = 0
 
-    def take(self, key: str, rows: Sequence[int], columns: tuple[str, ...]) -> dict[str, Any]:
-        """Column -> numbers as an array over `rows`, binary values as a list of bytes. Rows may lie in any groups."""
-        starts = self._file(key)[2]
-        numbers = np.searchsorted(starts, rows, side="right") - 1
-        parts = {int(group): self._group(key, int(group), columns) for group in dict.fromkeys(numbers.tolist())}
-        places = [(parts[int(group)], row - int(starts[group])) for group, row in zip(numbers, rows, strict=True)]
-        return {name: _gather([(part[name], place) for part, place in places]) for name in columns}
+    def take(self, key: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """{column: its rows} -> {column: numbers as an array over the rows, or binary values as a list of bytes}.
 
-    def group_starts(self, key: str) -> np.ndarray:
-        """i64[groups]: the first row of every row group of an object."""
-        return self._file(key)[2]
+        The rows of a column may lie in any groups; a column without any comes along for others to find.
+        """
+        starts, columns = self._file(key).starts, tuple(wanted)
+        parts: dict[int, dict[str, _Column]] = {}
 
-    def _file(self, key: str) -> tuple[threading.Lock, pq.ParquetFile, np.ndarray]:
+        def values(name: str, group: int, rows: Sequence[int]) -> Any:
+            if group not in parts:
+                parts[group] = self._group(key, group, columns)
+            return _values(parts[group][name], rows, starts[group])
+
+        found: dict[str, Any] = {}
+        for name, rows in wanted.items():
+            if not len(rows):
+                continue
+            group = bisect_right(starts, min(rows)) - 1
+            if group + 1 == len(starts) or max(rows) < starts[group + 1]:
+                found[name] = values(name, group, rows)
+            else:
+                pieces = [values(name, bisect_right(starts, row) - 1, (row,)) for row in rows]
+                found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
+        return found
+
+    def load(self, key: str, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Have the row groups that `take` will want."""
+        starts, columns = self._file(key).starts, tuple(wanted)
+        for group in {bisect_right(starts, row) - 1 for rows in wanted.values() for row in rows}:
+            self._group(key, group, columns)
+
+    def group_starts(self, key: str) -> list[int]:
+        """The first row of every row group of an object."""
+        return self._file(key).starts
+
+    def _file(self, key: str) -> _File:
         with self._lock:
             if key not in self._files:
                 file = self._root.parquet(key)
                 sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-                self._files[key] = (threading.Lock(), file, np.cumsum([0, *sizes[:-1]]))
+                starts = [*itertools.accumulate(sizes[:-1], initial=0)]
+                self._files[key] = _File(threading.Lock(), file, starts)
             return self._files[key]
 
-    def _group(self, key: str, group: int, columns: tuple[str, ...]) -> dict[str, Any]:
+    def _group(self, key: str, group: int, columns: tuple[str, ...]) -> dict[str, _Column]:
         name = (key, group, columns)
         with self._lock:
             if name in self._groups:
                 self._groups.move_to_end(name)
                 return self._groups[name][0]
-        reading, _, _ = self._file(key)
-        with reading:  # one reader a file: a second thread that wants this group finds it in the pool
+        with self._file(key).reading:  # one reader a file: a second thread that wants this group finds it in the pool
             with self._lock:
                 if name in self._groups:
                     return self._groups[name][0]
             table = self._read(key, group, columns)
+            if missing := [column for column in columns if column not in table.column_names]:
+                raise Mismatch(f"{self._root.url}/{key} has no column {missing[0]!r}")
             decoded = {column: _decoded(table[column]) for column in columns}
         with self._lock:
             self._groups[name] = (decoded, table.nbytes)
@@ -67,21 +116,34 @@ class RowGroupPool:
 
     def _read(self, key: str, group: int, columns: tuple[str, ...]) -> pa.Table:
         try:
-            return self._file(key)[1].read_row_group(group, columns=list(columns), use_threads=False)
+            return self._file(key).file.read_row_group(group, columns=list(columns), use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
-            raise Corrupt(f"{self._root.url}/{key}, row group {group}: {error}; use the version before") from error
+            where = f"{self._root.url}/{key}, row group {group}: {error}"
+            if "AWS Error" in str(error):  # Arrow tells a store that fails from bytes that are wrong by words only
+                raise StoreError(f"{where}; is the object store up?") from error
+            raise Corrupt(f"{where}; use the version before") from error
 
 
-def _decoded(column: pa.ChunkedArray) -> Any:
-    """Binary columns stay Arrow arrays (one buffer); numbers become arrays over the same memory."""
+def _decoded(column: pa.ChunkedArray) -> _Column:
+    """Numbers and binary values over the memory that they were read into."""
     array = column.combine_chunks()
     if pa.types.is_fixed_size_list(array.type):
-        return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
-    if pa.types.is_binary(array.type) or pa.types.is_fixed_size_binary(array.type):
-        return array
-    return array.to_numpy()
+        return np.asarray(array.flatten().to_numpy().reshape(len(array), array.type.list_size))
+    if pa.types.is_fixed_size_binary(array.type):
+        width, first = array.type.byte_width, array.offset
+        return _Binary(memoryview(array.buffers()[1]), [width * (first + i) for i in range(len(array) + 1)])
+    if pa.types.is_binary(array.type):
+        _, offsets, data = array.buffers()
+        edges = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+        return _Binary(memoryview(data), edges.tolist())
+    return np.asarray(array.to_numpy())
 
 
-def _gather(places: Sequence[tuple[Any, int]]) -> Any:
-    values = [array[place] for array, place in places]
-    return [value.as_py() for value in values] if isinstance(values[0], pa.Scalar) else np.stack(values)
+def _values(column: _Column, rows: Sequence[int], first: int) -> Any:
+    """Those rows of a group whose first row is `first`; nothing that is returned shares the pool's memory."""
+    if isinstance(column, _Binary):
+        data, edges = column
+        return [bytes(data[edges[row - first] : edges[row - first + 1]]) for row in rows]
+    if isinstance(rows, range) and rows.step == 1:
+        return column[rows.start - first : rows.stop - first].copy()
+    return column[[row - first for row in rows]]

@@ -16,7 +16,7 @@ from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
 from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
-from upvla.errors import ConfigError
+from upvla.errors import BadEpisode, ConfigError, Corrupt
 from upvla.images import Resize, decode_image, resize
 from upvla.types import ActionSpace, Batch, Sample, SampleRef
 
@@ -63,6 +63,13 @@ class RowShape(NamedTuple):
     features: tuple[int, int] | None = None  # [P,D] a camera where patch features are read in place of frames
 
 
+class Rows(list[Sample]):
+    """Samples of one micro-batch, robot rows before questions. `frames` u8[n,K,H,W,3] has all their images, row by row;
+    it is None where features take the place of frames."""
+
+    frames: np.ndarray | None = None
+
+
 class SampleReader:
     """Reads and decodes samples; threads may share it.
 
@@ -91,6 +98,7 @@ class SampleReader:
         self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
         self.descriptions, self.features = dict(descriptions or {}), dict(features or {})
         self.action_space = mixture.action_space
+        self._frame = (resize.size, resize.width or resize.size, 3)
         self._maps = [mixture.action_map(number) for number in range(len(mixture.plan.sources))]
         for source in mixture.plan.sources:
             manifest, robot = mixture.datasets[source.dataset].manifest, source.kind == "robot"
@@ -105,6 +113,14 @@ class SampleReader:
                 raise ConfigError(f"dataset {manifest.dataset} has no table of image codes; encode it first")
         if bool(self.codes) != bool(self.code_cameras):
             raise ConfigError("image codes need both their tables and the cameras to take (codes, code_cameras)")
+        self._stored = [
+            {camera: f"image_{found}" for camera in self.cameras if (found := source.cameras.get(camera, camera))}
+            for source in mixture.plan.sources
+        ]
+        self._columns: dict[str, dict[str, Sequence[int]]] = {}  # of every dataset: all that any of its rows needs
+        for source, stored in zip(mixture.plan.sources, self._stored, strict=True):
+            names = [*(["action"] if source.kind == "robot" else []), *(stored.values() if not self.features else ())]
+            self._columns.setdefault(source.dataset, {}).update(dict.fromkeys(names, ()))
 
     @property
     def shape(self) -> RowShape:
@@ -119,21 +135,48 @@ class SampleReader:
             next(iter(self.features.values())).shape if self.features else None,
         )
 
-    def read(self, ref: SampleRef, position: int) -> Sample:
+    def read_rows(self, places: Sequence[tuple[SampleRef, int]], memory: Callable[[int], np.ndarray]) -> Rows:
+        """Rows at (reference, position), robot rows first, their frames decoded into one `memory(bytes)` of u8."""
+        places = sorted(places, key=lambda place: (place[0].kind != "robot", place[1]))
+        if self.features:
+            return Rows(self.read(ref, position) for ref, position in places)
+        shape = (len(places), len(self.cameras), *self._frame)
+        frames = memory(int(np.prod(shape))).reshape(shape)
+        rows = Rows(self.read(ref, position, out) for (ref, position), out in zip(places, frames, strict=True))
+        rows.frames = frames
+        return rows
+
+    def fetch(self, ref: SampleRef) -> None:
+        """Have in memory what reading this sample will want from the table."""
+        dataset = self.mixture.datasets[self.mixture.plan.sources[ref.source].dataset]
+        wanted = self._wanted(ref)
+        if any(len(steps) for steps in wanted.values()):
+            dataset.fetch(ref.episode, wanted)
+
+    def read(self, ref: SampleRef, position: int, out: np.ndarray | None = None) -> Sample:
+        """One sample; its frames are decoded into `out` u8[K,H,W,3] where that is given.
+
+        `Corrupt` names the sample whose picture does not decode: nothing takes its place.
+        """
         name = self.mixture.plan.sources[ref.source].dataset
         dataset = self.mixture.datasets[name]
+        row = dataset.episodes[ref.episode]
+        found = dataset.read_each(ref.episode, self._wanted(ref))
+        try:
+            images = self._images(name, ref, found, out)
+        except BadEpisode as error:
+            where = f"{name}@{dataset.manifest.version}, recording {row.source_key}, step {ref.step}, {row.shard}"
+            raise Corrupt(f"sample {position} ({where}): {error}; take it out with `upvla data remove`") from error
         if ref.kind == "qa":
-            turns = tuple(turn for row in dataset.conversation(ref.qa) for turn in row.turns)
-            return Sample(position, "qa", self._frames(name, ref), None, None, None, None, "", turns)
-        span = dataset.episodes[ref.episode].spans[ref.span]
-        steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
-        moves = dataset.read(ref.episode, range(ref.step, steps.action_end), ["action"])["action"]
+            turns = tuple(turn for asked in dataset.conversation(ref.qa) for turn in asked.turns)
+            return Sample(position, "qa", images, None, None, None, None, "", turns)
+        span, moves = row.spans[ref.span], found["action"]
         if (convert := self._maps[ref.source]) is not None:
             moves = convert(moves)
         actions, is_pad = fill_chunk(moves, self.chunk, self.action_space)
         codes = future_codes = None
         if self.codes:
-            table = self.codes[name]
+            table, steps = self.codes[name], self._window(ref)
             codes, future_codes = (
                 np.concatenate([table.get(ref.episode, [step], camera) for camera in self.code_cameras])
                 for step in (steps.step, steps.future)
@@ -141,7 +184,7 @@ class SampleReader:
         return Sample(
             position=position,
             kind="robot",
-            images=self._frames(name, ref),
+            images=images,
             codes=codes,
             future_codes=future_codes,
             actions=actions,
@@ -151,17 +194,34 @@ class SampleReader:
             description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
         )
 
-    def _frames(self, name: str, ref: SampleRef) -> dict[str, np.ndarray]:
+    def _window(self, ref: SampleRef) -> Window:
+        dataset = self.mixture.datasets[self.mixture.plan.sources[ref.source].dataset]
+        span = dataset.episodes[ref.episode].spans[ref.span]
+        return window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
+
+    def _wanted(self, ref: SampleRef) -> dict[str, Sequence[int]]:
+        """Which steps of which columns. Rows of one dataset name the same columns, so a row group is read once."""
+        wanted = dict(self._columns[self.mixture.plan.sources[ref.source].dataset])
+        if ref.kind == "robot":
+            wanted["action"] = range(ref.step, self._window(ref).action_end)
+        if not self.features:
+            wanted |= dict.fromkeys(self._stored[ref.source].values(), (ref.step,))
+        return wanted
+
+    def _images(
+        self, name: str, ref: SampleRef, found: Mapping[str, Sequence[bytes]], out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         if self.features:
             return self.features[name].get(ref.episode, ref.step, self.cameras)
-        names = self.mixture.plan.sources[ref.source].cameras
-        stored = {camera: f"image_{found}" for camera in self.cameras if (found := names.get(camera, camera))}
-        frames = self.mixture.datasets[name].read(ref.episode, [ref.step], [*dict.fromkeys(stored.values())])
-        black = np.zeros((self.resize.size, self.resize.size, 3), np.uint8)
-        return {
-            camera: resize(decode_image(frames[stored[camera]][0]), self.resize) if camera in stored else black
-            for camera in self.cameras
-        }
+        stored, images = self._stored[ref.source], {}
+        for view, camera in enumerate(self.cameras):
+            place = None if out is None else out[view]
+            if camera in stored:
+                images[camera] = resize(decode_image(found[stored[camera]][0]), self.resize, place)
+            else:  # a view that this source lacks is black
+                images[camera] = np.empty(self._frame, np.uint8) if place is None else place
+                images[camera][:] = 0
+        return images
 
     def _wording(self, task: str, text: str, position: int) -> str:
         wordings = self.paraphrases.get(task)
@@ -193,6 +253,7 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         robot = [sample for sample in samples if sample.kind == "robot"]
         asked = [sample for sample in samples if sample.kind == "qa"]
+        frames = samples.frames if isinstance(samples, Rows) else None
         shape = self._shape
         texts = [self._prompt(sample) for sample in robot]
         turns = [self._encode_turns(sample.turns) for sample in asked]
@@ -200,12 +261,12 @@ class Collator:
         return Batch(
             text_ids=_padded(texts, self._pad_id),
             text_len=np.array([len(ids) for ids in texts], np.int64),
-            images=self._images(robot),
+            images=self._images(robot) if frames is None else frames[: len(robot)],
             codes=_stacked([s.codes for s in robot], codes, np.int64),
             future_codes=_stacked([s.future_codes for s in robot], codes, np.int64),
             actions=_stacked([s.actions for s in robot], (shape.chunk, shape.action_dim), np.float32),
             action_is_pad=_stacked([s.action_is_pad for s in robot], (shape.chunk,), np.bool_),
-            qa_images=self._images(asked),
+            qa_images=self._images(asked) if frames is None else frames[len(robot) :],
             qa_ids=_padded([ids for ids, _ in turns], self._pad_id),
             qa_labels=_padded([labels for _, labels in turns], IGNORED),
             positions=np.array([sample.position for sample in (*robot, *asked)], np.int64),

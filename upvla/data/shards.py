@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.data.language import Question, questions
+from upvla.data.objects import put_file, put_index, put_table, refs, scratch
 from upvla.data.stats import Summary
 from upvla.errors import Mismatch
 from upvla.images import encode_jpeg
@@ -24,24 +25,6 @@ from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
 _FEATURES = ("action", "state")  # whose statistics are kept
 
-SPAN_TYPE = pa.list_(
-    pa.struct([("start", pa.int32()), ("end", pa.int32()), ("text", pa.string()), ("task", pa.string())])
-)
-INDEX_SCHEMA = pa.schema(
-    [
-        ("episode_id", pa.binary(16)),
-        ("source_key", pa.string()),
-        ("source_token", pa.string()),
-        ("source", pa.string()),
-        ("embodiment", pa.string()),
-        ("scene", pa.string()),
-        ("rate_hz", pa.float64()),
-        ("length", pa.int32()),
-        ("row0", pa.int64()),
-        ("spans", SPAN_TYPE),
-        ("summary", pa.string()),
-    ]
-)
 QA_SCHEMA = pa.schema(
     [
         ("episode_id", pa.binary(16)),
@@ -169,12 +152,14 @@ class _ShardWriter:
         self.action_space: ActionSpace | None = None
         self.columns: dict[str, int] = {}
         self.cameras: tuple[str, ...] = ()
-        self._folder = tempfile.TemporaryDirectory(prefix="upvla-shard-")
+        with scratch(layout.shard_bytes):
+            self._folder = tempfile.TemporaryDirectory(prefix="upvla-shard-")
         self._path = Path(self._folder.name, "shard.parquet")
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
         self._pending_bytes = self._shard_bytes = self._row = 0
         self._index_rows: list[dict[str, Any]] = []
+        self._summaries: dict[str, dict[str, Summary]] = {}
 
     def add(self, episode: Episode, identity: str, token: str) -> None:
         table = self._table(episode, identity)
@@ -203,12 +188,9 @@ class _ShardWriter:
                 "length": len(episode),
                 "row0": self._row,
                 "spans": [asdict(span) for span in episode.spans],
-                "summary": json.dumps(
-                    {name: Summary.of(numbers[name]).to_json() for name in _FEATURES if name in numbers},
-                    separators=(",", ":"),
-                ),
             }
         )
+        self._summaries[identity] = {name: Summary.of(numbers[name]) for name in _FEATURES if name in numbers}
         self._row += len(episode)
         if self._pending_bytes >= self._layout.row_group_bytes:
             self._flush()
@@ -249,18 +231,20 @@ class _ShardWriter:
     def _flush(self) -> None:
         if self._pending:
             group = pa.concat_tables(self._pending)
-            if self._writer is None:
-                self._writer = _parquet_writer(self._path, group.schema)
-            self._writer.write_table(group, row_group_size=len(group))
+            with scratch(self._layout.shard_bytes):
+                if self._writer is None:
+                    self._writer = _parquet_writer(self._path, group.schema)
+                self._writer.write_table(group, row_group_size=len(group))
         self._pending, self._pending_bytes = [], 0
 
     def _finish_shard(self) -> None:
         self._flush()
         assert self._writer is not None
-        self._writer.close()
+        with scratch(self._layout.shard_bytes):
+            self._writer.close()
         self.shards.append(put_file(self.root, "data", self._path, self._row))
-        self.index.append(put_table(self.root, "index", pa.Table.from_pylist(self._index_rows, INDEX_SCHEMA)))
-        self._writer, self._index_rows, self._row, self._shard_bytes = None, [], 0, 0
+        self.index.append(put_index(self.root, self._index_rows, self._summaries))
+        self._writer, self._index_rows, self._summaries, self._row, self._shard_bytes = None, [], {}, 0, 0
 
 
 def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -306,23 +290,3 @@ def _qa_table(rows: Sequence[Question]) -> pa.Table:
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, QA_SCHEMA, strict=True)], schema=QA_SCHEMA
     )
-
-
-def put_table(root: Store, folder: str, table: pa.Table) -> ShardRef:
-    with tempfile.TemporaryDirectory(prefix="upvla-table-") as name:
-        path = Path(name, "table.parquet")
-        pq.write_table(table, path, compression="zstd")
-        return put_file(root, folder, path, len(table))
-
-
-def put_file(root: Store, folder: str, path: Path, rows: int) -> ShardRef:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
-    if not root.exists(ref.key):
-        root.upload(path, ref.key)
-    return ref
-
-
-def refs(values: Iterable[Mapping[str, Any]]) -> tuple[ShardRef, ...]:
-    return tuple(ShardRef(**value) for value in values)

@@ -13,18 +13,19 @@ Everything but manifests is named by its content, so writing it twice, or being 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from upvla.data.objects import read_index, read_summaries
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.shards import Rejection
-from upvla.data.stats import Statistics
-from upvla.data.versions import Split, assign_splits, dataset_root, load_manifest, read_index, read_quarantine
+from upvla.data.stats import Statistics, Summary
+from upvla.data.versions import Split, assign_splits, dataset_root, load_manifest, read_quarantine
 from upvla.errors import Corrupt
 from upvla.store import Store
 from upvla.types import Manifest, Span
@@ -161,11 +162,22 @@ class Dataset:
 
     @cached_property
     def stats(self) -> Statistics:
-        """Over the training split."""
-        stats = Statistics.from_json(self.root.read_json(f"stats/{self.manifest.stats_id}.json"))
+        """Over the training split. Figures that are not these recordings' are refused by naming the dimension."""
+        key = f"stats/{self.manifest.stats_id}.json"
+        stats = Statistics.from_json(self.root.read_json(key))
         if stats.stats_id != self.manifest.stats_id:
-            raise Corrupt(f"{self.root.url}/stats/{self.manifest.stats_id}.json does not match its name")
+            sides = zip(self.episodes, self.summaries(), strict=True)
+            counted = Statistics.merged(summary for row, summary in sides if row.split == "train")
+            stats.require_equal(counted, ours=f"{self.root.url}/{key}", theirs="the recordings")
+            raise Corrupt(f"{self.root.url}/{key} does not match its name")
         return stats
+
+    def summaries(self) -> list[dict[str, Summary]]:
+        """What every recording contributes to the statistics, by feature; in the order of `episodes`."""
+        found: dict[str, dict[str, Summary]] = {}
+        for ref in self.manifest.index:
+            found |= read_summaries(self.root, ref)
+        return [found[row.id] for row in self.episodes]
 
     @property
     def quarantine(self) -> list[Rejection]:
@@ -181,8 +193,8 @@ class Dataset:
         """(number of the row group in this version, first step, end) of the parts of the steps `[start, end)`."""
         row = self.episodes[episode]
         first, starts = self._group_numbers[row.shard], self._rows.group_starts(row.shard)
-        low, high = np.searchsorted(starts, [row.row0 + start, row.row0 + end - 1], side="right") - 1
-        edges = [start, *(int(starts[group]) - row.row0 for group in range(low + 1, high + 1)), end]
+        low, high = (bisect_right(starts, row.row0 + step) - 1 for step in (start, end - 1))
+        edges = [start, *(starts[group] - row.row0 for group in range(low + 1, high + 1)), end]
         return [(first + low + i, a, b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
 
     @cached_property
@@ -194,10 +206,28 @@ class Dataset:
 
     def read(self, episode: int, steps: Sequence[int], columns: Sequence[str]) -> dict[str, Any]:
         """Steps of one recording: numeric columns as arrays [K] or [K,D], `image_<camera>` as K encoded frames."""
+        return self.read_each(episode, dict.fromkeys(columns, steps))
+
+    def read_each(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The same where every column has steps of its own; the row group is read once with all of them."""
+        return self._rows.take(self.episodes[episode].shard, self._rows_of(episode, wanted))
+
+    def fetch(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Have in memory what `read_each` will want."""
+        self._rows.load(self.episodes[episode].shard, self._rows_of(episode, wanted))
+
+    def _rows_of(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         row = self.episodes[episode]
-        if not all(0 <= step < row.length for step in steps):
-            raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
-        return self._rows.take(row.shard, [row.row0 + step for step in steps], tuple(columns))
+        for steps in wanted.values():
+            if len(steps) and not (min(steps) >= 0 and max(steps) < row.length):
+                raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
+        first = row.row0
+        return {
+            name: range(steps.start + first, steps.stop + first)
+            if isinstance(steps, range) and steps.step == 1
+            else [step + first for step in steps]
+            for name, steps in wanted.items()
+        }
 
 
 def _reopen(store: Store, manifest: Manifest, pool_mb: int) -> Dataset:

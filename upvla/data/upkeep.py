@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from upvla.data.commit import DAMAGED, remove
+from upvla.data.objects import read_index
 from upvla.data.table import Dataset, EpisodeFilter
 from upvla.data.versions import (
     dataset_root,
@@ -19,7 +20,6 @@ from upvla.data.versions import (
     load_manifest,
     manifest_key,
     open_version,
-    read_index,
 )
 from upvla.errors import ConfigError, NotFound
 from upvla.store import Store

@@ -5,24 +5,22 @@ A version is `_manifest/v00000001.json`, created once and never changed; a tag i
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from upvla.data.shards import Rejection, refs
+from upvla.data.objects import read_table, refs
+from upvla.data.shards import Rejection
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound
-from upvla.store import Store, open_store
+from upvla.store import Store
 from upvla.types import ActionSpace, Manifest, ShardRef
 
 Split = Literal["train", "validation"]
 FORMAT = 2
 """Of manifests: 2 added removed recordings and further rounds of questions; 1 is read as it is."""
 
+_MANIFESTS = "_manifest/v"
 _TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 
 
@@ -30,9 +28,28 @@ def dataset_root(store: Store, dataset: str) -> Store:
     return store.sub(f"datasets/{dataset}")
 
 
+_newest: dict[str, tuple[int, str, Manifest]] = {}  # root's URL -> version, token, content: what was newest last time
+
+
 def newest_manifest(store: Store, dataset: str) -> Manifest | None:
-    versions = list_versions(store, dataset)
-    return load_manifest(store, dataset, versions[-1]) if versions else None
+    """The listing decides. A manifest that this process has read or made is not read again while its token is the
+    same, and versions before it are not listed again."""
+    root = dataset_root(store, dataset)
+    known, token, manifest = _newest.get(root.url, (0, "", None))
+    listed = root.tokens(_MANIFESTS, after=manifest_key(known - 1)) if known > 1 else {}
+    listed = listed or root.tokens(_MANIFESTS)
+    if not listed:
+        return None
+    key = max(listed)
+    if manifest is None or (key, listed[key]) != (manifest_key(known), token):
+        manifest = load_manifest(store, dataset, _version(key))
+        remember(root, manifest, listed[key])
+    return manifest
+
+
+def remember(root: Store, manifest: Manifest, token: str) -> None:
+    """This process knows what the newest manifest says, as long as its object has this token."""
+    _newest[root.url] = (manifest.version, token, manifest)
 
 
 def load_manifest(store: Store, dataset: str, version: int | str | None = None) -> Manifest:
@@ -73,7 +90,7 @@ def open_version(store: Store, name: str) -> Manifest:
 
 def list_versions(store: Store, dataset: str) -> list[int]:
     """Numbers of the versions that are still there, oldest first."""
-    return [int(key[-13:-5]) for key in dataset_root(store, dataset).list("_manifest/v")]
+    return [_version(key) for key in dataset_root(store, dataset).list(_MANIFESTS)]
 
 
 def set_tag(store: Store, dataset: str, tag: str, version: int, *, move: bool = False) -> None:
@@ -115,26 +132,18 @@ def draw(identity: str) -> float:
     return int(hashlib.sha256(f"split/{identity}".encode()).hexdigest()[:13], 16) / 16**13
 
 
-def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
-    """Rows of one index object. Its name is its content, so what was read once need not be read again."""
-    return _cached_index(root.url, ref.key)
-
-
-@functools.lru_cache(maxsize=512)
-def _cached_index(url: str, key: str) -> list[dict[str, Any]]:
-    data = open_store(url).read(key)  # small: one request instead of an open file's three
-    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
-    return rows
-
-
 def read_quarantine(root: Store, manifest: Manifest) -> list[Rejection]:
     if manifest.quarantine is None:
         return []
-    return [Rejection(**row) for row in root.parquet(manifest.quarantine.key).read().to_pylist()]
+    return [Rejection(**row) for row in read_table(root, manifest.quarantine.key).to_pylist()]
 
 
 def manifest_key(version: int) -> str:
-    return f"_manifest/v{version:08d}.json"
+    return f"{_MANIFESTS}{version:08d}.json"
+
+
+def _version(key: str) -> int:
+    return int(key[-13:-5])
 
 
 def _tag_key(tag: str) -> str:

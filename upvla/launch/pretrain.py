@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.table import Dataset, load_manifest
@@ -59,6 +61,8 @@ class Pretraining(Line):
         """Recordings -> a version of the dataset. What is new there becomes its next version; nothing new, no work."""
         config = self.config.data.ingest
         found = run_ingest(self.store, config, source_url, progress=self._counting("recordings"))
+        if self.site.tracking_url:
+            self._log_report(f"{config.dataset}@{found['version']}", found["content_id"], found["report"])
         return {"dataset": config.dataset, **found}
 
     def train_text(self, plan: Result) -> Result:
@@ -183,6 +187,16 @@ class Pretraining(Line):
     @property
     def report_key(self) -> str:
         return f"reports/{fingerprint(self.config)}.json"
+
+    def _log_report(self, version: str, content_id: str, url: str) -> None:
+        """The dataset's page, where the curves are looked at too."""
+        folder, _, name = url.rpartition("/")
+        with (
+            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.pipeline_run()) as run,
+            tempfile.TemporaryDirectory() as local,
+        ):
+            open_store(folder).download(name, Path(local, name))
+            run.artifact(Path(local, name), "data")
 
     def _dataset(self, name: str, plan: Result) -> Dataset:
         return Dataset(self.store, load_manifest(self.store, name, plan["versions"][name]))

@@ -65,6 +65,11 @@ class Inputs:
         accumulation_steps(self.train.plan.global_batch, spec.engine.num_workers, spec.stage.micro_batch)
         for mixture in (self.train, self.validation):
             self.reader(mixture)
+            if self.parent is not None:
+                self.parent.action_space.require_equal(
+                    mixture.action_space, ours=spec.parent_url, theirs=f"mixture {mixture.plan.plan_id}"
+                )
+        self.train.stats.require_usable(f"mixture {self.train.plan.plan_id}")
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
                 raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")

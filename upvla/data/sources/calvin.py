@@ -31,6 +31,7 @@ from upvla.store import Store, content_hash, open_store
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Episode, Span
 
 _ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
+_MAX_STEPS = 1_000_000  # of one recording: nine hours
 _MAX_MEMBER_BYTES = 64 << 20  # a frame's largest array is 0.2 MB; more is a zip bomb or no CALVIN frame
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class CalvinSource:
             raise NotFound(f"{error}: the URL must be a split's folder, such as .../training") from error
         except ValueError as error:
             raise Corrupt(f"{self.store.url}/ep_start_end_ids.npy: {error}; record or download it again") from error
-        ordered = sorted((int(start), int(end)) for start, end in ranges.reshape(-1, 2))
+        ordered = self._ordered(ranges)
         self._ranges = {f"{start:07d}-{end:07d}": (start, end) for start, end in ordered}
         self._robot = self._read_robot(embodiment)
         self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
@@ -87,6 +88,17 @@ class CalvinSource:
     @staticmethod
     def recognises(store: Store) -> bool:
         return store.exists("ep_start_end_ids.npy")
+
+    def _ordered(self, ranges: np.ndarray) -> list[tuple[int, int]]:
+        """(first frame, last frame) of every recording."""
+        where = f"{self.store.url}/ep_start_end_ids.npy"
+        if ranges.dtype.kind not in "iu" or ranges.size % 2:
+            raise Corrupt(f"{where} holds {ranges.dtype}{list(ranges.shape)}, not pairs of frame numbers")
+        ordered = sorted((int(start), int(end)) for start, end in ranges.reshape(-1, 2))
+        for start, end in ordered:
+            if not 0 <= start <= end < start + _MAX_STEPS:
+                raise Corrupt(f"{where} says that a recording goes from frame {start} to {end}; download it again")
+        return ordered
 
     def keys(self) -> Sequence[str]:
         return list(self._ranges)
@@ -231,12 +243,18 @@ def _frame_key(i: int) -> str:
 
 
 def _read_npy(data: bytes) -> np.ndarray:
-    """The array of one .npy file, over the same memory. Frames share a few headers, so those are parsed once."""
+    """The array of one .npy file, over the same memory. Frames share a few headers, so those are parsed once.
+    `ValueError` where it is none."""
     length = 2 if data[6:7] == b"\x01" else 4
     start = 8 + length + int.from_bytes(data[8 : 8 + length], "little")
-    shape, is_fortran, dtype = _npy_header(data[:start])
-    array = np.frombuffer(data, dtype, math.prod(shape), start)
-    return array.reshape(shape, order="F" if is_fortran else "C")
+    try:
+        shape, is_fortran, dtype = _npy_header(data[:start])
+        array = np.frombuffer(data, dtype, math.prod(shape), start)
+        return array.reshape(shape, order="F" if is_fortran else "C")
+    except UnsafePickle:
+        raise
+    except Exception as error:  # numpy parses headers as Python: a damaged one may raise anything
+        raise ValueError(f"it is no .npy array: {error}") from error
 
 
 @functools.lru_cache(maxsize=256)

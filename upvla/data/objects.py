@@ -1,0 +1,153 @@
+"""Parquet objects named by their content: writing any of them, and the index of a shard, a row a recording.
+
+Objects never change, so what this process wrote or read of an index need not be read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from upvla.data.stats import Summary
+from upvla.errors import Corrupt, StoreError
+from upvla.store import Store
+from upvla.types import ShardRef
+
+_Value = TypeVar("_Value")
+
+SPAN_TYPE = pa.list_(
+    pa.struct([("start", pa.int32()), ("end", pa.int32()), ("text", pa.string()), ("task", pa.string())])
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        ("episode_id", pa.binary(16)),
+        ("source_key", pa.string()),
+        ("source_token", pa.string()),
+        ("source", pa.string()),
+        ("embodiment", pa.string()),
+        ("scene", pa.string()),
+        ("rate_hz", pa.float64()),
+        ("length", pa.int32()),
+        ("row0", pa.int64()),
+        ("spans", SPAN_TYPE),
+        ("summary", pa.string()),
+    ]
+)
+_Summaries = dict[str, dict[str, Summary]]  # recording's id -> feature -> what it contributes to the statistics
+
+
+def put_table(root: Store, folder: str, table: pa.Table) -> ShardRef:
+    with scratch(table.nbytes), tempfile.TemporaryDirectory(prefix="upvla-table-") as name:
+        path = Path(name, "table.parquet")
+        pq.write_table(table, path, compression="zstd")
+        return put_file(root, folder, path, len(table))
+
+
+def read_table(root: Store, key: str) -> pa.Table:
+    """A small table: one request instead of an open file's three."""
+    data = root.read(key)
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Corrupt(f"{root.url}/{key}: {error}; use the version before") from error
+
+
+def put_file(root: Store, folder: str, path: Path, rows: int) -> ShardRef:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
+    if not root.exists(ref.key):
+        root.upload(path, ref.key)
+    return ref
+
+
+@contextmanager
+def scratch(num_bytes: int) -> Iterator[None]:
+    """While a table on its way to the store is written to this machine: without room for it, `StoreError` says so."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{tempfile.gettempdir()}: {error}; tables are written there first, this one needs about "
+            f"{max(1, num_bytes >> 20)} MB: free some space, or point TMPDIR elsewhere"
+        ) from error
+
+
+def refs(values: Iterable[Mapping[str, Any]]) -> tuple[ShardRef, ...]:
+    return tuple(ShardRef(**value) for value in values)
+
+
+# ------------------------------------------------------------------------------------------------- indexes of shards
+
+
+class _Kept(Generic[_Value]):
+    """The latest values, as many as hold `limit` rows together."""
+
+    def __init__(self, limit: int):
+        self._limit, self._lock = limit, threading.Lock()
+        self._values: OrderedDict[tuple[str, str], tuple[_Value, int]] = OrderedDict()
+
+    def get(self, root: Store, key: str) -> _Value | None:
+        with self._lock:
+            found = self._values.get((root.url, key))
+            return found[0] if found else None
+
+    def put(self, root: Store, key: str, value: _Value, rows: int) -> _Value:
+        with self._lock:
+            self._values[root.url, key] = (value, rows)
+            while len(self._values) > 1 and sum(kept for _, kept in self._values.values()) > self._limit:
+                self._values.popitem(last=False)
+        return value
+
+
+_rows: _Kept[list[dict[str, Any]]] = _Kept(100_000)
+_summaries: _Kept[_Summaries] = _Kept(4_000)  # 14 kB each, and only committers ask for them
+
+
+def put_index(root: Store, rows: Sequence[Mapping[str, Any]], summaries: _Summaries) -> ShardRef:
+    """`rows` are as INDEX_SCHEMA says, but for their summaries."""
+    texts = (summaries[row["episode_id"].hex()] for row in rows)
+    written = [
+        {**row, "summary": json.dumps({name: part.to_json() for name, part in text.items()}, separators=(",", ":"))}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    ref = put_table(root, "index", pa.Table.from_pylist(written, INDEX_SCHEMA))
+    _rows.put(root, ref.key, [dict(row) for row in rows], len(rows))
+    _summaries.put(root, ref.key, dict(summaries), len(rows))
+    return ref
+
+
+def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
+    """Rows of one index object, without their summaries."""
+    found = _rows.get(root, ref.key)
+    return _rows_of(root, ref, read_table(root, ref.key)) if found is None else found
+
+
+def read_summaries(root: Store, ref: ShardRef) -> _Summaries:
+    found = _summaries.get(root, ref.key)
+    if found is not None:
+        return found
+    table = read_table(root, ref.key)
+    if _rows.get(root, ref.key) is None:
+        _rows_of(root, ref, table)
+    texts = zip(table["episode_id"].to_pylist(), table["summary"].to_pylist(), strict=True)
+    parsed = {
+        identity.hex(): {name: Summary.from_json(part) for name, part in json.loads(text).items()}
+        for identity, text in texts
+    }
+    return _summaries.put(root, ref.key, parsed, len(parsed))
+
+
+def _rows_of(root: Store, ref: ShardRef, table: pa.Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.drop_columns(["summary"]).to_pylist()
+    return _rows.put(root, ref.key, rows, len(rows))
