@@ -14,7 +14,8 @@ from tests.rollout.line_world import LineSuite, Stepper
 from upvla.errors import Mismatch
 from upvla.rollout.benchmarks import Places, open_suite
 from upvla.rollout.evaluate import Control, compare, report_from_json, report_to_json, summarise
-from upvla.rollout.judge import SuiteJudge, identity, protocol, self_test
+from upvla.rollout.judge import SuiteJudge
+from upvla.rollout.protocol import identity, protocol, self_test
 from upvla.sim import contract as c
 from upvla.sim.libero import ACTIONS as LIBERO_ACTIONS
 from upvla.sim.playtable.suite import PlaytableSuite
@@ -150,12 +151,12 @@ def test_worlds_and_policies_of_different_robots_are_refused_by_the_dimension() 
 
 
 def test_a_camera_and_statistics_that_do_not_fit_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import upvla.rollout.protocol
     from tests.rollout.test_policy import make_bundle
-    from upvla.rollout import judge
     from upvla.rollout.policy import UPVLAPolicy
 
     policy = UPVLAPolicy(make_bundle(), "abc")
-    monkeypatch.setattr(judge, "load_policy", lambda name, suite, slots: policy)
+    monkeypatch.setattr(upvla.rollout.protocol, "load_policy", lambda name, suite, slots: policy)
     both: dict[str, Any] = {"static": [200, 200], "gripper": [84, 84]}
     found = identity("models/x", LineSuite(), both)
     assert found["name"] == "abc" and found["cameras"] == ["static", "gripper"] and found["slots"] == 1

@@ -21,9 +21,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from upvla.errors import JobFailed, SimulatorError
-from upvla.rollout.benchmarks import load_policy
+from upvla.rollout.benchmarks import BLIND, load_policy
 from upvla.rollout.evaluate import Layout
-from upvla.rollout.judge import BLIND, Cost, SuiteJudge
+from upvla.rollout.judge import Cost, SuiteJudge
 from upvla.rollout.play import Ask
 from upvla.sim.suite import Suite
 from upvla.types import ActionSpace, Chain, ChainRecord, Prediction

@@ -15,8 +15,10 @@ from upvla.errors import ConfigError
 from upvla.launch.cluster import connected, result_of
 from upvla.launch.evaluate import judge_chains
 from upvla.launch.steps import once
+from upvla.rollout.benchmarks import BLIND
 from upvla.rollout.evaluate import Control, Layout, record_from_json, report_from_json, report_to_json, summarise
-from upvla.rollout.judge import BLIND, Cost, Recorded, SuiteJudge, identity, protocol, self_test
+from upvla.rollout.judge import Cost, Recorded, SuiteJudge
+from upvla.rollout.protocol import identity, protocol, self_test
 from upvla.sim.suite import Suite
 from upvla.store import Store, content_hash
 from upvla.types import Chain, ChainRecord, EvalReport

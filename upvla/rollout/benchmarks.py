@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from upvla.rollout.policy import UPVLAPolicy
 
 BUILT_IN = ("random", "still", "expert")
+SCRIPTED = ("expert", "replay")  # they never look
+BLIND = (*SCRIPTED, "random", "still")  # nor do these: no image is rendered for them
 
 
 @dataclass(frozen=True)

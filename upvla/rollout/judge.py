@@ -10,30 +10,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import cv2
 import numpy as np
 
-from upvla.errors import Mismatch, SimulatorError
-from upvla.rollout.benchmarks import load_policy
+from upvla.errors import SimulatorError
+from upvla.rollout.benchmarks import BLIND, SCRIPTED, load_policy
 from upvla.rollout.evaluate import Control
 from upvla.rollout.film import Film
 from upvla.rollout.play import Answer, Ask, BatchPolicy, Play, Rules, Script, answers, drive, play
-from upvla.sim.contract import MAX_STEPS
-from upvla.sim.suite import Info, Suite, World, chains_id
-from upvla.store import content_hash
+from upvla.sim.suite import Info, Suite, World
 from upvla.types import Chain, ChainRecord, Observation, Policy, Prediction
 
 Recorded = tuple[tuple[np.ndarray, ...], ...]
 """Actions f32[T,A] of each task of a chain; a tuple a chain."""
 
-SCRIPTED = ("expert", "replay")  # they never look
-BLIND = (*SCRIPTED, "random", "still")  # nor do these: no image is rendered for them
 _LOST = SimulatorError.__name__  # how a record's error begins when it says nothing about the policy
-_TRIES = 5  # chains of which an expert must manage one
 _Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
 
 
@@ -258,100 +252,3 @@ class SuiteJudge:
     def _drop(self, world: Measured) -> None:
         world.close()
         self._open -= 1
-
-
-# -------------------------------------------------------------------------------------- before anything is scored
-
-
-def protocol(suite: Suite, chains: Sequence[Chain], control: Control) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what must be equal before two scores may be compared, the cameras of the suite's worlds and their sizes).
-
-    Opens a world, puts it into the first chain's state and looks, so that whatever keeps it from opening or from
-    rendering is said before anything is judged.
-    """
-    first = chains[0]
-    world = suite.open(first.scene)
-    try:
-        suite.action_space.require_equal(world.action_space, ours=f"suite {suite.name}", theirs=f"world {world.name}")
-        world.reset(first.robot_state, first.scene_state)
-        cameras = {name: list(image.shape[:2]) for name, image in world.observe().images.items()}
-        about = dict(world.fingerprint())
-    finally:
-        world.close()
-    tasks = sorted({task for chain in chains for task in chain.tasks})
-    asked = {
-        "suite": suite.name,
-        "chains": chains_id(chains),
-        "num_chains": len(chains),
-        "scenes": ",".join(sorted({chain.scene for chain in chains})),
-        "seeds": ",".join(str(seed) for seed in sorted({chain.seed for chain in chains})[:8]),
-        "instructions": content_hash([suite.instruction(task) for task in tasks]),
-        "max_steps": suite.max_steps,
-        "actions": content_hash(suite.action_space.to_json()),
-        **{f"control.{name}": value for name, value in control.model_dump(mode="json").items()},
-        **{f"camera.{name}": "x".join(map(str, size)) for name, size in cameras.items()},
-        **{f"env.{name}": value for name, value in about.items()},
-    }
-    return asked, cameras
-
-
-def identity(
-    policy: str, suite: Suite, cameras: Mapping[str, Any], slots: int = 1, expected: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Who is judged. Raises `Mismatch` where it and the suite's world speak of different actions, where it looks
-    through a camera that the world does not have, or where it is not what is `expected` (`name`, `stats_id`)."""
-    if policy in SCRIPTED:
-        return {"name": policy}
-    loaded = load_policy(policy, suite, slots=slots)
-    missing = [camera for camera in loaded.cameras if camera not in cameras]
-    if missing:
-        raise Mismatch(
-            f"camera: model {policy} looks through {missing[0]!r}, suite {suite.name} has {', '.join(cameras)}"
-        )
-    found = {"name": loaded.name, **loaded.identity()}
-    for name, value in (expected or {}).items():
-        if value and found.get(name) != value:
-            raise Mismatch(f"{name}: {policy} has {found.get(name)}, registered was {value}: register it anew")
-    return found
-
-
-def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
-    """Whether an expert's actions, recorded in one world, succeed again in another: {task, steps}, or {skipped: why}.
-
-    Raises `Mismatch` where they do not: no score from such a suite would mean anything.
-    """
-    if not suite.has_expert:
-        return {"skipped": f"{suite.name} has no expert; `upvla evaluate replay` plays recordings instead"}
-    failed = []
-    for chain in chains[:_TRIES]:
-        task = chain.tasks[0]
-        done = _attempt(suite, chain, task, lambda world, task: suite.expert(world, task))
-        if done is None:
-            failed.append(task)
-            continue
-        again = _attempt(suite, chain, task, lambda world, task, given=done: iter(given))
-        if again is None or len(again) != len(done):
-            raise Mismatch(
-                f"self-test of {suite.name}: {task} succeeded after {len(done)} actions; the same actions in a fresh "
-                f"world {'did not' if again is None else f'did after {len(again)}'}: it does not repeat itself"
-            )
-        return {"task": task, "steps": len(done)}
-    raise Mismatch(f"self-test of {suite.name}: its expert fails in {', '.join(failed)}; is the simulator whole?")
-
-
-def _attempt(
-    suite: Suite, chain: Chain, task: str, act: Callable[[World, str], Iterator[np.ndarray]]
-) -> np.ndarray | None:
-    """Actions f64[T,A] with which `task` succeeds from the chain's state in a new world; None where it does not."""
-    world, actions = suite.open(chain.scene, cameras=False), list[np.ndarray]()
-    try:
-        world.reset(chain.robot_state, chain.scene_state)
-        start = world.info()
-        for action in islice(act(world, task), max(suite.max_steps, MAX_STEPS)):
-            actions.append(np.array(action))
-            world.step(action)
-            if suite.succeeded(task, start, world.info()):
-                return np.stack(actions)
-    finally:
-        world.close()
-    return None
