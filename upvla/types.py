@@ -48,6 +48,8 @@ class ActionSpace:
 
     def require_equal(self, other: ActionSpace, *, ours: str, theirs: str) -> None:
         """Raise `Mismatch`, naming the first dimension and field that differ."""
+        if self is other or (self.dims, self.dt_s) == (other.dims, other.dt_s):
+            return
         if len(self) != len(other):
             raise Mismatch(f"action space: {ours} has {len(self)} dimensions, {theirs} has {len(other)}")
         for i, (a, b) in enumerate(zip(self.dims, other.dims, strict=True)):

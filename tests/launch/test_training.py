@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,32 @@ def spec_of(
 def run_stage(workers: Workers, spec: TrainSpec) -> dict[str, Any]:
     workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
     return dict(open_store(spec.store_url).sub(spec.prefix).read_json(RESULT))
+
+
+def test_data_that_does_not_fit_is_refused_before_workers_are_asked_for(
+    prepared: tuple[Store, dict[str, Any]], model: ModelConfig, tmp_path: Path
+) -> None:
+    """T23, T24: another data set's figures, and a parent that was trained for another gripper."""
+    store, references = prepared
+    shutil.copytree(store.url, tmp_path / "store")
+    copy = open_store(str(tmp_path / "store"))
+    spec = spec_of(copy, references, name="stage1", weights={"act": 1.0})
+    inputs = open_inputs(spec)
+    inputs.check(spec)
+    bundle = inputs.bundle(UPVLA(model), {})
+    turned = replace(
+        bundle.action_space,
+        dims=(*bundle.action_space.dims[:6], replace(bundle.action_space.dims[6], convention="-1=open,+1=close")),
+    )
+    parent = replace(bundle, action_space=turned)
+    with pytest.raises(Mismatch, match=r"dimension 6 \(gripper\) differs in 'convention'"):
+        replace(inputs, parent=parent).check(spec)
+    (key,) = copy.list("datasets/toy/stats/")
+    figures = copy.read_json(key)
+    figures["action"]["std"][4] *= 2
+    copy.write_json(key, figures)
+    with pytest.raises(Mismatch, match="action dimension 4 differs in std"):
+        open_inputs(spec).check(spec)
 
 
 def test_the_tokenizer_learns_by_the_same_loop(

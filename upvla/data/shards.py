@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -90,7 +91,7 @@ class Staged:
 def episode_id(episode: Episode) -> str:
     """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from."""
     spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
-    head = [episode.embodiment, episode.scene, episode.action_space.to_json(), episode.rate_hz, spans]
+    head = [episode.embodiment, episode.scene, _space_json(episode.action_space), episode.rate_hz, spans]
     head += [[talk.step, talk.topic, talk.turns] for talk in episode.talks]
     digest = hashlib.blake2b(content_hash(head).encode(), digest_size=16)
     for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
@@ -187,7 +188,7 @@ class _ShardWriter:
                 "rate_hz": episode.rate_hz,
                 "length": len(episode),
                 "row0": self._row,
-                "spans": [asdict(span) for span in episode.spans],
+                "spans": [vars(span) for span in episode.spans],
             }
         )
         self._summaries[identity] = {name: Summary.of(numbers[name]) for name in _FEATURES if name in numbers}
@@ -225,7 +226,7 @@ class _ShardWriter:
         for camera, frames in episode.images.items():
             arrays[f"image_{camera}"] = pa.array(list(frames), pa.binary())
         fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
-        metadata = {"action_space": json.dumps(episode.action_space.to_json(), sort_keys=True)}
+        metadata = {"action_space": json.dumps(_space_json(episode.action_space), sort_keys=True)}
         return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, metadata))
 
     def _flush(self) -> None:
@@ -245,6 +246,11 @@ class _ShardWriter:
         self.shards.append(put_file(self.root, "data", self._path, self._row))
         self.index.append(put_index(self.root, self._index_rows, self._summaries))
         self._writer, self._index_rows, self._summaries, self._row, self._shard_bytes = None, [], {}, 0, 0
+
+
+@functools.lru_cache(maxsize=16)
+def _space_json(space: ActionSpace) -> dict[str, Any]:
+    return space.to_json()
 
 
 def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
