@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from upvla.errors import ConfigError
-from upvla.rollout.benchmarks import Places, SuiteJudge, open_suite
+from upvla.rollout.benchmarks import Places, open_suite
+from upvla.rollout.judge import SuiteJudge
 from upvla.sim import libero
 
 PYTHON = os.environ.get("UPVLA_LIBERO", "")

@@ -12,8 +12,9 @@ import pytest
 from upvla.data.quality import QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.errors import ConfigError
-from upvla.rollout.benchmarks import Places, SuiteJudge, open_suite
+from upvla.rollout.benchmarks import Places, open_suite
 from upvla.rollout.evaluate import wilson
+from upvla.rollout.judge import SuiteJudge
 from upvla.rollout.references import StillPolicy
 from upvla.sim import metaworld
 from upvla.sim.recording import record_suite

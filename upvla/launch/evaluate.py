@@ -167,7 +167,8 @@ class _Crew:
 def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:
     """It answers the same question the same way, so Ray may start it again and repeat what was asked."""
     options = {"num_cpus": 0, "num_gpus": 1 if use_gpu else 0, "max_restarts": -1, "max_task_retries": -1}
-    model = ray.remote(_Model).options(**options).remote(policy, judge.suite, judge.slots, "cuda" if use_gpu else "cpu")
+    device = "cuda" if use_gpu else "cpu"
+    model: Any = ray.remote(_Model).options(**options).remote(policy, judge.suite, judge.slots, device)
     try:
         ray.get(model.ready.remote())
     except RayActorError as error:
@@ -243,7 +244,7 @@ class _Model:
         import torch
 
         torch.set_num_threads(1)
-        self._policy = load_policy(policy, suite, slots=slots, device=device)
+        self._policy: Any = load_policy(policy, suite, slots=slots, device=device)
 
     def ready(self) -> None:
         """Returns once the policy is loaded."""
