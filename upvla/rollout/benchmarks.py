@@ -61,10 +61,8 @@ def open_suite(name: str, places: Places) -> Suite:
 
 def line_suite(config: EvalConfig, suite: SuiteConfig) -> Suite:
     """One of a line's own suites of the playtable; its `chains(suite.num)` are those that are judged."""
-    options = {"tasks": suite.tasks} if suite.tasks else {}
-    return playtable.PlaytableSuite(
-        suite.name, suite.kind, suite.scenes, seed=suite.seed, max_steps=config.max_steps, **options
-    )
+    tasks = suite.tasks or playtable.ALL_TASKS
+    return playtable.PlaytableSuite(suite.name, suite.kind, suite.scenes, tasks, suite.seed, config.max_steps)
 
 
 def inspect(what: str, path: str) -> list[Finding]:

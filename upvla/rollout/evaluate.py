@@ -44,17 +44,17 @@ class Control(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    replan: int = Field(10, gt=0, description="actions of a chunk that are executed before the next prediction")
+    replan: int = Field(default=10, gt=0, description="actions of a chunk that are executed before the next prediction")
     execution: Literal["chunk", "ensemble"] = "chunk"
-    decay: float = Field(0.01, ge=0)
+    decay: float = Field(default=0.01, ge=0)
 
 
 class EvalConfig(Control):
     """What a line judges its models by."""
 
     suites: tuple[SuiteConfig, ...]
-    max_steps: int = Field(360, gt=0, description="env steps a subtask before it counts as failed")
-    videos: int = Field(4, ge=0, description="chains of the first suite that are filmed")
+    max_steps: int = Field(default=360, gt=0, description="env steps a subtask before it counts as failed")
+    videos: int = Field(default=4, ge=0, description="chains of the first suite that are filmed")
     references: tuple[Literal["random", "still", "expert"], ...] = ("random", "still")
 
     @property
@@ -71,9 +71,9 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lanes: int = Field(8, gt=0, description="worlds that a process runs side by side, answered in one batch")
+    lanes: int = Field(default=8, gt=0, description="worlds that a process runs side by side, answered in one batch")
     model: Literal["each", "one"] = "each"
-    patience_s: float = Field(120.0, gt=0, description="a process in which nothing moves for so long is killed")
+    patience_s: float = Field(default=120.0, gt=0, description="a process in which nothing moves for so long is killed")
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

@@ -28,7 +28,8 @@ Recorded = tuple[tuple[np.ndarray, ...], ...]
 """Actions f32[T,A] of each task of a chain; a tuple a chain."""
 
 _LOST = SimulatorError.__name__  # how a record's error begins when it says nothing about the policy
-_Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 @dataclass

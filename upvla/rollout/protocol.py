@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -81,11 +82,11 @@ def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
     failed = []
     for chain in chains[:_TRIES]:
         task = chain.tasks[0]
-        done = _attempt(suite, chain, task, lambda world, task: suite.expert(world, task))
+        done = _attempt(suite, chain, task, suite.expert)
         if done is None:
             failed.append(task)
             continue
-        again = _attempt(suite, chain, task, lambda world, task, given=done: iter(given))
+        again = _attempt(suite, chain, task, partial(_given, done))
         if again is None or len(again) != len(done):
             raise Mismatch(
                 f"self-test of {suite.name}: {task} succeeded after {len(done)} actions; the same actions in a fresh "
@@ -93,6 +94,10 @@ def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
             )
         return {"task": task, "steps": len(done)}
     raise Mismatch(f"self-test of {suite.name}: its expert fails in {', '.join(failed)}; is the simulator whole?")
+
+
+def _given(actions: np.ndarray, world: World, task: str) -> Iterator[np.ndarray]:
+    return iter(actions)
 
 
 def _attempt(
