@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -184,7 +183,10 @@ class SuiteJudge:
 
     def _play(self, world: Measured, number: int, chain: Chain, film: Film | None = None) -> Play:
         suite = self.suite
-        succeeded = partial(self.simulated, suite.succeeded)
+
+        def succeeded(task: str, start: Info, now: Info) -> bool:
+            return self.simulated(suite.succeeded, task, start, now)
+
         rules = Rules(succeeded, suite.instruction, suite.max_steps, self.control)
         return play(world, chain, number, rules, film, self._script(world, number, chain))
 
