@@ -141,7 +141,10 @@ class _Crew:
         condemned = []
         self._stillborn = 0 if member.held else self._stillborn + 1
         if self._stillborn > _STILLBORN:
-            raise JobFailed(f"simulators of {self._judge.suite.name}: their processes judge nothing: the last {why}")
+            raise JobFailed(
+                f"simulators of {self._judge.suite.name}: their processes judge nothing; the last {why}. "
+                "Do the cluster's workers run this code? RAY_ADDRESS=local starts a cluster of your own"
+            )
         if member.alone and len(member.held) == 1:
             ((number, chain),) = member.held.items()
             error = f"{SimulatorError.__name__}: the process that judged it {why}, twice"
