@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--model-chains", type=int, default=16)
     parser.add_argument("--max-steps", type=int, default=120)
     options = parser.parse_args()
+    os.environ.setdefault("RAY_ADDRESS", "local")  # never somebody else's cluster that happens to run here
     with tempfile.TemporaryDirectory(prefix="rollout-") as folder:
         scratch = Path(folder)
         result: dict[str, Any] = {"sampling": sampling(scratch)}

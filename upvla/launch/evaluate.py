@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,7 +24,7 @@ from upvla.errors import JobFailed, SimulatorError
 from upvla.rollout.benchmarks import BLIND, load_policy
 from upvla.rollout.evaluate import Layout
 from upvla.rollout.judge import Cost, SuiteJudge
-from upvla.rollout.play import Ask
+from upvla.rollout.play import Ask, BatchPolicy
 from upvla.sim.suite import Suite
 from upvla.types import ActionSpace, Chain, ChainRecord, Prediction
 
@@ -141,7 +141,10 @@ class _Crew:
         condemned = []
         self._stillborn = 0 if member.held else self._stillborn + 1
         if self._stillborn > _STILLBORN:
-            raise JobFailed(f"simulators of {self._judge.suite.name}: their processes judge nothing: the last {why}")
+            raise JobFailed(
+                f"simulators of {self._judge.suite.name}: their processes judge nothing; the last {why}. "
+                "Do the cluster's workers run this code? RAY_ADDRESS=local starts a cluster of your own"
+            )
         if member.alone and len(member.held) == 1:
             ((number, chain),) = member.held.items()
             error = f"{SimulatorError.__name__}: the process that judged it {why}, twice"
@@ -167,8 +170,8 @@ class _Crew:
 def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:
     """It answers the same question the same way, so Ray may start it again and repeat what was asked."""
     options = {"num_cpus": 0, "num_gpus": 1 if use_gpu else 0, "max_restarts": -1, "max_task_retries": -1}
-    device = "cuda" if use_gpu else "cpu"
-    model: Any = ray.remote(_Model).options(**options).remote(policy, judge.suite, judge.slots, device)
+    actor: Any = ray.remote(_Model)
+    model = actor.options(**options).remote(policy, judge.suite, judge.slots, "cuda" if use_gpu else "cpu")
     try:
         ray.get(model.ready.remote())
     except RayActorError as error:
@@ -244,7 +247,7 @@ class _Model:
         import torch
 
         torch.set_num_threads(1)
-        self._policy: Any = load_policy(policy, suite, slots=slots, device=device)
+        self._policy = cast(BatchPolicy, load_policy(policy, suite, slots=slots, device=device))
 
     def ready(self) -> None:
         """Returns once the policy is loaded."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upvla.errors import ConfigError
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig
@@ -61,10 +61,8 @@ def open_suite(name: str, places: Places) -> Suite:
 
 def line_suite(config: EvalConfig, suite: SuiteConfig) -> Suite:
     """One of a line's own suites of the playtable; its `chains(suite.num)` are those that are judged."""
-    options: dict[str, Any] = {"tasks": suite.tasks} if suite.tasks else {}
-    return playtable.PlaytableSuite(
-        suite.name, suite.kind, suite.scenes, seed=suite.seed, max_steps=config.max_steps, **options
-    )
+    tasks = suite.tasks or playtable.ALL_TASKS
+    return playtable.PlaytableSuite(suite.name, suite.kind, suite.scenes, tasks, suite.seed, config.max_steps)
 
 
 def inspect(what: str, path: str) -> list[Finding]:

@@ -86,7 +86,7 @@ def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
         if done is None:
             failed.append(task)
             continue
-        again = _attempt(suite, chain, task, partial(_repeat, done))
+        again = _attempt(suite, chain, task, partial(_given, done))
         if again is None or len(again) != len(done):
             raise Mismatch(
                 f"self-test of {suite.name}: {task} succeeded after {len(done)} actions; the same actions in a fresh "
@@ -96,7 +96,7 @@ def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
     raise Mismatch(f"self-test of {suite.name}: its expert fails in {', '.join(failed)}; is the simulator whole?")
 
 
-def _repeat(actions: np.ndarray, world: World, task: str) -> Iterator[np.ndarray]:
+def _given(actions: np.ndarray, world: World, task: str) -> Iterator[np.ndarray]:
     return iter(actions)
 
 

@@ -31,6 +31,7 @@ from upvla.types import CALVIN_RELATIVE, Chain
 
 NUM_CHAINS = 1000  # of a scene, and starts of a task: the first N are what fewer mean
 _SEED = 40_009  # no recording is ever made from it
+ALL_TASKS = tuple(table.TASKS)
 SUITES = {
     **{f"playtable-{scene.lower()}": ("chains", (scene,)) for scene in "DABC"},
     "playtable-abc": ("chains", ("A", "B", "C")),
@@ -46,7 +47,7 @@ class PlaytableSuite:
     name: str
     kind: Literal["chains", "tasks"]
     scenes: tuple[str, ...]
-    tasks: tuple[str, ...] = tuple(table.TASKS)
+    tasks: tuple[str, ...] = ALL_TASKS
     seed: int = _SEED
     max_steps: int = MAX_STEPS
     cache: Path | None = None
