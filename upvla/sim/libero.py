@@ -33,7 +33,7 @@ ACTIONS = ActionSpace(
             ActionDim(n, "rad", "world", "relative", scale=0.5, convention="rotation_vector")
             for n in ("da", "db", "dc")
         ),
-        ActionDim("gripper", "gripper", "none", "absolute", convention="+1=close,-1=open"),
+        ActionDim("gripper", "gripper", "none", "absolute", convention="-1=open,+1=close,continuous"),
     ),
     dt_s=0.05,
 )

@@ -25,7 +25,7 @@ ACTIONS = ActionSpace(
     "metaworld",
     (
         *(ActionDim(n, "m", "world", "relative", scale=0.01) for n in ("dx", "dy", "dz")),
-        ActionDim("gripper", "gripper", "none", "absolute", convention="+1=close,-1=open"),
+        ActionDim("gripper", "gripper", "none", "absolute", convention="-1=open,+1=close,continuous"),
     ),
     dt_s=0.0125,
 )
