@@ -13,6 +13,7 @@ import torch
 
 from upvla.checkpoint import load_bundle
 from upvla.errors import ConfigError
+from upvla.rollout.client import RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig, protocol_fingerprint
 from upvla.rollout.film import Film
 from upvla.rollout.play import Rules, run_chain
@@ -47,7 +48,9 @@ def suite_fingerprint(config: EvalConfig, suite: SuiteConfig, chosen: Sequence[C
 
 
 def load_policy(name: str) -> Policy:
-    """`random`, `still`, or the URL of an exported checkpoint."""
+    """`random`, `still`, the URL of an exported checkpoint, or ws://HOST:PORT of a policy server."""
+    if name.startswith(("ws://", "wss://")):
+        return RemotePolicy(name, deadline_s=2.0)
     if name == "random":
         return RandomPolicy(CALVIN_RELATIVE)
     if name == "still":
