@@ -12,6 +12,7 @@ import typer
 from tqdm import tqdm
 
 from upvla.cli_data import data_app, ingest
+from upvla.cli_model import model_app
 from upvla.console import Config, Json, Set, SiteName, open_line, show
 from upvla.errors import ConfigError, UpvlaError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="Robot episodes in, a policy you can trust out. Start with `upvla demo`.",
 )
 app.add_typer(data_app, name="data")
+app.add_typer(model_app)
 app.command()(ingest)
 weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
 app.add_typer(weights_app, name="weights")
@@ -83,21 +85,42 @@ def _evaluate_suite(
 
 @app.command()
 def doctor(
-    what: Annotated[str, typer.Argument(help="calvin, libero or metaworld.")],
+    what: Annotated[str, typer.Argument(help="Empty: this machine; else calvin, libero or metaworld.")] = "",
     path: Annotated[str, typer.Argument(help="CALVIN's checkout, or the Python that holds LIBERO.")] = "",
+    site: SiteName = "local",
     as_json: Json = False,
 ) -> None:
-    """Say what a benchmark needs and what of it is missing. Example: upvla doctor calvin ~/calvin"""
+    """Say what is missing and the next move: on this machine and its servers, or for a benchmark. Example: upvla doctor
+
+    For a benchmark: upvla doctor calvin ~/calvin
+    """
+    rows = _benchmark(what, path) if what else _machine(site)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['state'].upper() if row['state'] != 'ok' else 'ok':<8} {row['what']:<40} {row['detail']}")
+            if row["next_move"]:
+                print(f"{'':<8} -> {row['next_move']}")
+    if any(row["state"] == "broken" for row in rows):
+        raise typer.Exit(1)
+
+
+def _machine(site: str) -> list[dict[str, str]]:
+    from upvla import stack
+    from upvla.config import SiteConfig, load
+    from upvla.stack.doctor import examine
+
+    about = load(f"site/{site}", SiteConfig)
+    return [check._asdict() for check in examine(about, stack.load_site(site) if about.stack is not None else None)]
+
+
+def _benchmark(what: str, path: str) -> list[dict[str, str]]:
     from upvla.rollout.benchmarks import inspect
 
-    findings = inspect(what, path)
-    if as_json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=2))
-    else:
-        for finding in findings:
-            print(f"{'ok' if finding.found else 'MISSING':<8} {finding.what:<40} {finding.detail}")
-    if not all(finding.found for finding in findings):
-        raise typer.Exit(1)
+    states = {True: "ok", False: "broken"}
+    found = inspect(what, path)
+    return [{"what": f.what, "state": states[bool(f.found)], "detail": f.detail, "next_move": ""} for f in found]
 
 
 @app.command()
@@ -217,7 +240,8 @@ def evaluate(
             help="A checkpoint URL, a registered name such as upvla-tiny@champion, or with --suite: random, "
             "still, expert, replay."
         ),
-    ],
+    ] = "",
+    policy_url: Annotated[str, typer.Option(help="Instead of a model: ws://HOST:PORT of `upvla serve`.")] = "",
     suite: Annotated[str, typer.Option(help="A benchmark, e.g. calvin-d, libero-object, metaworld-mt50.")] = "",
     chains: Annotated[int, typer.Option(help="Its first N chains; of single tasks, starts a task.")] = 10,
     workers: Annotated[int, typer.Option(help="Processes; more than one run on Ray.")] = 1,
@@ -231,7 +255,16 @@ def evaluate(
 ) -> None:
     """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion
 
-    With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100"""
+    With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100
+    Through a policy server, whose token is in UPVLA_POLICY_TOKEN: upvla evaluate --policy-url ws://127.0.0.1:8600"""
+    if bool(model) == bool(policy_url):
+        raise ConfigError("evaluate: name a model, or --policy-url")
+    if policy_url:
+        from upvla.config import RunConfig, load
+        from upvla.launch.serve import evaluate_served
+
+        show(evaluate_served(policy_url, load(config, RunConfig, set_ or []).eval), as_json)
+        return
     if suite:
         places = _places(site, calvin, libero)
         line = partial(open_line, config, site, set_)
