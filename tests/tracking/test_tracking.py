@@ -159,20 +159,20 @@ def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
     """Its held-out losses, its data as inputs, its card; logging all of it again changes nothing."""
-    (first, _), _ = checkpoints
+    _, (second, _) = checkpoints
     registry, run_id = Registry(tracker), tracker.run_id("k-inputs", "stage2")
     counts = {"num_episodes": 12, "num_steps": 900, "num_spans": 40}
     about = ("playtable", 3, None, (), (), (), "stats", CALVIN_RELATIVE, ("static",))
     manifest = Manifest(*about, **counts, content_id="abcdef0123456789")
     for _ in range(2):
         tracker.log_datasets(run_id, [manifest], "s3://upvla")
-        logged = registry.log_model("upvla-card-stage2", first, run_id, metrics={"held_out/act": 0.5}, tags={"t": "1"})
+        logged = registry.log_model("upvla-card-stage2", second, run_id, metrics={"held_out/act": 0.5}, tags={"t": "1"})
     (given,) = tracker.client.get_run(run_id).inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("playtable@3", "abcdef0123456789")
     assert '"recordings": 12' in given.dataset.profile
     assert history(tracker, run_id, "held_out/act") == [(7, 0.5)]
     version = registry.register(
-        "upvla-card", first, run_id, cameras=("static",), metrics={"chains/avg_len": 2.0}, tags={"t": "2"}
+        "upvla-card", second, run_id, cameras=("static",), metrics={"chains/avg_len": 2.0}, tags={"t": "2"}
     )
     model = tracker.client.get_logged_model(logged.model_id)
     assert {metric.key for metric in model.metrics} >= {"held_out/act", "chains/avg_len"}
