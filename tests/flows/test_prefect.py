@@ -29,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
-        "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "1",
+        "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "results"),
         "PYTHONPATH": str(ROOT),
     }
@@ -37,7 +37,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
         server = subprocess.Popen(command, env=made, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     try:
-        wait(lambda: answers(f"http://127.0.0.1:{port}/api/ready"), 120)
+        wait(lambda: answers(f"http://127.0.0.1:{port}/api/ready") or server.poll() is not None, 240)
+        assert server.poll() is None, (folder / "log").read_text()[-2000:]
         yield made
     finally:
         os.killpg(server.pid, signal.SIGKILL)
