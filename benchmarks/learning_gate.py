@@ -34,15 +34,18 @@ from upvla.config import RunConfig, SiteConfig, load
 from upvla.data.table import Dataset, load_manifest
 from upvla.images import decode_image, resize
 from upvla.launch.cluster import connected
-from upvla.launch.evaluate import map_chains
+from upvla.launch.evaluate import judge_chains
 from upvla.launch.pretrain import Pretraining
+from upvla.launch.scores import SLOTS
 from upvla.model.vq import to_frames
-from upvla.rollout.evaluate import EvalConfig, SuiteConfig, wilson
+from upvla.rollout.evaluate import EvalConfig, Layout, wilson
+from upvla.rollout.judge import SuiteJudge
+from upvla.rollout.play import Ask
 from upvla.rollout.policy import UPVLAPolicy
-from upvla.rollout.suites import Judge, suite_chains
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.env import PlaytableEnv
-from upvla.types import Chain, Estimate, Observation, Policy, Prediction
+from upvla.sim.playtable.suite import PlaytableSuite
+from upvla.types import Chain, ChainRecord, Estimate, Observation, Prediction
 
 OVERFIT = ["data.collect.recordings_per_scene=0", "data.collect.starts_per_task=4", "data.collect.scenes=[A]",
            "data.collect.noise=0.15", "data.ingest.dataset=overfit", "data.ingest.validation_fraction=0.05",
@@ -53,33 +56,30 @@ OVERFIT = ["data.collect.recordings_per_scene=0", "data.collect.starts_per_task=
 class Blinded(UPVLAPolicy):
     """The same policy behind closed eyes."""
 
-    def act(self, observation: Observation) -> Prediction:
-        blank = {camera: np.full_like(image, 128) for camera, image in observation.images.items()}
-        return super().act(observation._replace(images=blank))
+    def act_many(self, asks: Sequence[Ask]) -> list[Prediction]:
+        return super().act_many([ask._replace(observation=_blank(ask.observation)) for ask in asks])
 
 
 class Misled(UPVLAPolicy):
     """The same policy told to do another task."""
 
-    def reset(self, instruction: str) -> None:
+    def act_many(self, asks: Sequence[Ask]) -> list[Prediction]:
         wordings = [tasks.instruction(task) for task in tasks.TASKS]
-        super().reset(wordings[(wordings.index(instruction) + 3) % len(wordings)])
+        return super().act_many(
+            [ask._replace(instruction=wordings[(wordings.index(ask.instruction) + 3) % len(wordings)]) for ask in asks]
+        )
 
 
-class ControlJudge(Judge):
-    """Judges a checkpoint behind one of the controls."""
-
-    def __init__(self, policy: str, config: EvalConfig, control: type[UPVLAPolicy]) -> None:
-        super().__init__(policy, config)
-        self.control = control
-
-    def load(self) -> Policy:
-        return self.control(load_bundle(self.policy))
+def _blank(observation: Observation) -> Observation:
+    return observation._replace(images={name: np.full_like(image, 128) for name, image in observation.images.items()})
 
 
-def judge(work: Judge, chains: Sequence[Chain]) -> dict[str, Estimate]:
+def judge(policy: str | UPVLAPolicy, config: EvalConfig, chains: Sequence[Chain]) -> dict[str, Estimate]:
     """Success by task, and over `all`, of one-task chains."""
-    records = map_chains(work, chains, num_workers=2, shard_size=max(1, len(chains) // 8))
+    layout, records = Layout(), list[ChainRecord]()
+    suite = PlaytableSuite("gate", "tasks", ("A", "B", "C"), max_steps=config.max_steps)
+    work = SuiteJudge(suite, policy, config.control, layout.lanes, SLOTS)
+    judge_chains(work, list(enumerate(chains)), 2, layout, records.extend)
     outcomes: dict[str, list[bool]] = {"all": [record.succeeded > 0 for record in records]}
     for record in records:
         outcomes.setdefault(record.tasks[0], []).append(record.succeeded > 0)
@@ -104,8 +104,7 @@ def tokenizer(bundle: Bundle, pictures: Path, seed: int = 5) -> dict[str, float]
     masks: dict[str, list[np.ndarray]] = {}
     for scene in "ABCD":
         env = PlaytableEnv(scene)
-        suite = SuiteConfig(name="pictures", kind="tasks", scenes=(scene,), num=4, seed=seed)
-        for chain in suite_chains(suite):
+        for chain in PlaytableSuite("pictures", "tasks", (scene,), seed=seed).chains(4):
             env.reset(chain.robot_state, chain.scene_state)
             frames.append(resize(env.observe().images["static"], bundle.config.vq_resize))
             for name, mask in env.visible().items():
@@ -201,21 +200,19 @@ def run(home: Path, pictures: Path, overrides: Sequence[str], say: Any = print) 
 
     config = line.config.eval
     starts = own_starts(Dataset(small.store, load_manifest(small.store, "overfit")))
-    suite = SuiteConfig(
-        name="gate", kind="tasks", scenes=("A", "B", "C"), tasks=line.config.data.collect.tasks, num=8, seed=20_077
-    )
-    unseen = suite_chains(suite)
+    asked = line.config.data.collect.tasks
+    unseen = PlaytableSuite("gate", "tasks", ("A", "B", "C"), asked, seed=20_077).chains(8)
 
     def overfit() -> dict[str, Estimate]:
         return {
-            "policy": judge(Judge(fitted["url"], config), starts)["all"],
-            "blank image": judge(ControlJudge(fitted["url"], config, Blinded), starts)["all"],
-            "other instruction": judge(ControlJudge(fitted["url"], config, Misled), starts)["all"],
+            "policy": judge(fitted["url"], config, starts)["all"],
+            "blank image": judge(Blinded(load_bundle(fitted["url"]), slots=SLOTS), config, starts)["all"],
+            "other instruction": judge(Misled(load_bundle(fitted["url"]), slots=SLOTS), config, starts)["all"],
         }
 
     on_own = timed("judge 20", overfit)
     policies = {"policy": model["url"], "random": "random", "still": "still"}
-    on_unseen = timed("judge unseen", lambda: {n: judge(Judge(p, config), unseen) for n, p in policies.items()})
+    on_unseen = timed("judge unseen", lambda: {n: judge(p, config, unseen) for n, p in policies.items()})
     bundle = load_bundle(model["url"])
     codes = tokenizer(bundle, pictures)
     answers = understanding(bundle, Dataset(line.store, load_manifest(line.store, line.config.data.ingest.dataset)))

@@ -114,6 +114,27 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "there is: calvin, lerobot" in str(wrong.exception)
 
 
+def test_a_benchmark_is_judged_by_command_and_compared_under_one_protocol_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    command = ["evaluate", "still", "--suite", "playtable-a", "--chains", "1", "--json"]
+    first = _run(*command)
+    assert first["average_length"] == 0 and len(first["success"]) == 5 and len(first["fingerprint"]) == 16
+    assert set(first["references"]) == {"random", "expert"} and first["failures"] == {"never_moved": 1}
+    assert first["self_test"]["steps"] > 0 and first["speed"]["env_steps_per_s"] > 0
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    expert = ["evaluate", "expert", "--suite", "playtable-a", "--chains", "1"]
+    compared = _run(*expert, "--compare", str(tmp_path / "first.json"), "--json")["compared"]
+    assert compared["with"] == "still" and compared["average_length"]["value"] >= 1
+    shown = CliRunner().invoke(app, expert)
+    assert "1 chains, protocol" in shown.output and "still" in shown.output and "env steps/s" in shown.output
+    other = CliRunner().invoke(app, [*command, "--replan", "5", "--compare", str(tmp_path / "first.json")])
+    assert other.exit_code == 1 and "control.replan: 10 and 5" in str(other.exception)
+    wrong = CliRunner().invoke(app, ["evaluate", "still", "--suite", "playtable-e"])
+    assert wrong.exit_code == 1 and "did you mean 'playtable-" in str(wrong.exception)
+
+
 # ------------------------------------------------------------------------------------------------ a model in use
 
 

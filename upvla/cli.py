@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from upvla.cli_data import data_app, ingest
+from upvla.cli_eval import CalvinPath, LiberoPython, bar, evaluate, places_of
 from upvla.cli_model import model_app
 from upvla.console import Config, Json, Set, SiteName, open_line, show
-from upvla.errors import ConfigError, UpvlaError
+from upvla.errors import UpvlaError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,11 +23,9 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(model_app)
 app.command()(ingest)
+app.command()(evaluate)
 weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
 app.add_typer(weights_app, name="weights")
-
-CalvinPath = Annotated[str, typer.Option(help="Checkout of mees/calvin with calvin_env in it.")]
-LiberoPython = Annotated[str, typer.Option(help="Python of the environment that holds LIBERO.")]
 
 _INTERRUPTED = 130  # how Typer ends on Ctrl-C
 
@@ -44,40 +41,6 @@ def main() -> None:
         if end.code == _INTERRUPTED:
             print("upvla: stopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
         raise
-
-
-def _bar(what: str) -> Any:
-    """A progress callback (done, in all) on a terminal's error stream."""
-    bar = tqdm(desc=what, disable=not sys.stderr.isatty(), leave=False)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return progress
-
-
-def _places(site: str, calvin: str, libero: str) -> Any:
-    from upvla.config import SiteConfig, load
-    from upvla.rollout.benchmarks import Places
-
-    return Places(calvin, libero, str(load(f"site/{site}", SiteConfig).home / "benchmarks"))
-
-
-def _evaluate_suite(
-    model: str, suite: str, places: Any, dataset: str, chains: int, workers: int, line: Any
-) -> dict[str, Any]:
-    """`line` opens the site's line, which only registered names and recorded datasets need."""
-    from upvla.launch.benchmarks import evaluate_suite, replay_dataset
-    from upvla.rollout.benchmarks import BUILT_IN
-
-    about = {"workers": workers, "progress": _bar("chains")}
-    if model == "replay":
-        if not dataset:
-            raise ConfigError("replay needs recordings: name them with --dataset NAME@VERSION (`upvla data ls`)")
-        return replay_dataset(line().store, dataset, suite, places, num=None, **about)
-    url = model if model in BUILT_IN or "/" in model else line().checkpoint_url(model)
-    return evaluate_suite(url, suite, places, num=chains, **about)
 
 
 # ------------------------------------------------------------------------------------------------------- the stack
@@ -188,7 +151,7 @@ def collect(
         suite = "calvin-a" if env == "calvin" else env
         show(
             collect_suite(
-                suite, _places(site, calvin, libero), out, num=chains, expert=expert, progress=_bar("recordings")
+                suite, places_of(site, calvin, libero), out, num=chains, expert=expert, progress=bar("recordings")
             ),
             as_json,
         )
@@ -230,48 +193,6 @@ def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = 
 def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
     """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
     show(open_line(config, site, set_).train_all(), as_json)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A checkpoint URL, a registered name such as upvla-tiny@champion, or with --suite: random, "
-            "still, expert, replay."
-        ),
-    ] = "",
-    policy_url: Annotated[str, typer.Option(help="Instead of a model: ws://HOST:PORT of `upvla serve`.")] = "",
-    suite: Annotated[str, typer.Option(help="A benchmark, e.g. calvin-d, libero-object, metaworld-mt50.")] = "",
-    chains: Annotated[int, typer.Option(help="Its first N chains; of single tasks, starts a task.")] = 10,
-    workers: Annotated[int, typer.Option(help="Processes; more than one run on Ray.")] = 1,
-    dataset: Annotated[str, typer.Option(help="replay: NAME@VERSION whose segments are played.")] = "",
-    calvin: CalvinPath = "",
-    libero: LiberoPython = "",
-    config: Config = "pretrain/full",
-    site: SiteName = "local",
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion
-
-    With --suite, on one benchmark: upvla evaluate MODEL --suite calvin-d --calvin ~/calvin --chains 100
-    Through a policy server, whose token is in UPVLA_POLICY_TOKEN: upvla evaluate --policy-url ws://127.0.0.1:8600"""
-    if bool(model) == bool(policy_url):
-        raise ConfigError("evaluate: name a model, or --policy-url")
-    if policy_url:
-        from upvla.config import RunConfig, load
-        from upvla.launch.serve import evaluate_served
-
-        show(evaluate_served(policy_url, load(config, RunConfig, set_ or []).eval), as_json)
-        return
-    if suite:
-        places = _places(site, calvin, libero)
-        line = partial(open_line, config, site, set_)
-        show(_evaluate_suite(model, suite, places, dataset, chains, workers, line), as_json)
-        return
-    opened = open_line(config, site, set_)
-    show(opened.evaluate(opened.checkpoint_url(model)), as_json)
 
 
 @app.command()

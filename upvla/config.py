@@ -19,7 +19,7 @@ from upvla.data.ingest import IngestConfig
 from upvla.data.mixture import MixtureConfig
 from upvla.errors import ConfigError
 from upvla.model.config import ModelConfig, merge
-from upvla.rollout.evaluate import EvalConfig
+from upvla.rollout.evaluate import EvalConfig, Layout
 from upvla.rollout.gate import GateConfig
 from upvla.sim.playtable.recorder import CollectConfig
 from upvla.store import content_hash
@@ -50,6 +50,7 @@ class SiteConfig(Section):
     experiment: str = "upvla"
     num_workers: int = Field(2, gt=0)
     use_gpu: bool = False
+    rollout: Layout = Layout()
     stack: Mapping[str, Any] | None = Field(None, description="the local stack's own settings, read by `upvla.stack`")
 
     @property

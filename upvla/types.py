@@ -390,15 +390,21 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Scores of one policy under one protocol; reports with other fingerprints are not comparable."""
+    """Scores of one policy under one protocol; reports with other fingerprints are not comparable.
+
+    `protocol` is what must be equal (world, chains, words, limits, execution), `identity` who was judged (weights,
+    statistics, cameras, resize): two models differ in it and compare all the same.
+    """
 
     policy: str
     suite: str
-    fingerprint: str
+    fingerprint: str  # of `protocol`
     records: tuple[ChainRecord, ...]
     success: tuple[Estimate, ...]  # at least 1..5 tasks of a chain done
     average_length: Estimate
     per_task: Mapping[str, Estimate]
+    protocol: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

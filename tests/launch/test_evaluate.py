@@ -1,70 +1,103 @@
+"""Chains on processes of Ray: deaths, hangs and silence cost nobody else anything, and neither do workers and lanes."""
+
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.launch.conftest import RayHead
-from upvla.errors import BadStep, JobFailed
-from upvla.launch.evaluate import map_chains
-from upvla.types import Chain, ChainRecord
+from tests.rollout.line_world import LineSuite, Stepper
+from tests.rollout.test_policy import make_bundle
+from upvla.checkpoint import export
+from upvla.errors import JobFailed, NotFound
+from upvla.launch.cluster import connected
+from upvla.launch.evaluate import judge_chains
+from upvla.launch.scores import Exam, judge
+from upvla.rollout.evaluate import Control, Layout
+from upvla.rollout.judge import SuiteJudge
+from upvla.sim.playtable.suite import PlaytableSuite
+from upvla.store import open_store
+from upvla.types import ChainRecord
 
 pytestmark = pytest.mark.seam
 
-CHAINS = [Chain("A", np.zeros(15), np.zeros(24), ("open_drawer",), seed) for seed in range(7)]
-Work = Callable[[Sequence[tuple[int, Chain]]], list[ChainRecord]]
+NUM = 12
+IMPATIENT = Layout(lanes=3, patience_s=6.0)
 
 
-def record(index: int, chain: Chain) -> ChainRecord:
-    return ChainRecord(index, chain.scene, chain.tasks, chain.seed % 2, (chain.seed,))
+def run(suite: LineSuite) -> list[ChainRecord]:
+    found: list[ChainRecord] = []
+    work = SuiteJudge(suite, Stepper(), Control(replan=2), IMPATIENT.lanes)
+    with connected():
+        cost = judge_chains(work, list(enumerate(suite.chains(NUM))), 2, IMPATIENT, found.extend)
+    assert cost.env_steps >= sum(sum(record.steps) for record in found if not record.error)
+    return sorted(found, key=lambda record: record.number)
 
 
-def dying(folder: Path, times: int) -> Work:
-    """Work whose process dies on chain 4, the first `times` times."""
-
-    def work(shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
-        for index, _ in shard:
-            (folder / f"run-{index}-{os.getpid()}").touch()
-            deaths = len(list(folder.glob("death-*")))
-            if index == 4 and deaths < times:
-                (folder / f"death-{deaths}").touch()
-                os._exit(11)
-        return [record(index, chain) for index, chain in shard]
-
-    return work
+def clean() -> list[ChainRecord]:
+    found = SuiteJudge(LineSuite(), Stepper(), Control(replan=2))(list(enumerate(LineSuite().chains(NUM))))
+    return sorted(found, key=lambda record: record.number)
 
 
-def test_records_come_back_in_order_though_a_process_dies(ray_head: RayHead, tmp_path: Path) -> None:
-    kept: list[ChainRecord] = []
-    found = map_chains(dying(tmp_path, 1), CHAINS, num_workers=2, shard_size=2, on_records=kept.extend)
-    assert found == [record(i, chain) for i, chain in enumerate(CHAINS)]
-    assert sorted(kept) == found
-    assert len(list(tmp_path.glob("run-0-*"))) == 1, "the other shards were not run again"
-    assert len(list(tmp_path.glob("run-4-*"))) == 2
+def test_processes_that_are_lost_once_cost_nothing(ray_head: RayHead, tmp_path: Path) -> None:
+    """One exits, one hangs in a world, one is stopped and answers nobody."""
+    harms = {2: "crash", 5: "hang", 9: "stop"}
+    assert run(LineSuite(harms=harms, times=tmp_path)) == clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2-0", "5-0", "9-0"]
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(ray_head: RayHead, tmp_path: Path) -> None:
-    kept: dict[int, ChainRecord] = {}
-    with pytest.raises(JobFailed, match=r"chains 4\.\.5: their process died"):
-        map_chains(
-            dying(tmp_path, 99),
-            CHAINS,
-            num_workers=1,
-            shard_size=2,
-            on_records=lambda records: kept.update({r.number: r for r in records}),
-        )
-    assert set(kept) == {0, 1, 2, 3}
-    found = map_chains(dying(tmp_path, 0), CHAINS, num_workers=2, shard_size=2, done=kept)
-    assert [r.number for r in found] == list(range(7))
-    assert len(list(tmp_path.glob("run-0-*"))) == 1
+def test_a_chain_that_always_kills_its_process_is_an_error_and_the_only_one(ray_head: RayHead, tmp_path: Path) -> None:
+    found = run(LineSuite(harms={4: "crash"}, times=tmp_path, most=99))
+    assert found[4].error == "SimulatorError: the process that judged it died, twice" and found[4].failure == "error"
+    assert [r for r in found if r.number != 4] == [r for r in clean() if r.number != 4]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_error_of_the_work_is_raised_as_it_is(ray_head: RayHead) -> None:
-    def work(shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
-        raise BadStep("the policy is broken")
+def test_what_keeps_every_chain_from_being_judged_is_raised(ray_head: RayHead, tmp_path: Path) -> None:
+    suite = LineSuite()
+    with connected(), pytest.raises(NotFound, match="no finished checkpoint"):
+        judge_chains(SuiteJudge(suite, f"{tmp_path}/none"), list(enumerate(suite.chains(3))), 1, Layout(), print)
+    with connected(), pytest.raises(JobFailed, match="cannot start"):
+        work = SuiteJudge(suite, f"{tmp_path}/none")
+        judge_chains(work, list(enumerate(suite.chains(3))), 1, Layout(model="one"), print)
 
-    with pytest.raises(BadStep, match=r"^the policy is broken$"):
-        map_chains(work, CHAINS, num_workers=1)
+
+def test_one_model_for_all_or_one_in_each_and_any_number_of_workers_and_lanes_agree(
+    ray_head: RayHead, tmp_path: Path
+) -> None:
+    """A model's records on the real playtable, to the last step."""
+    store = open_store(str(tmp_path))
+    checkpoint = export(store, "model", make_bundle(chunk=10))
+    suite = PlaytableSuite("mine", "chains", ("D",), max_steps=20)
+    chains = suite.chains(5)
+    layouts = [(1, Layout(lanes=1)), (2, Layout(lanes=3)), (2, Layout(lanes=2, model="one"))]
+    found = []
+    for number, (workers, layout) in enumerate(layouts):
+        exam = Exam(suite, chains, Control(), layout, workers)
+        found.append(judge(store.sub(f"ledger-{number}"), exam, [checkpoint.url])[checkpoint.url])
+    assert found[0].report == found[1].report == found[2].report
+    assert found[0].report.policy == checkpoint.model_id and found[0].report.identity["slots"] == 8
+    assert found[0].figures["policy_ms_per_chunk"] > 0 and found[0].figures["frames_per_s"] > 0
+    again = judge(store.sub("ledger-0"), Exam(suite, chains, Control()), [checkpoint.url])[checkpoint.url]
+    assert again == found[0]  # read back, speed and all
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    store, suite = open_store(str(tmp_path)), LineSuite()
+    chains = suite.chains(10)
+
+    def stop(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(store, Exam(suite, chains, Control()), ["still"], progress=lambda name: stop)
+    counted: list[int] = []
+    found = judge(
+        store,
+        Exam(LineSuite(), chains, Control()),
+        ["still"],
+        progress=lambda name: lambda done, total: counted.append(done),
+    )
+    assert counted == [7, 8, 9, 10] and len(found["still"].report.records) == 10

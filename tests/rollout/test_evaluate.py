@@ -30,7 +30,7 @@ def test_summary_counts_chains_and_attempts() -> None:
         ChainRecord(0, "D", ("a", "c"), 2, (3, 4)),
         ChainRecord(2, "D", ("b", "a"), 0, (9,)),
     ]
-    report = summarise("p", "s", "f", records)
+    report = summarise("p", "s", {}, {}, records)
     assert [e.value for e in report.success] == pytest.approx([2 / 3, 1 / 3])
     assert report.average_length.value == 1.0
     assert {t: e.value for t, e in report.per_task.items()} == {"a": 1.0, "b": 0.0, "c": 1.0}

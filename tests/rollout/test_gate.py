@@ -21,7 +21,7 @@ def report(lengths: Sequence[int], suite: str = "chains_d", errors: Sequence[int
         ChainRecord(n, "D", tasks, length, (10,) * length, "SimulatorError: died" if n in errors else "")
         for n, length in enumerate(lengths)
     ]
-    return summarise("policy", suite, "protocol-1", records)
+    return summarise("policy", suite, {"world": suite}, {}, records)
 
 
 WEAK, STRONG = [1, 0, 2, 1] * 10, [2, 1, 2, 2] * 10
@@ -70,8 +70,8 @@ def test_worse_elsewhere_too_few_or_unjudged_is_no_promotion() -> None:
 def test_reports_that_may_not_be_compared_are_refused() -> None:
     ours = report(WEAK)
     for theirs, why in (
-        (replace(report(STRONG), fingerprint="protocol-2"), "evaluate both again"),
-        (report(STRONG, "chains_abc"), "evaluate both again"),
+        (replace(report(STRONG), fingerprint="2", protocol={"world": "other"}), "world: chains_d and other"),
+        (report(STRONG, "chains_abc"), "champion was judged on chains_d, challenger on chains_abc"),
         (report(STRONG[:-1]), "not about the same chains"),
     ):
         with pytest.raises(Mismatch, match=why):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from upvla.errors import Mismatch
+from upvla.rollout.evaluate import Control
 from upvla.rollout.film import Film
-from upvla.rollout.play import Ask, Rules, answers, drive, play, run_chain
-from upvla.rollout.policy import RandomPolicy, StillPolicy
+from upvla.rollout.play import Ask, Rules, answers, drive, play
+from upvla.rollout.references import RandomPolicy, StillPolicy
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Chain, ChainRecord, Observation, Prediction
 
 
@@ -70,8 +70,7 @@ def _reached(task: str, start: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 
 
 def _rules(**options: Any) -> Rules:
-    settings: dict[str, Any] = {"max_steps": 30, "replan": 10} | options
-    return Rules(_reached, str.upper, **settings)
+    return Rules(_reached, str.upper, options.pop("max_steps", 30), Control(**options))
 
 
 def _run(
@@ -157,13 +156,6 @@ def test_ensembling_averages_what_chunks_say_about_the_same_step() -> None:
     second = (1 + 2 * older) / (1 + older)
     third = (1 + 2 * older + 3 * oldest) / (1 + older + oldest)
     assert env.x == pytest.approx(1 + second + third, abs=1e-5)
-
-
-def test_another_action_space_is_refused_before_the_first_step() -> None:
-    policy = Walker()
-    policy.action_space = ActionSpace("other", CALVIN_RELATIVE.dims, dt_s=0.1)  # type: ignore[misc]
-    with pytest.raises(Mismatch, match="dt_s differs"):
-        run_chain(Corridor(), policy, Chain("A", np.zeros(15), np.zeros(24), ("at 5",), 0), 0, _rules())
 
 
 def test_reference_policies_are_pure_functions_of_what_they_see() -> None:

@@ -14,7 +14,7 @@ from upvla.data.sources import open_source
 from upvla.errors import ConfigError
 from upvla.rollout.benchmarks import Places, SuiteJudge, open_suite
 from upvla.rollout.evaluate import wilson
-from upvla.rollout.policy import StillPolicy
+from upvla.rollout.references import StillPolicy
 from upvla.sim import metaworld
 from upvla.sim.recording import record_suite
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from upvla.checkpoint import load_bundle, read_marker
+from upvla.checkpoint import load_bundle
 from upvla.config import FinetuneConfig, SiteConfig, load
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import NotFound
@@ -16,9 +15,7 @@ from upvla.launch.line import Line, Progress, Result
 from upvla.launch.promote import promote
 from upvla.launch.tokenizers import save_tower, save_vq
 from upvla.rollout.gate import Verdict, decide
-from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry
-from upvla.types import EvalReport
 
 
 def open_finetuning(
@@ -115,10 +112,7 @@ class Finetuning(Line):
 
     def compare(self, champion_url: str, challenger_url: str) -> Verdict:
         """Both on every suite of the configuration, chain by chain; what was judged before is not judged again."""
-        champion, challenger = (self._judged(url) for url in (champion_url, challenger_url))
+        both = (champion_url, challenger_url)
+        judged = [scoring.judge(self.store, self.exam(suite), both) for suite in self.config.eval.suites]
+        champion, challenger = ([of_suite[url].report for of_suite in judged] for url in both)
         return decide(champion, challenger, self.config.gate)
-
-    def _judged(self, url: str) -> list[EvalReport]:
-        checkpoint, config = read_marker(open_store(url)), self.config.eval
-        about: dict[str, Any] = {"num_workers": self.site.num_workers}
-        return [scoring.judge(self.store, config, suite, checkpoint, **about) for suite in config.suites]

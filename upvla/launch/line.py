@@ -30,7 +30,8 @@ from upvla.launch.promote import promote
 from upvla.launch.steps import once
 from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done, train
 from upvla.model.config import ModelConfig
-from upvla.rollout.evaluate import as_metrics, scores
+from upvla.rollout.benchmarks import line_suite
+from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
 from upvla.sim.playtable import tasks
 from upvla.store import Store, content_hash, open_store
 from upvla.tracking import CHAMPION, Registry, Run, Tracker
@@ -164,21 +165,26 @@ class Line:
 
     # --------------------------------------------------------------------------------------------------- private
 
+    def exam(self, suite: SuiteConfig) -> scoring.Exam:
+        """One of the configuration's suites, with the chains that every model of this line is judged on."""
+        config, site = self.config.eval, self.site
+        opened = line_suite(config, suite)
+        chains = opened.chains(suite.num)
+        return scoring.Exam(opened, chains, config.control, site.rollout, site.num_workers, site.use_gpu)
+
     def _scores(self, checkpoint: Checkpoint) -> Result:
         config = self.config.eval
         found: dict[str, dict[str, Any]] = {}
         protocols: dict[str, str] = {}
-        policies = {self.model_name: checkpoint} | {name: name for name in config.references}
+        names = {checkpoint.url: self.model_name}
         for suite in config.suites:
-            for name, policy in policies.items():
-                report = scoring.judge(
-                    self.store,
-                    config,
-                    suite,
-                    policy,
-                    num_workers=self.site.num_workers,
-                    progress=self._counting(f"{suite.name}, {name}: chains"),
-                )
+
+            def told(policy: str, suite: SuiteConfig = suite) -> scoring.Progress:
+                return self._counting(f"{suite.name}, {names.get(policy, policy)}: chains")
+
+            policies = (checkpoint.url, *config.references)
+            for policy, judged in scoring.judge(self.store, self.exam(suite), policies, progress=told).items():
+                name, report = names.get(policy, policy), judged.report
                 found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
                 self._log_scores(checkpoint, name, as_metrics(scores(report)))
                 protocols[suite.name] = report.fingerprint
@@ -287,7 +293,7 @@ class Line:
     def _log_films(self, checkpoint: Checkpoint) -> None:
         if self.config.eval.videos == 0:
             return
-        films = scoring.film(self.config.eval, self.config.eval.suites[0], checkpoint)
+        films = scoring.film(self.exam(self.config.eval.suites[0]), checkpoint.url, self.config.eval.videos)
         with self.tracked(*_training_run(checkpoint)) as run, tempfile.TemporaryDirectory() as folder:
             for name, data in films.items():
                 path = Path(folder, name)

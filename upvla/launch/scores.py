@@ -1,102 +1,154 @@
-"""Judging a checkpoint: suites spread over Ray, records kept as they come, references judged once a protocol."""
+"""Policies judged on one suite: what was judged before, or before an interruption, is read back and not run again."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
+from upvla.errors import ConfigError
 from upvla.launch.cluster import connected, result_of
-from upvla.launch.evaluate import map_chains
+from upvla.launch.evaluate import judge_chains
 from upvla.launch.steps import once
-from upvla.rollout.evaluate import EvalConfig, SuiteConfig, summarise
-from upvla.rollout.suites import Judge, suite_chains, suite_fingerprint
+from upvla.rollout.evaluate import Control, Layout, record_from_json, report_from_json, report_to_json, summarise
+from upvla.rollout.judge import BLIND, Cost, Recorded, SuiteJudge, identity, protocol, self_test
+from upvla.sim.suite import Suite
 from upvla.store import Store, content_hash
-from upvla.types import Chain, ChainRecord, Checkpoint, Estimate, EvalReport
+from upvla.types import Chain, ChainRecord, EvalReport
+
+SLOTS = 8  # rows of every forward pass in an evaluation: part of who is judged, see `UPVLAPolicy`
+_SAVED_TOGETHER = 4  # records
 
 Progress = Callable[[int, int], None]
 """(chains judged, chains in all)"""
 
 
+class Exam(NamedTuple):
+    """A suite with its chains, how chunks are executed there, and who does the work."""
+
+    suite: Suite
+    chains: Sequence[Chain]
+    control: Control
+    layout: Layout = Layout()
+    num_workers: int = 1
+    use_gpu: bool = False
+
+
+class Recording(NamedTuple):
+    """What `replay` plays."""
+
+    dataset: str  # its content id
+    actions: Recorded
+
+
+class Judged(NamedTuple):
+    report: EvalReport
+    figures: Mapping[str, float]  # speed, of the run that counts
+    self_test: Mapping[str, Any]
+
+
 def judge(
     store: Store,
-    config: EvalConfig,
-    suite: SuiteConfig,
-    policy: str | Checkpoint,
+    exam: Exam,
+    policies: Sequence[str],
     *,
-    num_workers: int,
-    progress: Progress | None = None,
-) -> EvalReport:
-    """Scores of a checkpoint, or of the reference policy of that name, on one suite.
+    expected: Mapping[str, Mapping[str, str]] | None = None,
+    recording: Recording | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> dict[str, Judged]:
+    """Scores of each policy (a checkpoint's URL, `random`, `still`, `expert`, or `replay` of a recording), by name.
 
-    What was judged before an interruption is not judged again; a policy that was judged under this protocol already is
-    read from the ledger.
+    Before any is scored, a world is opened and looked at, every policy is held against it, and the suite is tested
+    with its own expert. Raises `Mismatch` or `ConfigError` naming what is wrong. `expected`: what a registry says.
     """
-    chains = suite_chains(suite)
-    protocol = suite_fingerprint(config, suite, chains)
-    name, source = (policy, policy) if isinstance(policy, str) else (policy.model_id, policy.url)
-    key = {"policy": name, "suite": suite.name, "protocol": protocol}
+    asked, cameras = protocol(exam.suite, exam.chains, exam.control)
+    if "expert" in policies and not exam.suite.has_expert:
+        raise ConfigError(f"{exam.suite.name} has no expert; `upvla evaluate replay` plays recordings instead")
+    who = {name: identity(name, exam.suite, cameras, SLOTS, (expected or {}).get(name)) for name in policies}
+    for name in who.keys() - set(BLIND):
+        who[name]["device"] = "cuda" if exam.use_gpu and exam.layout.model == "one" else "cpu"
+    if recording:
+        who["replay"] = {"name": "replay", "dataset": recording.dataset}
+    tested = once(store, "self-test", {"protocol": content_hash(asked)}, lambda: self_test(exam.suite, exam.chains))
+    found = {}
+    for name, its in who.items():
+        key = {"who": its, "protocol": content_hash(asked)}
+        place, told = store.sub(f"evaluations/{content_hash(key)}"), progress(name) if progress else None
+        actions = recording.actions if recording else ()
+        result = once(store, "judge", key, partial(_judge, place, exam, name, asked, its, actions, told))
+        found[name] = Judged(report_from_json(result["report"]), result["figures"], tested)
+    return found
 
-    def work() -> dict[str, Any]:
-        records = _judge_all(
-            store.sub(f"evaluations/{content_hash(key)}"), config, source, chains, num_workers, progress
-        )
-        return asdict(summarise(name, suite.name, protocol, records))
 
-    return _report(once(store, "judge", key, work))
+def _judge(
+    place: Store,
+    exam: Exam,
+    policy: str,
+    asked: Mapping[str, Any],
+    who: Mapping[str, Any],
+    actions: Recorded,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    records = {r.number: r for key in place.list("records-") for r in map(record_from_json, place.read_json(key))}
+    work = SuiteJudge(exam.suite, policy, exam.control, exam.layout.lanes, SLOTS, actions)
+    if policy in BLIND:
+        work.lanes = 1  # there is no model whose passes more worlds would fill
+    unsaved: list[ChainRecord] = []
+
+    def save() -> None:
+        if unsaved:
+            place.write_json(f"records-{unsaved[0].number:06d}.json", [list(record) for record in unsaved])
+            unsaved.clear()
+
+    def keep(found: Sequence[ChainRecord]) -> None:
+        records.update({record.number: record for record in found})
+        unsaved.extend(found)
+        if len(unsaved) >= _SAVED_TOGETHER:
+            save()
+        if progress:
+            progress(len(records), len(exam.chains))
+
+    try:
+        cost = _spread(work, exam, [i for i in range(len(exam.chains)) if i not in records], keep)
+    finally:
+        save()
+    name = policy if policy in BLIND else str(who["name"])
+    report = summarise(name, exam.suite.name, asked, who, records.values())
+    return {"report": report_to_json(report), "figures": cost.figures(time.monotonic() - began, exam.num_workers)}
 
 
-def film(config: EvalConfig, suite: SuiteConfig, checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Videos and predicted-versus-real frames of the suite's first chains of different scenes, by file name."""
-    chains = suite_chains(suite)
-    spread = [round(i * (len(chains) - 1) / max(1, config.videos - 1)) for i in range(config.videos)]
+def _spread(
+    work: SuiteJudge, exam: Exam, numbers: Sequence[int], keep: Callable[[Sequence[ChainRecord]], None]
+) -> Cost:
+    """One worker is this process itself, which nothing watches; more run on Ray."""
+    todo = [(number, exam.chains[number]) for number in numbers]
+    if exam.num_workers > 1 or exam.layout.model == "one":
+        with connected():
+            return judge_chains(work, todo, exam.num_workers, exam.layout, keep, use_gpu=exam.use_gpu)
+    for record in work.run(iter(todo)):
+        keep([record])
+    return work.cost
+
+
+def film(exam: Exam, policy: str, num: int) -> dict[str, bytes]:
+    """Videos and predicted-versus-real frames of chains that lie evenly in the list, by file name."""
+    spread = [round(i * (len(exam.chains) - 1) / max(1, num - 1)) for i in range(num)]
+    work = SuiteJudge(exam.suite, policy, exam.control, slots=SLOTS)
+    numbered = [(i, exam.chains[i]) for i in dict.fromkeys(spread)]
+    if exam.num_workers == 1:
+        return {name: data for given in numbered for name, data in _film(work, *given).items()}
     with connected():
         task = ray.remote(num_cpus=1, max_retries=2)(_film)
-        waiting = [task.remote(checkpoint.url, config, index, chains[index]) for index in dict.fromkeys(spread)]
+        waiting = [task.remote(work, *given) for given in numbered]
         return {name: data for files in map(result_of, waiting) for name, data in files.items()}
 
 
-def _judge_all(
-    folder: Store,
-    config: EvalConfig,
-    source: str,
-    chains: Sequence[Chain],
-    num_workers: int,
-    progress: Progress | None,
-) -> list[ChainRecord]:
-    done = {r.number: r for key in folder.list("records-") for r in map(_record, folder.read_json(key))}
-
-    def keep(found: Sequence[ChainRecord]) -> None:
-        folder.write_json(f"records-{min(r.number for r in found):06d}.json", [list(r) for r in found])
-        done.update({record.number: record for record in found})
-        if progress:
-            progress(len(done), len(chains))
-
-    return map_chains(Judge(source, config), chains, num_workers=num_workers, done=dict(done), on_records=keep)
-
-
-def _film(source: str, config: EvalConfig, index: int, chain: Chain) -> dict[str, bytes]:
+def _film(work: SuiteJudge, number: int, chain: Chain) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="upvla-film-") as folder:
-        files: Iterable[Path] = Judge(source, config).film(index, chain, Path(folder)).values()
-        return {path.name: path.read_bytes() for path in files}
-
-
-def _record(row: Sequence[Any]) -> ChainRecord:
-    number, scene, tasks, succeeded, steps, *more = row
-    return ChainRecord(number, scene, tuple(tasks), succeeded, tuple(steps), *more)
-
-
-def _report(value: dict[str, Any]) -> EvalReport:
-    return EvalReport(
-        policy=value["policy"],
-        suite=value["suite"],
-        fingerprint=value["fingerprint"],
-        records=tuple(_record(row) for row in value["records"]),
-        success=tuple(Estimate(*row) for row in value["success"]),
-        average_length=Estimate(*value["average_length"]),
-        per_task={task: Estimate(*row) for task, row in value["per_task"].items()},
-    )
+        return {path.name: path.read_bytes() for path in work.film(number, chain, Path(folder)).values()}

@@ -14,11 +14,12 @@ import torch
 
 from upvla.checkpoint import load_bundle, read_marker
 from upvla.errors import ConfigError, Mismatch
+from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, scores, summarise
+from upvla.rollout.judge import SuiteJudge, identity, protocol
 from upvla.rollout.policy import UPVLAPolicy
 from upvla.rollout.server import Load, PolicyServer, Served, ServerConfig, as_uvicorn
-from upvla.rollout.suites import Judge, suite_chains, suite_fingerprint
 from upvla.store import content_hash, open_store
 from upvla.types import ModelVersion, Observation
 
@@ -71,10 +72,13 @@ def evaluate_served(policy_url: str, config: EvalConfig) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     protocols: dict[str, str] = {}
     for suite in config.suites:
-        chains = suite_chains(suite)
-        protocols[suite.name] = suite_fingerprint(config, suite, chains)
-        records = Judge(policy_url, config)(list(enumerate(chains)))
-        report = summarise(about["model_id"], suite.name, protocols[suite.name], records)
+        opened = line_suite(config, suite)
+        chains = opened.chains(suite.num)
+        asked, cameras = protocol(opened, chains, config.control)
+        who = identity(policy_url, opened, cameras)
+        records = SuiteJudge(opened, policy_url, config.control)(list(enumerate(chains)))
+        report = summarise(about["model_id"], suite.name, asked, who, records)
+        protocols[suite.name] = report.fingerprint
         found |= {name: estimate._asdict() for name, estimate in scores(report).items()}
     return {"model_id": about["model_id"], "version": about["version"], "scores": found, "protocols": protocols}
 

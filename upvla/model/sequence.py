@@ -95,8 +95,11 @@ def qa_table(config: ModelConfig, text_width: int) -> tuple[Span, ...]:
     )
 
 
-def robot_rows(config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, codes_RVN: Tensor) -> Rows:
-    """Prediction/action rows. `text_ids` are right-padded and bare: task, bos and eot are added here.
+def robot_rows(
+    config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, codes_RVN: Tensor, text_room: int = 0
+) -> Rows:
+    """Prediction/action rows. `text_ids` are right-padded and bare: task, bos and eot are added here. The text span is
+    at least as wide as `text_room` tokens ask for.
 
     A leading bos is not doubled. A text over budget loses its tail, never its eot: `upvla.model.inputs` refuses it
     before, unless the config says `overlong: cut`.
@@ -104,7 +107,7 @@ def robot_rows(config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, cod
     rows, device = text_ids_RL.shape[0], text_ids_RL.device
     lead = (config.eot_id,) if config.vision_prompt else (config.predict_id, config.eot_id)
     budget = config.prompt_budget + len(lead) - 1
-    text, width = _text_span(config, text_ids_RL, text_len_R, lead, budget)
+    text, width = _text_span(config, text_ids_RL, text_len_R, lead, budget, text_room)
     table = robot_table(config, width)
 
     def repeat(*ids: int) -> Tensor:
@@ -203,16 +206,16 @@ def _places(table: tuple[Span, ...]) -> dict[str, slice]:
 
 
 def _text_span(
-    config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, lead: tuple[int, ...], budget: int
+    config: ModelConfig, text_ids_RL: Tensor, text_len_R: Tensor, lead: tuple[int, ...], budget: int, room: int
 ) -> tuple[Tensor, int]:
-    """`PAD.. lead text eot`, i64[R,W] with W the budget or, with `trim`, what the longest row needs."""
+    """`PAD.. lead text eot`, i64[R,W] with W the budget or, with `trim`, what the longest row or `room` needs."""
     if text_ids_RL.shape[1] == 0:
         text_ids_RL = text_ids_RL.new_full((text_ids_RL.shape[0], 1), config.pad_id)
     device = text_ids_RL.device
     skip_R = ((text_ids_RL[:, 0] == config.eot_id) & (text_len_R > 0)).long()
     fixed = len(lead) + 1
     length_R = (text_len_R - skip_R).clamp(min=0, max=budget - fixed)
-    width = fixed + int(length_R.max()) if config.trim else budget
+    width = min(budget, fixed + max(int(length_R.max()), room)) if config.trim else budget
     place_RW = torch.arange(width, device=device)[None] - (width - fixed - length_R)[:, None]
     source_RW = (place_RW - len(lead) + skip_R[:, None]).clamp(0, text_ids_RL.shape[1] - 1)
     ids = text_ids_RL.gather(1, source_RW)

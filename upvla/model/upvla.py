@@ -115,8 +115,13 @@ class UPVLA(nn.Module):
     # --------------------------------------------------------------------------------------------------- acting
 
     @torch.no_grad()
-    def predict(self, images: Tensor, codes: Tensor, text_ids: Tensor, text_len: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, images: Tensor, codes: Tensor, text_ids: Tensor, text_len: Tensor, text_room: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """One forward a chunk: u8[B,K,H,W,3], i64[B,V,N], i64[B,L], i64[B] -> actions f32[B,C,A], codes i64[B,V,N].
+
+        With `text_room` the rows are laid out for at least so many tokens of text: their length then does not depend
+        on the longest text that happens to be in the batch.
 
         Pose is clipped to [-1, 1]; the gripper is -1 or +1 by the sign of the head's last dimension, which is both
         the regression's nearest target and the logit's threshold. The codes are the future frame's, by argmax.
@@ -124,7 +129,7 @@ class UPVLA(nn.Module):
         config = self.config
         expect("codes", codes, (None, config.num_views, config.codes_per_view))
         check_text(config, text_ids, text_len)
-        rows = robot_rows(config, text_ids, text_len, codes)
+        rows = robot_rows(config, text_ids, text_len, codes, text_room)
         embeds = self.showo.embed(rows.ids)
         if config.vision_prompt:
             expect("images", images, *((len(codes), *shape) for shape in self.vision.input_shapes))

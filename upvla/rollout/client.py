@@ -60,6 +60,15 @@ class RemotePolicy:
     def action_space(self) -> ActionSpace:
         return self._action_space
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """What the observations must hold."""
+        return tuple(self.about["cameras"])
+
+    def identity(self) -> dict[str, Any]:
+        """Who answers, as far as it says; stored with every score."""
+        return {"stats_id": self.about["stats_id"], "version": self.about["version"], "served": True}
+
     def reset(self, instruction: str) -> None:
         """The next observation begins a subtask."""
         self._instruction, self._begin = instruction, True

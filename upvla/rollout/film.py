@@ -29,9 +29,10 @@ class Film:
         self._text = ""
         self._plans: list[tuple[np.ndarray, np.ndarray | None]] = []
 
-    def plan(self, observation: Observation, prediction: Prediction, text: str) -> None:
+    def plan(self, observation: Observation, prediction: Prediction | None, text: str) -> None:
+        """A new chunk, or the same place in a script that predicts nothing."""
         self._text = text
-        if self._picture is not None and prediction.future_codes is not None:
+        if self._picture is not None and prediction is not None and prediction.future_codes is not None:
             self._predicted = self._picture(prediction.future_codes)[0]
         self._plans.append((observation.images["static"], self._predicted))
         self.frame(observation)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.errors import Mismatch
-from upvla.rollout.evaluate import bootstrap_mean
+from upvla.rollout.evaluate import bootstrap_mean, compare
 from upvla.types import ChainRecord, Estimate, EvalReport
 
 
@@ -71,14 +71,12 @@ def decide(champion: Sequence[EvalReport], challenger: Sequence[EvalReport], con
 
 
 def _gain(champion: EvalReport, challenger: EvalReport) -> Gain:
-    if (champion.suite, champion.fingerprint) != (challenger.suite, challenger.fingerprint):
-        raise Mismatch(
-            f"gate: champion was judged on {champion.suite} by protocol {champion.fingerprint}, challenger on "
-            f"{challenger.suite} by {challenger.fingerprint}: evaluate both again, on one machine's packages"
-        )
+    if champion.suite != challenger.suite:
+        raise Mismatch(f"gate: champion was judged on {champion.suite}, challenger on {challenger.suite}")
     ours, theirs = (_by_chain(report) for report in (champion, challenger))
     if {n: r.tasks for n, r in ours.items()} != {n: r.tasks for n, r in theirs.items()}:
         raise Mismatch(f"gate: {champion.suite}: the two reports are not about the same chains")
+    compare(champion, challenger)  # says what differs where they were not judged by one protocol
     judged = [n for n in sorted(ours) if not ours[n].error and not theirs[n].error]
     difference = bootstrap_mean([float(theirs[n].succeeded - ours[n].succeeded) for n in judged])
     return Gain(champion.suite, difference, len(judged), len(ours) - len(judged))

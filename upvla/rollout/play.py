@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from upvla.errors import Mismatch
+from upvla.rollout.evaluate import Control
 from upvla.rollout.failures import why_failed
 from upvla.rollout.film import Film
 from upvla.types import ActionSpace, Chain, ChainRecord, Env, Observation, Policy, Prediction
@@ -36,6 +37,8 @@ class Ask(NamedTuple):
 
 Play = Generator[Ask, Prediction, ChainRecord]
 Answer = Callable[[Sequence[Ask]], Sequence[Prediction | Exception]]
+Script = Callable[[str], Iterator[np.ndarray]]
+"""Actions of a task that nobody has to be asked for: an expert's or a recording's. Where they end so does the task."""
 Info = Mapping[str, Any]
 
 
@@ -51,28 +54,23 @@ class BatchPolicy(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides a subtask: the oracle, the words, the limit, and how chunks are executed.
-
-    `chunk`: the first `replan` actions of a chunk, then a new one (open loop when `replan` is the whole chunk, receding
-    horizon when it is less). `ensemble`: a new chunk every `replan` steps, and each step the mean of all chunks that
-    still speak about it, the oldest weighing most, by exp(-decay * age) (temporal ensembling, Zhao et al. 2023).
-    """
+    """What decides a subtask: the oracle, the words, the limit, and how chunks are executed."""
 
     succeeded: Callable[[str, Info, Info], bool]
     instruction: Callable[[str], str]
     max_steps: int
-    replan: int
-    execution: Literal["chunk", "ensemble"] = "chunk"
-    decay: float = 0.01
+    control: Control = field(default_factory=Control)
 
 
-def play(env: Env, chain: Chain, number: int, rules: Rules, film: Film | None = None) -> Play:
+def play(
+    env: Env, chain: Chain, number: int, rules: Rules, film: Film | None = None, script: Script | None = None
+) -> Play:
     """One chain until its first failure. What the policy or the world does wrong ends this chain only, with `error`."""
     steps: list[int] = []
     try:
         env.reset(chain.robot_state, chain.scene_state)
         for task in chain.tasks:
-            used, why = yield from _subtask(env, task, rules, film)
+            used, why = yield from _subtask(env, task, rules, film, script)
             steps.append(used)
             if why:
                 return ChainRecord(number, chain.scene, chain.tasks, len(steps) - 1, tuple(steps), "", why)
@@ -82,26 +80,32 @@ def play(env: Env, chain: Chain, number: int, rules: Rules, film: Film | None = 
     return ChainRecord(number, chain.scene, chain.tasks, len(steps), tuple(steps))
 
 
-def _subtask(env: Env, task: str, rules: Rules, film: Film | None) -> Generator[Ask, Prediction, tuple[int, str]]:
+def _subtask(
+    env: Env, task: str, rules: Rules, film: Film | None, script: Script | None
+) -> Generator[Ask, Prediction, tuple[int, str]]:
     """(environment steps used, why it failed or nothing)."""
-    text, start = rules.instruction(task), env.info()
+    text, start, control = rules.instruction(task), env.info(), rules.control
+    scripted = script(task) if script else None
     seen: list[Observation] = []
     memory: dict[str, Any] = {}
     chunks: deque[tuple[int, np.ndarray]] = deque()  # (step it was made at, actions f32[C,A]), oldest first
     for step in range(rules.max_steps):
-        if step % rules.replan == 0:
+        if step % control.replan == 0:
             observation = env.observe()
             seen.append(observation._replace(images={}))
-            prediction = yield Ask(observation, text, memory)
-            _check_chunk(prediction.actions, len(env.action_space), rules.replan)
-            if rules.execution == "chunk":
-                chunks.clear()
-            chunks.append((step, prediction.actions))
+            prediction = None
+            if scripted is None:
+                prediction = yield Ask(observation, text, memory)
+                _check(prediction, len(env.action_space), control.replan)
+                if control.execution == "chunk":
+                    chunks.clear()
+                chunks.append((step, prediction.actions))
             if film is not None:
                 film.plan(observation, prediction, text)
-        while step - chunks[0][0] >= len(chunks[0][1]):
-            chunks.popleft()
-        env.step(_blend([made[step - since] for since, made in chunks], rules.decay))
+        action = next(scripted, None) if scripted else _current(chunks, step, control.decay)
+        if action is None:
+            return step, why_failed(task, seen)
+        env.step(action)
         if film is not None and step % film.every == film.every - 1:
             film.frame(env.observe())
         if rules.succeeded(task, start, env.info()):
@@ -111,6 +115,13 @@ def _subtask(env: Env, task: str, rules: Rules, film: Film | None) -> Generator[
     if film is not None:
         film.mark(env.observe(), text, False)
     return rules.max_steps, why_failed(task, seen)
+
+
+def _current(chunks: deque[tuple[int, np.ndarray]], step: int, decay: float) -> np.ndarray:
+    """What the chunks that still speak about `step` say together; those that are spent are dropped."""
+    while step - chunks[0][0] >= len(chunks[0][1]):
+        chunks.popleft()
+    return _blend([made[step - since] for since, made in chunks], decay)
 
 
 def _blend(actions: Sequence[np.ndarray], decay: float) -> np.ndarray:
@@ -123,7 +134,10 @@ def _blend(actions: Sequence[np.ndarray], decay: float) -> np.ndarray:
     return mean
 
 
-def _check_chunk(actions: np.ndarray, dims: int, replan: int) -> None:
+def _check(prediction: Prediction, dims: int, replan: int) -> None:
+    if not isinstance(prediction, Prediction):
+        raise Mismatch(f"policy: it answered with a {type(prediction).__name__}, expected a Prediction")
+    actions = np.asarray(prediction.actions)
     if actions.ndim != 2 or actions.shape[1] != dims or len(actions) < replan:
         raise Mismatch(f"policy: chunk has shape {actions.shape}, expected (>={replan}, {dims})")
     if not np.isfinite(actions).all():
@@ -134,8 +148,11 @@ def _check_chunk(actions: np.ndarray, dims: int, replan: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- driving
 
 
-def drive(plays: Iterator[Play], answer: Answer, lanes: int) -> Iterator[ChainRecord]:
-    """Records as they come, of up to `lanes` plays at a time."""
+def drive(plays: Iterator[Play | None], answer: Answer, lanes: int) -> Iterator[ChainRecord]:
+    """Records as they come, of up to `lanes` plays at a time.
+
+    None among the plays means that there is no more for now; it may come only while others are running.
+    """
     asking: list[tuple[Play, Ask]] = []
     while True:
         while len(asking) < lanes and (fresh := next(plays, None)) is not None:
@@ -154,15 +171,6 @@ def _advance(one: Play, reply: Any, asking: list[tuple[Play, Ask]]) -> Iterator[
         yield end.value
     else:
         asking.append((one, ask))
-
-
-def run_chain(
-    env: Env, policy: Policy, chain: Chain, number: int, rules: Rules, film: Film | None = None
-) -> ChainRecord:
-    """One chain alone. Raises `Mismatch` where policy and world do not speak of the same actions."""
-    env.action_space.require_equal(policy.action_space, ours=f"env {env.name}", theirs=f"policy {policy.name}")
-    (record,) = drive(iter([play(env, chain, number, rules, film)]), answers(policy)[0], lanes=1)
-    return record
 
 
 def answers(policy: Policy | BatchPolicy) -> tuple[Answer, int | None]:
@@ -185,6 +193,8 @@ def _together(policy: BatchPolicy) -> Answer:
         tried = [ask._replace(memory=dict(ask.memory)) for ask in asks]
         try:
             replies: list[Prediction | Exception] = list(policy.act_many(tried))
+            if len(replies) != len(asks):
+                raise Mismatch(f"policy {policy.name}: {len(replies)} answers to {len(asks)} worlds")
         except Exception:  # whose was it? Each alone, from the memory it had
             return [_caught(lambda one: policy.act_many([one])[0], ask) for ask in asks]
         for ask, done in zip(asks, tried, strict=True):

@@ -239,6 +239,7 @@ class CalvinSuite:
     cache: Path
     name: str = "calvin-d"
     action_space = CALVIN_RELATIVE
+    has_expert = False
     max_steps = MAX_STEPS
 
     def chains(self, num: int) -> list[Chain]:

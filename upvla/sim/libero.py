@@ -158,9 +158,13 @@ class LiberoSuite:
 
     def expert(self, env: Any, task: str) -> Iterator[np.ndarray]:
         """Picks the first object that the task names and drops it over the second; made for libero-object."""
-        if self.name != "libero-object":
+        if not self.has_expert:
             raise ConfigError(f"there is no expert for {self.name}; libero-object has one")
         return _pick_and_place(env)
+
+    @property
+    def has_expert(self) -> bool:
+        return self.name == "libero-object"
 
     @property
     def _official(self) -> str:

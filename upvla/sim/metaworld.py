@@ -207,6 +207,7 @@ class MetaworldSuite:
     tasks: tuple[str, ...]
     seed: int = 0
     action_space = ACTIONS
+    has_expert = True
     max_steps = 500
 
     def chains(self, num: int) -> list[Chain]:

@@ -5,11 +5,14 @@ A suite pickles into worker processes; it holds names and paths, never an engine
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from upvla.store import content_hash
 from upvla.types import ActionSpace, Chain, Env
 
 Info = Mapping[str, Any]
@@ -47,6 +50,9 @@ class Suite(Protocol):
         """Environment steps that a task may take before it counts as failed."""
         ...
 
+    @property
+    def has_expert(self) -> bool: ...
+
     def chains(self, num: int) -> list[Chain]:
         """The first `num` official chains; of a suite of single tasks, `num` official starts of every task."""
         ...
@@ -68,3 +74,26 @@ class Suite(Protocol):
     def expert(self, env: World, task: str) -> Iterator[np.ndarray]:
         """Actions of a scripted expert, each after looking at the world; `ConfigError` where there is none."""
         ...
+
+
+def chains_id(chains: Sequence[Chain]) -> str:
+    """Hash of a list of chains. States count to the micrometre: the last bits of an inverse differ between CPUs."""
+    return content_hash(
+        [
+            [chain.scene, chain.seed, list(chain.tasks), *((np.round(s, 6) + 0.0).tolist() for s in chain[1:3])]
+            for chain in chains
+        ]
+    )
+
+
+def code_id(*files: Path) -> str:
+    """Hash of what Python files say, without comments, docstrings and layout."""
+    return content_hash([[file.name, _said(ast.parse(file.read_text()))] for file in sorted(files)])
+
+
+def _said(tree: ast.Module) -> str:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

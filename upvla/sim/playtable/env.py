@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from upvla.sim import contract as c
 from upvla.sim.playtable import scene as s
 from upvla.sim.playtable.cameras import Cameras, load_mujoco
 from upvla.sim.playtable.textures import textures
+from upvla.sim.suite import code_id
 from upvla.types import CALVIN_RELATIVE, Observation
 
 HOME = np.array((-1.218, 1.040, 2.120, -2.342, -0.870, 1.641, 0.553))  # arm joints, gripper down over the desk
@@ -34,8 +37,9 @@ class PlaytableEnv:
 
     action_space = CALVIN_RELATIVE
 
-    def __init__(self, scene: str) -> None:
-        self.scene, self.name = scene, f"playtable-{scene.lower()}"
+    def __init__(self, scene: str, *, cameras: bool = True) -> None:
+        """Without `cameras` nothing is ever rendered, and observations hold no images."""
+        self.scene, self.name, self._sees = scene, f"playtable-{scene.lower()}", cameras
         self.layout = s.layout(scene)
         self._mj = mj = load_mujoco()
         self.model = mj.MjModel.from_xml_string(s.mjcf(scene), assets=textures(scene))
@@ -199,16 +203,24 @@ class PlaytableEnv:
 
     def observe(self) -> Observation:
         """Render both cameras: {"static": u8[200,200,3], "gripper": u8[84,84,3]}."""
+        images = self._eyes().frames(self.data) if self._sees else {}
+        return Observation(images, self.state(), self.scene_state().astype(np.float32))
+
+    def state(self) -> np.ndarray:
+        """f32[15], what a policy may know of the robot."""
+        return self.robot_state().astype(np.float32)
+
+    def truth(self) -> np.ndarray:
+        return self.scene_state()
+
+    def _eyes(self) -> Cameras:
         if self._cameras is None:
             self._cameras = Cameras(self._mj, self.model)
-        images = self._cameras.frames(self.data)
-        return Observation(images, self.robot_state().astype(np.float32), self.scene_state().astype(np.float32))
+        return self._cameras
 
     def visible(self) -> dict[str, np.ndarray]:
         """Which pixels of the static camera show what, bool[200,200] each: `lightbulb`, `led`, `gripper`, `blocks`."""
-        if self._cameras is None:
-            self._cameras = Cameras(self._mj, self.model)
-        geoms = self._cameras.geoms(self.data)
+        geoms = self._eyes().geoms(self.data)
         names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         bodies = [self.model.body(body).name for body in self.model.geom_bodyid]
         hand = ("hand", "finger_left", "finger_right")
@@ -248,15 +260,26 @@ class PlaytableEnv:
         return {"doors": doors, "lights": lights, "blocks": blocks, "robot": {"contacts": contacts["robot"]}}
 
     def fingerprint(self) -> Mapping[str, str]:
-        """MuJoCo and GL versions; scores of two fingerprints do not compare."""
-        if self._cameras is None:
-            self._cameras = Cameras(self._mj, self.model)
-        return {"env": self.name, "mujoco": self._mj.mj_versionString(), "renderer": self._cameras.description()}
+        """Versions of MuJoCo, numpy and GL, and of the world's own code; scores of two fingerprints do not compare."""
+        return {
+            "env": self.name,
+            "code": _world_code(),
+            "mujoco": self._mj.mj_versionString(),
+            "numpy": np.__version__,
+            "renderer": self._eyes().description() if self._sees else "none",
+        }
 
     def close(self) -> None:
         if self._cameras is not None:
             self._cameras.close()
             self._cameras = None
+
+
+@cache
+def _world_code() -> str:
+    """Hash of what decides an episode's outcome; experts and recorders do not."""
+    folder = Path(__file__).parent
+    return code_id(*(folder / f"{part}.py" for part in ("cameras", "env", "scene", "tasks", "textures", "wording")))
 
 
 # ------------------------------------------------------------------------------------------------------ geometry

@@ -1,0 +1,357 @@
+"""The judge: chains of any suite, a policy in them, a record each. One process, as many worlds side by side as asked.
+
+A chain's record depends on the suite, the policy and the chain, never on lanes, order or neighbours. What the policy or
+a world does wrong goes into the record of that chain; only a `ConfigError` (a world that cannot open) ends the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import cv2
+import numpy as np
+
+from upvla.errors import Mismatch, SimulatorError
+from upvla.rollout.benchmarks import load_policy
+from upvla.rollout.evaluate import Control
+from upvla.rollout.film import Film
+from upvla.rollout.play import Answer, Ask, BatchPolicy, Play, Rules, Script, answers, drive, play
+from upvla.sim.contract import MAX_STEPS
+from upvla.sim.suite import Info, Suite, World, chains_id
+from upvla.store import content_hash
+from upvla.types import Chain, ChainRecord, Observation, Policy, Prediction
+
+Recorded = tuple[tuple[np.ndarray, ...], ...]
+"""Actions f32[T,A] of each task of a chain; a tuple a chain."""
+
+SCRIPTED = ("expert", "replay")  # they never look
+BLIND = (*SCRIPTED, "random", "still")  # nor do these: no image is rendered for them
+_LOST = SimulatorError.__name__  # how a record's error begins when it says nothing about the policy
+_TRIES = 5  # chains of which an expert must manage one
+_Given, _Result = ParamSpec("_Given"), TypeVar("_Result")
+
+
+@dataclass
+class Cost:
+    """What an evaluation took, summed over processes; seconds are the clock's."""
+
+    env_steps: int = 0
+    frames: int = 0  # observations with images
+    chunks: int = 0
+    simulator_s: float = 0.0
+    policy_s: float = 0.0  # an expert's thinking too
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def figures(self, seconds: float, cores: int) -> dict[str, float]:
+        """Rates; `wall_over_ideal` is 1.0 where `cores` processes did nothing else than simulate and think."""
+
+        def rate(total: float, of: float) -> float:
+            return round(total / of, 3) if of else 0.0
+
+        return {
+            "env_steps_per_s": rate(self.env_steps, seconds),
+            "frames_per_s": rate(self.frames, seconds),
+            "policy_ms_per_chunk": rate(1000 * self.policy_s, self.chunks),
+            "simulator_ms_per_step": rate(1000 * self.simulator_s, self.env_steps),
+            "simulator_s": round(self.simulator_s, 3),
+            "policy_s": round(self.policy_s, 3),
+            "seconds": round(seconds, 3),
+            "wall_over_ideal": rate(seconds * cores, self.simulator_s + self.policy_s),
+        }
+
+
+class Measured:
+    """A world that says what it costs."""
+
+    def __init__(self, world: World, judge: SuiteJudge) -> None:
+        self.world, self._judge = world, judge
+        self.name, self.action_space = world.name, world.action_space
+
+    def reset(self, robot_state: np.ndarray, scene_state: np.ndarray) -> None:
+        self._judge.simulated(self.world.reset, robot_state, scene_state)
+
+    def step(self, action: np.ndarray) -> None:
+        self._judge.simulated(self.world.step, action)
+        self._judge.cost.env_steps += 1
+
+    def observe(self) -> Observation:
+        seen = self._judge.simulated(self.world.observe)
+        self._judge.cost.frames += bool(seen.images)
+        return seen
+
+    def info(self) -> Info:
+        return self._judge.simulated(self.world.info)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        return self.world.fingerprint()
+
+    def close(self) -> None:
+        self.world.close()
+
+
+@dataclass
+class SuiteJudge:
+    """Runs chains in one process: the policy is loaded once, worlds are opened as they are needed and kept.
+
+    `policy`: a name that `load_policy` knows, `expert` or `replay` (which plays `recorded`, by chain index), or a
+    policy that answers many worlds. `cost` grows while it runs; `busy` chains are being played.
+    """
+
+    suite: Suite
+    policy: str | BatchPolicy
+    control: Control = field(default_factory=Control)
+    lanes: int = 1
+    slots: int = 1
+    recorded: Recorded = ()
+    cost: Cost = field(default_factory=Cost)
+    busy: int = field(default=0, repr=False)
+    _idle: list[tuple[str, Measured]] = field(default_factory=list, repr=False)
+    _open: int = field(default=0, repr=False)
+    _opening: bool = field(default=False, repr=False)
+
+    @property
+    def playing(self) -> bool:
+        """Whether something should be moving: a world that opens takes its time."""
+        return self.busy > 0 and not self._opening
+
+    def __call__(self, shard: Sequence[tuple[int, Chain]]) -> list[ChainRecord]:
+        return list(self.run(iter(shard)))
+
+    def run(self, chains: Iterator[tuple[int, Chain] | None]) -> Iterator[ChainRecord]:
+        """Records as they come. A world that dies is opened again, once, and its chain is judged from its start.
+
+        None among the chains means that there is no more for now; it may come only while some are `busy`.
+        """
+        answer, lanes = self._answer(self._policy())
+        try:
+            yield from drive((given and self._lane(*given) for given in chains), answer, lanes)
+        finally:
+            while self._idle:
+                self._idle.pop()[1].close()
+
+    def film(self, number: int, chain: Chain, folder: Path) -> dict[str, Path]:
+        """Play one chain and write `chain-<number>.mp4`, and for a predicting policy `chain-<number>-frames.png`."""
+        policy = self._policy()
+        film = Film(picture=getattr(policy, "picture", None))
+        answer, _ = self._answer(policy)
+        world = self._opened(chain.scene, cameras=True)
+        try:
+            list(drive(iter([self._play(world, number, chain, film)]), answer, 1))
+        finally:
+            self._drop(world)
+        found = {"video": film.save_video(folder / f"chain-{number:03d}.mp4")}
+        if (strip := film.strip()) is not None:
+            found["frames"] = folder / f"chain-{number:03d}-frames.png"
+            cv2.imwrite(str(found["frames"]), strip[..., ::-1])
+        return found
+
+    def simulated(self, work: Callable[_Given, _Result], *given: _Given.args, **named: _Given.kwargs) -> _Result:
+        """What `work` returns; its time is the simulator's."""
+        began = time.perf_counter()
+        try:
+            return work(*given, **named)
+        finally:
+            self.cost.simulator_s += time.perf_counter() - began
+
+    # ------------------------------------------------------------------------------------------------- one chain
+
+    def _lane(self, number: int, chain: Chain) -> Play:
+        record = yield from self._once(number, chain)
+        if record.error.startswith(_LOST):
+            record = yield from self._once(number, chain)
+        return record
+
+    def _once(self, number: int, chain: Chain) -> Play:
+        try:
+            world = self._world(chain.scene)
+        except SimulatorError as error:
+            return ChainRecord(number, chain.scene, chain.tasks, 0, (0,), f"{_LOST}: {error}", "error")
+        self.busy += 1
+        whole = False
+        try:
+            record = yield from self._play(world, number, chain)
+            whole = not record.error.startswith(_LOST)
+            return record
+        finally:
+            self.busy -= 1
+            if whole:
+                self._idle.append((chain.scene, world))
+            else:
+                self._drop(world)
+
+    def _play(self, world: Measured, number: int, chain: Chain, film: Film | None = None) -> Play:
+        suite = self.suite
+        succeeded = partial(self.simulated, suite.succeeded)
+        rules = Rules(succeeded, suite.instruction, suite.max_steps, self.control)
+        return play(world, chain, number, rules, film, self._script(world, number, chain))
+
+    def _script(self, world: Measured, number: int, chain: Chain) -> Script | None:
+        if self.policy == "expert":
+            return lambda task: self._thought(self.suite.expert(world.world, task))
+        if self.policy == "replay":
+            given = dict(zip(chain.tasks, self.recorded[number], strict=True))
+            return lambda task: iter(given[task])
+        return None
+
+    def _thought(self, actions: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        while True:
+            began = time.perf_counter()
+            action = next(actions, None)
+            self.cost.policy_s += time.perf_counter() - began
+            if action is None:
+                return
+            yield action
+
+    # ------------------------------------------------------------------------------------------- who acts, and where
+
+    def _policy(self) -> Policy | BatchPolicy | None:
+        if not isinstance(self.policy, str):
+            return self.policy
+        if self.policy in SCRIPTED:
+            return None
+        if self.policy not in BLIND:
+            import torch  # seconds, which nobody else needs
+
+            torch.set_num_threads(1)  # equal threads everywhere: the same sums in the same order
+        return load_policy(self.policy, self.suite, slots=self.slots)
+
+    def _answer(self, policy: Policy | BatchPolicy | None) -> tuple[Answer, int]:
+        if policy is None:
+            return (lambda asks: []), 1
+        answer, most = answers(policy)
+
+        def timed(asks: Sequence[Ask]) -> Sequence[Prediction | Exception]:
+            began = time.perf_counter()
+            try:
+                return answer(asks)
+            finally:
+                self.cost.policy_s += time.perf_counter() - began
+                self.cost.chunks += len(asks)
+
+        return timed, min(self.lanes, most or self.lanes)
+
+    def _world(self, scene: str) -> Measured:
+        for i, (of, _) in enumerate(self._idle):
+            if of == scene:
+                return self._idle.pop(i)[1]
+        if self._open >= self.lanes and self._idle:
+            self._drop(self._idle.pop(0)[1])
+        return self._opened(scene, cameras=self.policy not in BLIND)
+
+    def _opened(self, scene: str, cameras: bool) -> Measured:
+        self._opening = True
+        try:
+            world = Measured(self.suite.open(scene, cameras=cameras), self)
+        finally:
+            self._opening = False
+        self._open += 1
+        return world
+
+    def _drop(self, world: Measured) -> None:
+        world.close()
+        self._open -= 1
+
+
+# -------------------------------------------------------------------------------------- before anything is scored
+
+
+def protocol(suite: Suite, chains: Sequence[Chain], control: Control) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what must be equal before two scores may be compared, the cameras of the suite's worlds and their sizes).
+
+    Opens a world, puts it into the first chain's state and looks, so that whatever keeps it from opening or from
+    rendering is said before anything is judged.
+    """
+    first = chains[0]
+    world = suite.open(first.scene)
+    try:
+        suite.action_space.require_equal(world.action_space, ours=f"suite {suite.name}", theirs=f"world {world.name}")
+        world.reset(first.robot_state, first.scene_state)
+        cameras = {name: list(image.shape[:2]) for name, image in world.observe().images.items()}
+        about = dict(world.fingerprint())
+    finally:
+        world.close()
+    tasks = sorted({task for chain in chains for task in chain.tasks})
+    asked = {
+        "suite": suite.name,
+        "chains": chains_id(chains),
+        "num_chains": len(chains),
+        "scenes": ",".join(sorted({chain.scene for chain in chains})),
+        "seeds": ",".join(str(seed) for seed in sorted({chain.seed for chain in chains})[:8]),
+        "instructions": content_hash([suite.instruction(task) for task in tasks]),
+        "max_steps": suite.max_steps,
+        "actions": content_hash(suite.action_space.to_json()),
+        **{f"control.{name}": value for name, value in control.model_dump(mode="json").items()},
+        **{f"camera.{name}": "x".join(map(str, size)) for name, size in cameras.items()},
+        **{f"env.{name}": value for name, value in about.items()},
+    }
+    return asked, cameras
+
+
+def identity(
+    policy: str, suite: Suite, cameras: Mapping[str, Any], slots: int = 1, expected: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Who is judged. Raises `Mismatch` where it and the suite's world speak of different actions, where it looks
+    through a camera that the world does not have, or where it is not what is `expected` (`name`, `stats_id`)."""
+    if policy in SCRIPTED:
+        return {"name": policy}
+    loaded = load_policy(policy, suite, slots=slots)
+    missing = [camera for camera in loaded.cameras if camera not in cameras]
+    if missing:
+        raise Mismatch(
+            f"camera: model {policy} looks through {missing[0]!r}, suite {suite.name} has {', '.join(cameras)}"
+        )
+    found = {"name": loaded.name, **loaded.identity()}
+    for name, value in (expected or {}).items():
+        if value and found.get(name) != value:
+            raise Mismatch(f"{name}: {policy} has {found.get(name)}, registered was {value}: register it anew")
+    return found
+
+
+def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
+    """Whether an expert's actions, recorded in one world, succeed again in another: {task, steps}, or {skipped: why}.
+
+    Raises `Mismatch` where they do not: no score from such a suite would mean anything.
+    """
+    if not suite.has_expert:
+        return {"skipped": f"{suite.name} has no expert; `upvla evaluate replay` plays recordings instead"}
+    failed = []
+    for chain in chains[:_TRIES]:
+        task = chain.tasks[0]
+        done = _attempt(suite, chain, task, lambda world, task: suite.expert(world, task))
+        if done is None:
+            failed.append(task)
+            continue
+        again = _attempt(suite, chain, task, lambda world, task, given=done: iter(given))
+        if again is None or len(again) != len(done):
+            raise Mismatch(
+                f"self-test of {suite.name}: {task} succeeded after {len(done)} actions; the same actions in a fresh "
+                f"world {'did not' if again is None else f'did after {len(again)}'}: it does not repeat itself"
+            )
+        return {"task": task, "steps": len(done)}
+    raise Mismatch(f"self-test of {suite.name}: its expert fails in {', '.join(failed)}; is the simulator whole?")
+
+
+def _attempt(
+    suite: Suite, chain: Chain, task: str, act: Callable[[World, str], Iterator[np.ndarray]]
+) -> np.ndarray | None:
+    """Actions f64[T,A] with which `task` succeeds from the chain's state in a new world; None where it does not."""
+    world, actions = suite.open(chain.scene, cameras=False), list[np.ndarray]()
+    try:
+        world.reset(chain.robot_state, chain.scene_state)
+        start = world.info()
+        for action in islice(act(world, task), max(suite.max_steps, MAX_STEPS)):
+            actions.append(np.array(action))
+            world.step(action)
+            if suite.succeeded(task, start, world.info()):
+                return np.stack(actions)
+    finally:
+        world.close()
+    return None
