@@ -26,7 +26,8 @@ from upvla.errors import Mismatch, NoAnswer
 from upvla.rollout import wire
 from upvla.rollout.client import RemotePolicy, control
 from upvla.rollout.play import Ask
-from upvla.rollout.policy import StillPolicy, UPVLAPolicy
+from upvla.rollout.policy import UPVLAPolicy
+from upvla.rollout.references import StillPolicy
 from upvla.rollout.server import PolicyServer, Served, ServerConfig, as_uvicorn
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Observation, Prediction
 
