@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
@@ -70,7 +71,7 @@ def ensure_zombie_automation(silence_s: float = SILENCE_S) -> Automation:
         ],
     )
     try:
-        wanted.id = Automation.read(name=ZOMBIES).id
+        wanted.id = cast(Automation, Automation.read(name=ZOMBIES)).id  # typed as a coroutine; here it is none
     except ValueError:
         wanted.create()
     else:

@@ -157,7 +157,7 @@ def _answer(answer: Answer, requests: Sequence[_Request]) -> None:
         if len(replies) != len(due):
             raise Mismatch(f"policy: {len(due)} observations, {len(replies)} answers")
     except Exception as error:
-        replies = [error] * len(due)
+        replies = [error for _ in due]
     for request, reply in zip(due, replies, strict=True):
         if isinstance(reply, Exception):
             request.done.set_exception(reply)

@@ -85,7 +85,7 @@ class Registry:
                 model = found[0]
                 self._client.set_logged_model_tags(model.model_id, dict(tags))
             else:
-                about = {"tags": dict(tags), "params": _reference(checkpoint), "model_type": "policy"}
+                about: dict[str, Any] = {"tags": dict(tags), "params": _reference(checkpoint), "model_type": "policy"}
                 model = self._client.create_logged_model(experiment_id, name, run_id, **about)
                 model = self._client.finalize_logged_model(model.model_id, "READY")
             known = {metric.key for metric in model.metrics or ()}
