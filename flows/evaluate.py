@@ -9,7 +9,7 @@ from prefect import flow
 from flows import steps
 
 
-@flow(name="evaluate", log_prints=True)
+@flow(name="evaluate", **steps.RESULTS)
 def evaluate(
     checkpoint: str, config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from flows import steps
 from upvla.checkpoint import load_bundle
 
 
-@flow(name="finetune", log_prints=True)
+@flow(name="finetune", **steps.RESULTS)
 def finetune(
     config: str = "finetune/nightly", site: str = "local", overrides: list[str] | None = None
 ) -> dict[str, Any]:
@@ -19,6 +19,7 @@ def finetune(
     if not line.is_due(champion):
         return steps.skip(line, champion)
     plan = steps.mix(line)
+    steps.drift(line, plan, champion)
     steps.encode(line, plan, champion, load_bundle(champion["url"]).config)
     model = steps.train_finetune(line, plan, champion)
     scored = steps.evaluate(line, model)

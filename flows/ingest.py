@@ -1,4 +1,4 @@
-"""ingest/playtable: record scripted experts, then turn the recordings into a dataset version."""
+"""ingest/playtable: record scripted experts and import them. ingest/watch: import what others have recorded since."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from prefect import flow
 from flows import steps
 
 
-@flow(name="ingest", log_prints=True)
+@flow(name="ingest", **steps.RESULTS)
 def ingest(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_pretraining(config, site, overrides or [])
     return steps.ingest(line, steps.collect(line))
+
+
+@flow(name="ingest", **steps.RESULTS)
+def watch(
+    source_url: str = "",
+    settle_s: float = 60.0,
+    config: str = "pretrain/full",
+    site: str = "local",
+    overrides: list[str] | None = None,
+) -> dict[str, Any]:
+    return steps.watch(steps.open_pretraining(config, site, overrides or []), source_url, settle_s)

@@ -9,6 +9,6 @@ from prefect import flow
 from flows import steps
 
 
-@flow(name="mix", log_prints=True)
+@flow(name="mix", **steps.RESULTS)
 def mix(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
     return steps.mix(steps.open_pretraining(config, site, overrides or []))

@@ -10,7 +10,7 @@ from prefect.deployments import run_deployment
 from flows import steps
 
 
-@flow(name="pretrain", log_prints=True)
+@flow(name="pretrain", **steps.RESULTS)
 def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_pretraining(config, site, overrides or [])
     recorded = steps.collect(line)

@@ -1,10 +1,15 @@
-"""The stages of the line as Prefect tasks: progress, artifacts and retries; what is done is `upvla.launch.line`."""
+"""The stages of the line as Prefect tasks: progress, artifacts and retries; what is done is `upvla.launch.line`.
+
+Retries are for what passes (a store or a server that is away), never for what is wrong. What a task or a flow returns
+is references as JSON; nothing of it is ever pickled.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, cast
 from uuid import UUID
@@ -12,8 +17,10 @@ from uuid import UUID
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
 from prefect.states import State
 
+from flows.deploy import TRAINER, ensure_trainer_slot
 from upvla.errors import OutcomeUnknown, StackError, StoreError
 from upvla.launch.finetune import Finetuning, open_finetuning
 from upvla.launch.line import Line, Result
@@ -21,6 +28,10 @@ from upvla.launch.pretrain import Pretraining, open_pretraining
 from upvla.model.config import ModelConfig
 
 _PROGRESS_S = 5.0  # between two updates of a progress artifact
+_RETRY_S = (10, 60)  # a server that restarts is back within the first pause, a machine within the second
+
+RESULTS: dict[str, Any] = {"persist_result": True, "result_serializer": "json", "log_prints": True}
+"""How every flow keeps what it returns: as JSON, so that a results folder others may write to cannot run code."""
 
 
 def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
@@ -34,22 +45,35 @@ def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
     return False
 
 
-def _stage(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """A task that shows the line's progress, and publishes the stage's references at its end."""
+def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """A task that shows the line's progress, and publishes the stage's references at its end.
+
+    One that `trains` first waits for the trainer's slot, which all deployments of a cluster share.
+    """
 
     def decorate(work: Callable[..., Result]) -> Callable[..., Result]:
         @wraps(work)
         def run(line: Line, *inputs: Any, **named: Any) -> Result:
             line.progress = progress = _Progress(name)
-            result = work(line, *inputs, **named)
+            with _trainer() if trains else nullcontext():
+                result = work(line, *inputs, **named)
             progress(1.0, "done")
             create_markdown_artifact(_markdown(name, result), key=name, description=f"references of stage {name}")
             return result
 
         settings: dict[str, Any] = {"retry_condition_fn": _may_pass, "cache_policy": NO_CACHE, "persist_result": False}
-        return cast(Callable[..., Result], task(name=name, retries=2, retry_delay_seconds=10, **settings)(run))
+        made = task(name=name, retries=len(_RETRY_S), retry_delay_seconds=list(_RETRY_S), **settings)(run)
+        return cast(Callable[..., Result], made)
 
     return decorate
+
+
+@contextmanager
+def _trainer() -> Iterator[None]:
+    """The cluster's one slot for trainers. A lost lease ends nothing: the Ray job goes on, and is found again."""
+    ensure_trainer_slot()
+    with concurrency(TRAINER, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
+        yield
 
 
 class _Progress:
@@ -79,6 +103,11 @@ def ingest(line: Pretraining, recorded: Result) -> Result:
     return line.ingest(recorded["source_url"])
 
 
+@_stage("watch")
+def watch(line: Pretraining, source_url: str, settle_s: float) -> Result:
+    return line.watch(source_url, settle_s)
+
+
 @_stage("mix")
 def mix(line: Line, data: Result | None = None) -> Result:
     return line.mix()
@@ -89,7 +118,7 @@ def train_text(line: Pretraining, plan: Result) -> Result:
     return line.train_text(plan)
 
 
-@_stage("vq")
+@_stage("vq", trains=True)
 def train_vq(line: Pretraining, plan: Result) -> Result:
     return line.train_vq(plan)
 
@@ -99,19 +128,24 @@ def encode(line: Line, plan: Result, vq: Result, model: ModelConfig) -> Result:
     return line.encode(plan, vq, model)
 
 
-@_stage("stage1")
+@_stage("stage1", trains=True)
 def train_stage1(line: Pretraining, plan: Result, text: Result, vq: Result, codes: Result) -> Result:
     return line.train_stage("stage1", plan, text, vq)
 
 
-@_stage("stage2")
+@_stage("stage2", trains=True)
 def train_stage2(line: Pretraining, plan: Result, text: Result, vq: Result, parent: Result) -> Result:
     return line.train_stage("stage2", plan, text, vq, parent)
 
 
-@_stage("finetune")
+@_stage("finetune", trains=True)
 def train_finetune(line: Finetuning, plan: Result, champion: Result) -> Result:
     return line.train(plan, champion)
+
+
+@_stage("drift")
+def drift(line: Finetuning, plan: Result, champion: Result) -> Result:
+    return line.drift(plan, champion)
 
 
 @_stage("evaluate")

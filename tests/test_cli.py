@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from tests.factories import write_calvin
+from tests.rollout.test_policy import observation
 from upvla.cli import app
+from upvla.images import encode_jpeg
+from upvla.rollout.client import RemotePolicy
 
 ROOT = Path(__file__).parents[1]
 VERBS = (
     "up", "down", "status", "env", "doctor",
     "collect", "ingest", "mix", "train", "evaluate", "weights import", "demo",
+    "finetune", "export", "predict", "promote", "serve", "deploy",
 )  # fmt: skip
 
 
@@ -127,3 +133,86 @@ def test_a_benchmark_is_judged_by_command_and_compared_under_one_protocol_only(
     assert other.exit_code == 1 and "control.replan: 10 and 5" in str(other.exception)
     wrong = CliRunner().invoke(app, ["evaluate", "still", "--suite", "playtable-e"])
     assert wrong.exit_code == 1 and "did you mean 'playtable-" in str(wrong.exception)
+
+
+# ------------------------------------------------------------------------------------------------ a model in use
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.rollout.test_policy import make_bundle
+    from upvla.checkpoint import export
+    from upvla.store import open_store
+
+    return export(open_store(str(tmp_path_factory.mktemp("models"))), "one", make_bundle()).url
+
+
+def test_a_checkpoint_is_exported_and_asked(checkpoint: str, tmp_path: Path) -> None:
+    copied = _run("export", checkpoint, "--to", str(tmp_path / "copy"), "--json")
+    assert _run("export", checkpoint, "--to", str(tmp_path / "copy"), "--json") == copied
+    for camera in ("static", "gripper"):
+        image = np.zeros((50, 60, 3), np.uint8)
+        image[10:30, 20:40] = 200
+        (tmp_path / f"{camera}.jpg").write_bytes(encode_jpeg(image))
+    images = [part for camera in ("static", "gripper") for part in ("--image", f"{camera}={tmp_path}/{camera}.jpg")]
+    asked = ["predict", copied["url"], "--instruction", "open the drawer", *images, "--json"]
+    answer = _run(*asked)
+    assert answer["dims"][-1] == "gripper" and np.shape(answer["actions"]) == (4, 7)
+    (tmp_path / "copy" / "meta-0.json").write_text("{}")  # a file that no marker names is nobody's business
+    (weights,) = (tmp_path / "copy").glob("model-*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    spoilt = CliRunner().invoke(app, asked)
+    assert spoilt.exit_code == 1 and "sha256 is not the marker's" in str(spoilt.exception)
+    wrong = CliRunner().invoke(app, [*asked[:4], "--image", "static=nowhere.png"])
+    assert "with a file that exists" in str(wrong.exception)
+
+
+def test_serve_listens_on_loopback_with_a_token_of_its_own_and_ends_when_told(checkpoint: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "UPVLA_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("UPVLA_POLICY_TOKEN", None)
+    command = [sys.executable, "-m", "upvla.cli", "serve", checkpoint, "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = [server.stderr.readline(), server.stderr.readline()]
+        path = tmp_path / "secrets/policy_token"
+        assert str(path) in lines[0] and oct(path.stat().st_mode)[-3:] == "600"
+        url = lines[1].split()[-1]
+        assert url.startswith("ws://127.0.0.1:")
+        token = path.read_text()
+        with RemotePolicy(url, token, deadline_s=2.0) as policy:
+            policy.reset("open the drawer")
+            assert policy.act(observation(0)).actions.shape == (4, 7)
+        server.terminate()
+        assert server.wait(30) in (0, -15)
+        assert token not in "".join(lines) + server.stderr.read()
+
+
+def test_doctor_names_what_is_missing_with_the_next_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/ray_token").write_text("readable")
+    (tmp_path / "secrets/ray_token").chmod(0o644)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("UPVLA_PORTS", f"mlflow={taken.getsockname()[1]}")
+        done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 1, done.exception
+    found = {row["what"]: row for row in json.loads(done.stdout)}
+    assert (found["torch"]["state"], found["disk"]["state"]) == ("ok", "ok")
+    for what, move in (
+        ("c++ compiler", "apt-get install -y g++"),
+        ("secret ray_token", "chmod 600"),
+        ("port of mlflow", "UPVLA_PORTS=mlflow=NUMBER"),
+    ):
+        assert found[what]["state"] == "broken" and move in found[what]["next_move"], found[what]
+    assert found["servers"]["next_move"] == "`upvla up` starts it"
+    assert found["rendering"]["state"] == "ok" and found["rendering"]["detail"].startswith("renderer ")
+
+
+def test_promote_wants_one_thing() -> None:
+    for arguments in ([], ["s3://models/x", "--to", "3"]):
+        done = CliRunner().invoke(app, ["promote", *arguments])
+        assert "a candidate, or --to VERSION" in str(done.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psutil
@@ -41,7 +43,7 @@ def _free_ports() -> Ports:
             return Ports(s3=base, mlflow=base + 5, prefect=base + 6, ray=base + 7, dashboard=base + 9)
 
 
-def _config(home: Path, **more: int) -> StackConfig:
+def _config(home: Path, **more: Any) -> StackConfig:
     return StackConfig(home=home, ports=_free_ports(), num_cpus=2, object_store_mb=100, **more)
 
 
@@ -213,6 +215,65 @@ def test_down_leaves_nothing_of_ours_and_stops_nothing_else(running: StackConfig
     finally:
         foreign.kill()
         foreign.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.seam
+def test_with_passwords_nobody_gets_in_without_and_no_secret_is_written_down(tmp_path: Path) -> None:
+    pytest.importorskip("flask_wtf", reason="Flask-WTF, which MLflow's passwords need, is not installed")
+    config = _config(tmp_path / "home", auth=True)
+    stack.up(config)
+    try:
+        environment = stack.environment(config)
+        doors = {
+            "mlflow": (
+                f"{environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search",
+                b'{"max_results": 1}',
+            ),
+            "prefect": (f"{environment['PREFECT_API_URL']}/flows/filter", b"{}"),
+        }
+        keys = {
+            "mlflow": f"upvla:{environment['MLFLOW_TRACKING_PASSWORD']}",
+            "prefect": environment["PREFECT_API_AUTH_STRING"],
+        }
+        for name, (url, body) in doors.items():
+            for key, expected in (("", 401), ("upvla:wrong", 401), (keys[name], 200)):
+                header = {"Authorization": "Basic " + base64.b64encode(key.encode()).decode()} if key else {}
+                code, _ = _fetch(url, body, "POST", **header, **{"Content-Type": "application/json"})
+                assert code == expected, (name, key and "some key", code)
+        code = (
+            "from upvla.tracking import Tracker; import os; "
+            "run = Tracker(os.environ['MLFLOW_TRACKING_URI'], 'e').start('k', 'n', params={'site': {'workers': 2}}); "
+            "run.log({'loss/act': 1.0}, 1); run.record({'a': 1}, 'a.json'); run.close(timeout_s=60)"
+        )
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, timeout=240)
+    finally:
+        stack.down(config)
+    secret = json.loads((config.home / "secrets/passwords.json").read_text())
+    secret["s3"], secret["ray"] = environment["AWS_SECRET_ACCESS_KEY"], (config.home / "secrets/ray_token").read_text()
+    written = [path for path in config.home.rglob("*") if path.is_file() and path.parent.name != "secrets"]
+    assert len(written) > 20
+    leaks = {
+        (name, str(path)) for path in written for name, value in secret.items() if value.encode() in path.read_bytes()
+    }
+    assert leaks == set()
+
+
+def test_passwords_are_drawn_once_and_only_where_others_reach_the_stack(tmp_path: Path) -> None:
+    alone, shared = StackConfig(home=tmp_path / "a"), StackConfig(home=tmp_path / "b", host="10.1.2.3")
+    assert (alone.secured, shared.secured) == (False, True)
+    for config in (alone, shared):
+        config.home.mkdir()
+        stack.prepare(config)
+    assert "PREFECT_API_AUTH_STRING" not in stack.environment(alone)
+    found = stack.environment(shared)
+    assert found["PREFECT_API_AUTH_STRING"].startswith("upvla:") and len(found["MLFLOW_TRACKING_PASSWORD"]) >= 24
+    assert found["MLFLOW_TRACKING_URI"] == "http://10.1.2.3:5000"
+    stack.prepare(shared)
+    assert stack.environment(shared) == found
+    assert {oct(path.stat().st_mode)[-3:] for path in (shared.home / "secrets").iterdir()} == {"600"}
+    with pytest.raises(ValueError, match="no address to call"):
+        StackConfig(home=tmp_path, host="0.0.0.0")
 
 
 @pytest.mark.seam

@@ -14,6 +14,7 @@ Files are named by content, so a second, different export can never be read unde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -100,6 +101,30 @@ def read_marker(store: Store) -> Checkpoint:
     """The reference of the checkpoint that lies at `store`, from its marker alone."""
     marker = _marker(store)
     return Checkpoint(store.url, marker["model_id"], marker["step"], marker["run"])
+
+
+def copy_checkpoint(url: str, to: str) -> Checkpoint:
+    """Copy a checkpoint to another URL, every hash checked, its marker last. Again, it is a no-op.
+
+    Raises `AlreadyExists` where another model lies there, `Corrupt` naming a file that is not what the marker says.
+    """
+    source, target = open_store(url), open_store(to)
+    marker = _marker(source)
+    if not target.exists(MARKER):
+        for file in marker["files"].values():
+            target.write(file["key"], _verified(source, file))
+        with contextlib.suppress(AlreadyExists):
+            target.create_json(MARKER, marker)
+    found = read_marker(target)
+    if found.model_id != marker["model_id"]:
+        raise AlreadyExists(f"{to} holds model {found.model_id}, not {marker['model_id']}: export to another place")
+    return found
+
+
+def read_meta(url: str) -> dict[str, Any]:
+    """Where a checkpoint came from, without reading its weights."""
+    store = open_store(url)
+    return dict(json.loads(_verified(store, _marker(store)["files"]["meta.json"])))
 
 
 def load_bundle(url: str) -> Bundle:

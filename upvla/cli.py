@@ -11,6 +11,7 @@ import typer
 
 from upvla.cli_data import data_app, ingest
 from upvla.cli_eval import CalvinPath, LiberoPython, bar, evaluate, places_of
+from upvla.cli_model import model_app
 from upvla.console import Config, Json, Set, SiteName, open_line, show
 from upvla.errors import UpvlaError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Robot episodes in, a policy you can trust out. Start with `upvla demo`.",
 )
 app.add_typer(data_app, name="data")
+app.add_typer(model_app)
 app.command()(ingest)
 app.command()(evaluate)
 weights_app = typer.Typer(no_args_is_help=True, help="Bring in published weights.")
@@ -46,21 +48,42 @@ def main() -> None:
 
 @app.command()
 def doctor(
-    what: Annotated[str, typer.Argument(help="calvin, libero or metaworld.")],
+    what: Annotated[str, typer.Argument(help="Empty: this machine; else calvin, libero or metaworld.")] = "",
     path: Annotated[str, typer.Argument(help="CALVIN's checkout, or the Python that holds LIBERO.")] = "",
+    site: SiteName = "local",
     as_json: Json = False,
 ) -> None:
-    """Say what a benchmark needs and what of it is missing. Example: upvla doctor calvin ~/calvin"""
+    """Say what is missing and the next move: on this machine and its servers, or for a benchmark. Example: upvla doctor
+
+    For a benchmark: upvla doctor calvin ~/calvin
+    """
+    rows = _benchmark(what, path) if what else _machine(site)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['state'].upper() if row['state'] != 'ok' else 'ok':<8} {row['what']:<40} {row['detail']}")
+            if row["next_move"]:
+                print(f"{'':<8} -> {row['next_move']}")
+    if any(row["state"] == "broken" for row in rows):
+        raise typer.Exit(1)
+
+
+def _machine(site: str) -> list[dict[str, str]]:
+    from upvla import stack
+    from upvla.config import SiteConfig, load
+    from upvla.stack.doctor import examine
+
+    about = load(f"site/{site}", SiteConfig)
+    return [check._asdict() for check in examine(about, stack.load_site(site) if about.stack is not None else None)]
+
+
+def _benchmark(what: str, path: str) -> list[dict[str, str]]:
     from upvla.rollout.benchmarks import inspect
 
-    findings = inspect(what, path)
-    if as_json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=2))
-    else:
-        for finding in findings:
-            print(f"{'ok' if finding.found else 'MISSING':<8} {finding.what:<40} {finding.detail}")
-    if not all(finding.found for finding in findings):
-        raise typer.Exit(1)
+    states = {True: "ok", False: "broken"}
+    found = inspect(what, path)
+    return [{"what": f.what, "state": states[bool(f.found)], "detail": f.detail, "next_move": ""} for f in found]
 
 
 @app.command()

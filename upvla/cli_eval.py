@@ -44,7 +44,8 @@ def evaluate(
             help="A checkpoint URL, a registered name such as upvla-tiny@champion, or with --suite: random, "
             "still, expert, replay."
         ),
-    ],
+    ] = "",
+    policy_url: Annotated[str, typer.Option(help="Instead of a model: ws://HOST:PORT of `upvla serve`.")] = "",
     suite: Annotated[str, typer.Option(help="A benchmark, e.g. playtable-d, calvin-d, libero-object.")] = "",
     chains: Annotated[int, typer.Option(help="Its first N chains; of single tasks, starts a task.")] = 10,
     workers: Annotated[int, typer.Option(help="Processes; more than one run on Ray, under a watchdog.")] = 1,
@@ -66,7 +67,17 @@ def evaluate(
 ) -> None:
     """Closed-loop scores with intervals, beside random and still. Example: upvla evaluate upvla-tiny@champion
 
-    With --suite, on one benchmark: upvla evaluate MODEL --suite playtable-d --chains 100 --workers 2"""
+    With --suite, on one benchmark: upvla evaluate MODEL --suite playtable-d --chains 100 --workers 2
+    Through a policy server, whose token is in UPVLA_POLICY_TOKEN: upvla evaluate --policy-url ws://127.0.0.1:8600"""
+    if bool(model) == bool(policy_url):
+        raise ConfigError("evaluate: name a model, or --policy-url")
+    if policy_url and not suite:
+        from upvla.config import RunConfig, load
+        from upvla.launch.serve import evaluate_served
+
+        show(evaluate_served(policy_url, load(config, RunConfig, set_ or []).eval), as_json)
+        return
+    model = model or policy_url
     if not suite:
         opened = open_line(config, site, set_)
         show(opened.evaluate(opened.checkpoint_url(model)), as_json)

@@ -20,6 +20,7 @@ from upvla.data.mixture import MixtureConfig
 from upvla.errors import ConfigError
 from upvla.model.config import ModelConfig, merge
 from upvla.rollout.evaluate import EvalConfig, Layout
+from upvla.rollout.gate import GateConfig
 from upvla.sim.playtable.recorder import CollectConfig
 from upvla.store import content_hash
 from upvla.train.config import EngineConfig, StageConfig
@@ -108,6 +109,7 @@ class FinetuneConfig(LineConfig):
     model_name: str
     stage: StageConfig
     min_new_recordings: int = Field(1, gt=0)
+    gate: GateConfig = GateConfig()
 
 
 def configs_root() -> Path:

@@ -30,7 +30,7 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
     os.environ.update(stack.environment(servers))
     up_seconds = time.monotonic() - began
     config = CONFIGS[size]
-    _run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
+    _run("flows.deploy", quiet=True)
     name = f"demo-{size}-{uuid.uuid4().hex[:8]}"
     parameters = ("-p", f"config={json.dumps(config)}", "-p", f"site={json.dumps(site)}")
     _run("prefect", "--no-prompt", "deployment", "run", "pretrain/full", "--flow-run-name", name, *parameters)

@@ -89,3 +89,16 @@ class SimulatorError(UpvlaError):
     """A simulator refused, died or hung: its chain is not judged; the message holds what it said last."""
 
     code = "simulator"
+
+
+class NoAnswer(UpvlaError):
+    """A policy server is busy, late or gone (`reason`, one word): hold the robot still."""
+
+    code = "no_answer"
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[NoAnswer], tuple[str, str]]:
+        return (NoAnswer, (self.reason, self.detail))

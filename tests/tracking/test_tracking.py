@@ -27,7 +27,7 @@ from upvla.model.vq import VQTokenizer
 from upvla.rollout.policy import UPVLAPolicy
 from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry, Tracker, flatten
-from upvla.types import CALVIN_RELATIVE, Checkpoint, Observation
+from upvla.types import CALVIN_RELATIVE, Checkpoint, Manifest, Observation
 
 pytestmark = pytest.mark.seam
 
@@ -153,6 +153,34 @@ def test_a_registered_champion_predicts_what_the_policy_does(
     policy.reset("open the drawer")
     np.testing.assert_allclose(answer["actions"][0], policy.act(seen).actions, atol=1e-6)
     assert tracker.client.get_logged_model(model.metadata.model_id).metrics[0].key == "chains/avg_len"
+
+
+def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(
+    tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
+) -> None:
+    """Its held-out losses, its data as inputs, its card; logging all of it again changes nothing."""
+    _, (second, _) = checkpoints
+    registry, run_id = Registry(tracker), tracker.run_id("k-inputs", "stage2")
+    counts = {"num_episodes": 12, "num_steps": 900, "num_spans": 40}
+    about = ("playtable", 3, None, (), (), (), "stats", CALVIN_RELATIVE, ("static",))
+    manifest = Manifest(*about, **counts, content_id="abcdef0123456789")
+    for _ in range(2):
+        tracker.log_datasets(run_id, [manifest], "s3://upvla")
+        logged = registry.log_model("upvla-card-stage2", second, run_id, metrics={"held_out/act": 0.5}, tags={"t": "1"})
+    (given,) = tracker.client.get_run(run_id).inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("playtable@3", "abcdef0123456789")
+    assert '"recordings": 12' in given.dataset.profile
+    assert history(tracker, run_id, "held_out/act") == [(0, 0.5)]  # as scores are: bars beside each other
+    version = registry.register(
+        "upvla-card", second, run_id, cameras=("static",), metrics={"chains/avg_len": 2.0}, tags={"t": "2"}
+    )
+    model = tracker.client.get_logged_model(logged.model_id)
+    assert {metric.key for metric in model.metrics} >= {"held_out/act", "chains/avg_len"}
+    assert model.source_run_id == run_id and model.tags["t"] == "2"
+    registry.describe("upvla-card", version.version, "# card")
+    registry.tag("upvla-card", version.version, {"gate": "better"})
+    found = tracker.client.get_model_version("upvla-card", version.version)
+    assert (found.description, found.tags["gate"]) == ("# card", "better")
 
 
 def test_a_reference_whose_checkpoint_was_replaced_is_refused(

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from upvla.checkpoint import load_bundle
 from upvla.config import FinetuneConfig, SiteConfig, load
-from upvla.data.table import load_manifest
+from upvla.data.table import Dataset, load_manifest
 from upvla.errors import NotFound
+from upvla.launch import drift as drifting
 from upvla.launch import scores as scoring
 from upvla.launch.line import Line, Progress, Result
+from upvla.launch.promote import promote
 from upvla.launch.tokenizers import save_tower, save_vq
-from upvla.rollout.evaluate import compare
+from upvla.rollout.gate import Verdict, decide
 from upvla.tracking import CHAMPION, Registry
-from upvla.types import Estimate
 
 
 def open_finetuning(
@@ -64,6 +65,19 @@ class Finetuning(Line):
             run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
         return {"skipped": True, "new_recordings": champion["new_recordings"], "champion": champion["version"]}
 
+    def drift(self, plan: Result, champion: Result) -> Result:
+        """How far the data of `plan` lies from the champion's statistics, which the fine-tuned model keeps."""
+        began, parent = time.monotonic(), load_bundle(champion["url"])
+        found: list[drifting.Drift] = []
+        for name, version in plan["versions"].items():
+            found += drifting.drift(parent.stats, Dataset(self.store, load_manifest(self.store, name, version)).stats)
+        found.sort(key=lambda one: one.size, reverse=True)
+        report: Result = {"metrics": drifting.as_metrics(found), "worst": [one._asdict() for one in found[:10]]}
+        with self.tracked(self.pipeline_key, self.config.name) as run:
+            run.log(report["metrics"], int(champion["version"]))
+            run.record(report, f"drift-from-v{champion['version']}.json")
+        return report | {"seconds": round(time.monotonic() - began, 3)}
+
     def train(self, plan: Result, champion: Result) -> Result:
         """`stage.steps` more steps from the champion's weights, with its statistics and tokenizers."""
         parent = {"parent_url": champion["url"], "parent_id": champion["model_id"]}
@@ -75,20 +89,30 @@ class Finetuning(Line):
         )
 
     def promote(self, model: Result, champion: Result, scored: Result) -> Result:
-        """Register the challenger; it becomes champion if it is better on the same chains beyond chance.
-
-        Chain lengths of the first suite are compared in pairs; the 95 % bootstrap interval of the mean difference
-        must lie above 0.
-        """
-        gain = self.compare(champion["url"], model["url"])
+        """Register the challenger; it becomes champion if the gate of the configuration says so."""
+        verdict = self.compare(champion["url"], model["url"])
         registered = self.register(model, scored)
-        better = gain.low > 0
-        if better:
-            Registry(self.tracker).set_alias(self.model_name, CHAMPION, registered["version"])
-        return {**registered, "promoted": better, "gain": gain._asdict(), "against": champion["version"]}
+        registry = Registry(self.tracker)
+        registry.tag(self.model_name, registered["version"], {"gate": verdict.because})
+        if verdict.promote:
+            to, was = registered["version"], champion["version"]
+            promote(self.store, registry, self.model_name, to, expected=was, because=verdict.because)
+        with self.tracked(self.pipeline_key, self.config.name) as run:
+            run.record(verdict.to_json(), f"gate-v{registered['version']}.json")
+        return {**registered, "promoted": verdict.promote, "against": champion["version"], **verdict.to_json()}
 
-    def compare(self, champion_url: str, challenger_url: str) -> Estimate:
-        """Mean difference in tasks done a chain, challenger - champion, over the first suite's chains."""
+    def roll_to(self, version: str, because: str) -> Result:
+        """Make an evaluated version champion by hand, forward or back; recorded like any promotion."""
+        registry = Registry(self.tracker)
+        champion = registry.by_alias(self.model_name)
+        was = champion.version if champion else None
+        return {"name": self.model_name} | promote(
+            self.store, registry, self.model_name, version, expected=was, because=because
+        )
+
+    def compare(self, champion_url: str, challenger_url: str) -> Verdict:
+        """Both on every suite of the configuration, chain by chain; what was judged before is not judged again."""
         both = (champion_url, challenger_url)
-        judged = scoring.judge(self.store, self.exam(self.config.eval.suites[0]), both)
-        return compare(*(judged[url].report for url in both)).average_length
+        judged = [scoring.judge(self.store, self.exam(suite), both) for suite in self.config.eval.suites]
+        champion, challenger = ([of_suite[url].report for of_suite in judged] for url in both)
+        return decide(champion, challenger, self.config.gate)

@@ -16,14 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from upvla.checkpoint import load_bundle, read_marker
+from upvla.checkpoint import load_bundle, read_marker, read_meta
 from upvla.config import LineConfig, SiteConfig, fingerprint
-from upvla.errors import ConfigError, NotFound
+from upvla.data.table import load_manifest
+from upvla.errors import ConfigError, NotFound, StackError
 from upvla.launch import scores as scoring
+from upvla.launch.card import model_card
 from upvla.launch.cluster import connected
 from upvla.launch.describe import describe_dataset, description_id
 from upvla.launch.encode import encode_dataset
 from upvla.launch.jobs import Jobs
+from upvla.launch.promote import promote
 from upvla.launch.steps import once
 from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done, train
 from upvla.model.config import ModelConfig
@@ -120,24 +123,20 @@ class Line:
             for name, score in scored["scores"][self.model_name].items()
             for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
-        version = registry.register(
-            self.model_name,
-            checkpoint,
-            self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run()),
-            cameras=sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras}),
-            metrics=metrics,
-            tags={
-                "stats_id": content_hash(bundle.stats),
-                "mixture": str(bundle.meta.get("train_plan", "")),
-                "datasets": ", ".join(f"{n}@{d['version']}" for n, d in bundle.meta.get("datasets", {}).items()),
-                "config": fingerprint(self.config),
-                "git_commit": git_commit(),
-                **{f"protocol.{suite}": mark for suite, mark in scored["protocols"].items()},
-            },
-        )
+        run_id = self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run())
+        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)}
+        tags |= {f"protocol.{suite}": mark for suite, mark in scored["protocols"].items()}
+        cameras = sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras})
+        version = registry.register(self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags)
+        strips = [path for path in self.tracker.artifacts(run_id, "rollouts") if path.endswith(".png")]
+        card = model_card(self.model_name, bundle, checkpoint, scored, tags, run_id=run_id, strips=strips)
+        registry.describe(self.model_name, version.version, card)
         champion = registry.by_alias(self.model_name)
         alias = CHAMPION if champion is None or champion.version == version.version else "challenger"
-        registry.set_alias(self.model_name, alias, version.version)
+        if champion is None:
+            promote(self.store, registry, self.model_name, version.version, expected=None, because="the first model")
+        elif alias == "challenger":
+            registry.set_alias(self.model_name, alias, version.version)
         seconds = round(time.monotonic() - began, 3)
         return {
             "seconds": seconds,
@@ -223,11 +222,43 @@ class Line:
 
         def work() -> Result:
             if self.site.ray_jobs_url:
-                return run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
-            with connected():
-                return train(spec)
+                result = run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
+            else:
+                with connected():
+                    result = train(spec)
+            if "url" in result:
+                self._track(result["url"])
+            return result
 
         return once(self.store, spec.stage.name, {"spec": spec.key}, work)
+
+    def _tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "mixture": str(meta.get("train_plan", "")),
+            "datasets": ", ".join(f"{n}@{d['version']}" for n, d in meta.get("datasets", {}).items()),
+            "config": fingerprint(self.config),
+            "git_commit": git_commit(),
+        }
+
+    def _track(self, url: str) -> None:
+        """An exported checkpoint as a model of its training run, with the data that went in and the losses it came to.
+
+        Training does not wait for MLflow, nor fail with it: registering the model logs what is missing.
+        """
+        if not self.site.tracking_url:
+            return
+        checkpoint, meta = read_marker(open_store(url)), read_meta(url)
+        losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
+        try:
+            key, stage = _training_run(checkpoint)
+            run_id = self.tracker.run_id(key, stage, self.pipeline_run())
+            used = [load_manifest(self.store, n, d["version"]) for n, d in meta.get("datasets", {}).items()]
+            self.tracker.log_datasets(run_id, used, self.store.url)
+            Registry(self.tracker).log_model(
+                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=self._tags(meta)
+            )
+        except StackError as error:
+            self.progress(-1.0, f"the checkpoint is safe at {url}, MLflow does not know of it yet: {error}")
 
     @property
     def tracker(self) -> Tracker:

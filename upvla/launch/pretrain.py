@@ -65,6 +65,20 @@ class Pretraining(Line):
             self._log_report(f"{config.dataset}@{found['version']}", found["content_id"], found["report"])
         return {"dataset": config.dataset, **found}
 
+    def watch(self, source_url: str = "", settle_s: float = 60.0) -> Result:
+        """`ingest` of what others put under a prefix, by default `inbox` of the site's raw recordings.
+
+        A prefix that was written to less than `settle_s` ago is left for the next time: its recordings may be halves.
+        """
+        url = source_url or str(self.site.raw_folder / "inbox")
+        written = open_store(url).modified()
+        about = {"source_url": url, "dataset": self.config.data.ingest.dataset}
+        if not written:
+            return {**about, "skipped": "nothing there yet"}
+        if (age_s := time.time() - max(written.values())) < settle_s:
+            return {**about, "skipped": f"still being written to, {age_s:.0f} s ago"}
+        return {**self.ingest(url), **about}
+
     def train_text(self, plan: Result) -> Result:
         """Byte-level BPE on the instructions and questions of the training split, or the one that `init` brings."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upvla.errors import ConfigError
+from upvla.rollout.client import RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, SuiteConfig
 from upvla.rollout.references import RandomPolicy, StillPolicy
 from upvla.sim import calvin, libero, metaworld
@@ -80,12 +81,16 @@ def inspect(what: str, path: str) -> list[Finding]:
 
 def load_policy(
     name: str, suite: Suite, *, slots: int = 1, device: str = "cpu"
-) -> UPVLAPolicy | RandomPolicy | StillPolicy:
-    """`random`, `still`, or the URL of an exported checkpoint, for the suite's robot."""
+) -> UPVLAPolicy | RandomPolicy | StillPolicy | RemotePolicy:
+    """`random`, `still`, the URL of an exported checkpoint, or ws://HOST:PORT of a server, for the suite's robot."""
     if name == "random":
         return RandomPolicy(suite.action_space)
     if name == "still":
         return StillPolicy(suite.action_space)
+    if name.startswith(("ws://", "wss://")):
+        remote = RemotePolicy(name, deadline_s=2.0)
+        suite.action_space.require_equal(remote.action_space, ours=f"suite {suite.name}", theirs=f"server {name}")
+        return remote
     if "/" not in name:
         raise ConfigError(f"no policy {name!r}: name one of {', '.join(BUILT_IN)}, or the URL of a checkpoint")
     from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without

@@ -19,9 +19,19 @@ from typing import Any
 
 from upvla.errors import StackError
 from upvla.stack import processes
-from upvla.stack.servers import Part, Ports, StackConfig, environment, load_site, parts, ray_dir, server_environment
+from upvla.stack.servers import (
+    Part,
+    Ports,
+    StackConfig,
+    auth_files,
+    environment,
+    load_site,
+    parts,
+    ray_dir,
+    server_environment,
+)
 
-__all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "status", "up"]
+__all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "prepare", "status", "up"]
 
 _HUNG_S = 20.0  # a process that was there before us and has not answered for so long is replaced
 _REMAINS_S = 3.0  # what a killed or hung server left behind has nothing to save
@@ -40,7 +50,7 @@ def up(config: StackConfig, progress: Progress = print) -> None:
     with _lock(config, progress):
         attempts: dict[str, int] = {}
         try:
-            _prepare(config)
+            prepare(config)
             listing = parts(config)
             for part in listing:
                 if _process(config, part) is None:
@@ -121,7 +131,7 @@ def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, 
         time.sleep(0.2)
 
 
-def _prepare(config: StackConfig) -> None:
+def prepare(config: StackConfig) -> None:
     """Room on the disk, folders, secrets and the record, before anything is started."""
     home = config.home
     free_mb = shutil.disk_usage(home).free >> 20
@@ -137,7 +147,11 @@ def _prepare(config: StackConfig) -> None:
     keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     s3 = {"identities": [{"name": "upvla", "credentials": [keys], "actions": actions}]}
-    for name, text in (("s3.json", json.dumps(s3)), ("ray_token", secrets.token_hex(32))):
+    wanted = {"s3.json": json.dumps(s3), "ray_token": secrets.token_hex(32)}
+    if config.secured and not (home / "secrets/mlflow_auth.ini").exists():  # written last: both belong together
+        wanted |= auth_files(config)
+        (home / "secrets/passwords.json").unlink(missing_ok=True)
+    for name, text in wanted.items():
         if not (home / "secrets" / name).exists():
             draft = home / "secrets" / f"{name}.new"
             draft.touch(mode=0o600)

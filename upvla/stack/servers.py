@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
+import secrets
 import shutil
 import sys
 import sysconfig
@@ -24,9 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from upvla.errors import ConfigError, StackError
 from upvla.stack import processes
 
-HOST = "127.0.0.1"
 STORE_BUCKET, ARTIFACT_BUCKET = "upvla", "mlflow"
 WORK_POOL = "local"
+_USER = "upvla"
 _RAY_DIR_LIMIT = 36  # Ray appends up to 67 characters; the path of a Unix socket holds 107
 
 
@@ -49,6 +52,8 @@ class StackConfig(BaseModel):
 
     home: Path = Field(default_factory=lambda: Path(os.environ.get("UPVLA_HOME") or ".upvla"), validate_default=True)
     ports: Ports = Ports()
+    host: str = Field("127.0.0.1", description="the one address that servers listen on and clients call")
+    auth: bool | None = Field(None, description="passwords for MLflow and Prefect; default: wherever others reach them")
     num_cpus: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), gt=0)
     """What Ray may hand out; at least two, so that two training workers find a place on one core too."""
     object_store_mb: int = Field(default=512, ge=80)
@@ -61,6 +66,18 @@ class StackConfig(BaseModel):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().resolve()
+
+    @field_validator("host")
+    @classmethod
+    def _one_address(cls, host: str) -> str:
+        if ipaddress.ip_address(host).is_unspecified:
+            raise ValueError(f"{host} is no address to call: name the one that others reach this machine by")
+        return host
+
+    @property
+    def secured(self) -> bool:
+        """Whether MLflow and Prefect ask for a password. S3 and Ray always want their keys."""
+        return not ipaddress.ip_address(self.host).is_loopback if self.auth is None else self.auth
 
     @property
     def record(self) -> Path:
@@ -106,30 +123,31 @@ def load_site(site: str = "local") -> StackConfig:
 
 def environment(config: StackConfig) -> dict[str, str]:
     """Every variable that a client of the stack needs. Raises `StackError` before the first `up`."""
-    home, ports = config.home, config.ports
+    home, ports, host = config.home, config.ports, config.host
     try:
         keys = json.loads((home / "secrets/s3.json").read_bytes())["identities"][0]["credentials"][0]
     except FileNotFoundError as error:
         raise StackError(f"no stack was ever started in {home}: run `upvla up`, or set UPVLA_HOME") from error
-    no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost")))
+    no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), host, "localhost")))
     return {
+        **_client_passwords(config),
         "UPVLA_HOME": str(home),
         "UPVLA_STORE_URL": f"s3://{STORE_BUCKET}",
-        "UPVLA_RAY_JOBS_URL": f"http://{HOST}:{ports.dashboard}",
-        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports.s3}",
+        "UPVLA_RAY_JOBS_URL": f"http://{host}:{ports.dashboard}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{ports.s3}",
         "AWS_ACCESS_KEY_ID": keys["accessKey"],
         "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
         "AWS_SESSION_TOKEN": "",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports.mlflow}",
+        "MLFLOW_TRACKING_URI": f"http://{host}:{ports.mlflow}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_API_URL": f"http://{HOST}:{ports.prefect}/api",
+        "PREFECT_API_URL": f"http://{host}:{ports.prefect}/api",
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "prefect/results"),
-        "RAY_ADDRESS": f"{HOST}:{ports.ray}",
+        "RAY_ADDRESS": f"{host}:{ports.ray}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home / "secrets/ray_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -151,31 +169,79 @@ def server_environment(config: StackConfig) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if name not in foreign},
         **environment(config),
+        **_server_passwords(config),
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # seconds; SQLite on a busy machine
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(config.home / "prefect/ui"),  # else inside the installed package
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # seconds; flows/deploy.py says what follows from silence
     }
+
+
+def _passwords(config: StackConfig) -> dict[str, str]:
+    return dict(json.loads((config.home / "secrets/passwords.json").read_bytes())) if config.secured else {}
+
+
+def _client_passwords(config: StackConfig) -> dict[str, str]:
+    found = _passwords(config)
+    if not found:
+        return {}
+    return {
+        "PREFECT_API_AUTH_STRING": f"{_USER}:{found['prefect']}",
+        "MLFLOW_TRACKING_USERNAME": _USER,
+        "MLFLOW_TRACKING_PASSWORD": found["mlflow"],
+    }
+
+
+def _server_passwords(config: StackConfig) -> dict[str, str]:
+    found = _passwords(config)
+    if not found:
+        return {}
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": f"{_USER}:{found['prefect']}",
+        "MLFLOW_AUTH_CONFIG_PATH": str(config.home / "secrets/mlflow_auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": found["mlflow_cookies"],
+    }
+
+
+def _prefect_header(config: StackConfig) -> dict[str, str]:
+    known = _client_passwords(config).get("PREFECT_API_AUTH_STRING")
+    return {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"} if known else {}
+
+
+def auth_files(config: StackConfig) -> dict[str, str]:
+    """What `secrets/` holds for MLflow and Prefect where they ask for passwords, by file name; drawn anew each call."""
+    drawn = {name: secrets.token_urlsafe(24) for name in ("prefect", "mlflow", "mlflow_cookies")}
+    ini = f"""[mlflow]
+default_permission = READ
+database_uri = sqlite:///{config.home}/mlflow/auth.db
+admin_username = {_USER}
+admin_password = {drawn["mlflow"]}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+"""
+    return {"passwords.json": json.dumps(drawn), "mlflow_auth.ini": ini}
 
 
 def parts(config: StackConfig) -> list[Part]:
     """The servers, in the order in which they are reported."""
-    home, ports = config.home, config.ports
+    home, ports, host = config.home, config.ports, config.host
     _, master, volume, filer, admin = s3 = range(ports.s3, ports.s3 + 5)
-    prefect, mlflow, ray = (f"http://{HOST}:{port}" for port in (ports.prefect, ports.mlflow, ports.dashboard))
+    prefect, mlflow, ray = (f"http://{host}:{port}" for port in (ports.prefect, ports.mlflow, ports.dashboard))
 
     def buckets_exist(_: psutil.Process) -> bool:
-        folders = [f"http://{HOST}:{filer}/buckets/{name}/?limit=1" for name in (STORE_BUCKET, ARTIFACT_BUCKET)]
-        return all(_get(url) is not None for url in (f"http://{HOST}:{ports.s3}/healthz", *folders))
+        folders = [f"http://{host}:{filer}/buckets/{name}/?limit=1" for name in (STORE_BUCKET, ARTIFACT_BUCKET)]
+        return all(_get(url) is not None for url in (f"http://{host}:{ports.s3}/healthz", *folders))
 
     def node_alive(_: psutil.Process) -> bool:
         token = (home / "secrets/ray_token").read_text()
         return b'"ALIVE"' in (_get(f"{ray}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}) or b"")
 
     def worker_online(process: psutil.Process) -> bool:
-        workers = json.loads(_get(f"{prefect}/api/work_pools/{WORK_POOL}/workers/filter", body=b"{}") or b"[]")
+        asked = f"{prefect}/api/work_pools/{WORK_POOL}/workers/filter"
+        workers = json.loads(_get(asked, body=b"{}", headers=_prefect_header(config)) or b"[]")
         beats = [w["last_heartbeat_time"] for w in workers if w["name"] == "upvla" and w["status"] == "ONLINE"]
         return any(datetime.fromisoformat(beat).timestamp() >= process.create_time() - 1 for beat in beats if beat)
 
@@ -183,12 +249,13 @@ def parts(config: StackConfig) -> list[Part]:
     names |= {"master": master, "volume": volume, "filer": filer, "admin": admin, "client": ports.ray + 1}
     names |= {"store": STORE_BUCKET, "artifacts": ARTIFACT_BUCKET, "pool": WORK_POOL, "limit": config.worker_limit}
     names |= {"cpus": config.num_cpus, "memory": config.object_store_mb << 20}
-    names |= {"home": home, "ray_dir": ray_dir(home), "host": HOST}
+    names |= {"home": home, "ray_dir": ray_dir(home), "host": host}
+    names |= {"mlflow_app": "--app-name=basic-auth" if config.secured else ""}
 
     def part(name: str, command: str, address: str, ports: dict[int, str], answers: Any, **more: Any) -> Part:
         program, *arguments = command.split()  # split first: a home with a space in it stays one argument
         start = [_program(program)] if program == "weed" else [sys.executable, "-m", program]
-        start += [argument.format(**names) for argument in arguments]
+        start += [filled for argument in arguments if (filled := argument.format(**names))]
         return Part(name, start, address, ports, answers, home / f"logs/{name}.log", **more)
 
     return [
@@ -198,13 +265,13 @@ def parts(config: StackConfig) -> list[Part]:
             " -master.port={master} -volume.port={volume} -filer.port={filer} -admin.port={admin} -admin.ui=false"
             " -webdav=false -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false"
             " -master.volumeSizeLimitMB=1024 -bucket={store},{artifacts} -s3.config={home}/secrets/s3.json",
-            f"http://{HOST}:{ports.s3}",
+            f"http://{host}:{ports.s3}",
             dict.fromkeys([*s3, *(port + 10000 for port in s3)], "s3"),
             buckets_exist,
         ),
         part(
             "mlflow",
-            "mlflow server --host {host} --port {mlflow_port} --workers 1 --serve-artifacts"
+            "mlflow server --host {host} --port {mlflow_port} --workers 1 --serve-artifacts {mlflow_app}"
             " --backend-store-uri sqlite:///{home}/mlflow/mlflow.db --artifacts-destination s3://{artifacts}",
             mlflow,
             {ports.mlflow: "mlflow"},
@@ -235,7 +302,7 @@ def parts(config: StackConfig) -> list[Part]:
             {},
             worker_online,
             needs="prefect",
-            before=lambda: _crash_lost_runs(home, f"{prefect}/api"),
+            before=lambda: _crash_lost_runs(home, f"{prefect}/api", _prefect_header(config)),
             owns_children=False,
         ),
     ]
@@ -249,19 +316,19 @@ def ray_dir(home: Path) -> Path:
     return Path("/tmp") / f"upvla-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
 
 
-def _crash_lost_runs(home: Path, api_url: str) -> str:
+def _crash_lost_runs(home: Path, api_url: str, headers: dict[str, str]) -> str:
     """Mark flow runs whose process is gone (a `down`, a power cut) as Crashed.
 
     Without it Prefect keeps them Running, and a deployment with a concurrency limit waits for them for ever.
     """
     states = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     asked = {"flow_runs": states, "work_pools": {"name": {"any_": [WORK_POOL]}}}
-    runs = json.loads(_post(f"{api_url}/flow_runs/filter", asked))
+    runs = json.loads(_post(f"{api_url}/flow_runs/filter", asked, headers))
     living = processes.values(home, "PREFECT__FLOW_RUN_ID")
     lost = [run for run in runs if run["id"] not in living]
     crashed = {"state": {"type": "CRASHED", "message": "its process is gone: the stack was stopped. Run it again."}}
     for run in lost:
-        _post(f"{api_url}/flow_runs/{run['id']}/set_state", crashed)
+        _post(f"{api_url}/flow_runs/{run['id']}/set_state", crashed, headers)
     return ", ".join(f"flow run {run['name']} lost its process and is now Crashed: run it again" for run in lost)
 
 
@@ -285,10 +352,10 @@ def _get(url: str, body: bytes | None = None, headers: dict[str, str] | None = N
         return None
 
 
-def _post(url: str, body: Any) -> bytes:
+def _post(url: str, body: Any, headers: dict[str, str]) -> bytes:
     """`_get` until it succeeds: on SQLite, Prefect answers 503 to writes that collide and expects another try."""
     for pause_s in (0.2, 0.5, 1.0, 2.0, 4.0, 0.0):
-        if (reply := _get(url, json.dumps(body).encode())) is not None:
+        if (reply := _get(url, json.dumps(body).encode(), headers)) is not None:
             return reply
         time.sleep(pause_s)
     raise StackError(f"{url} does not answer well: see the log of prefect (`upvla status` says where)")

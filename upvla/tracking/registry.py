@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -47,17 +48,9 @@ class Registry:
         for known in self.versions(name):
             if known.checkpoint.model_id == checkpoint.model_id:
                 return known
-        reference = {
-            "checkpoint_url": checkpoint.url,
-            "model_id": checkpoint.model_id,
-            "checkpoint_step": str(checkpoint.step),
-            "checkpoint_run": checkpoint.run,
-        }
-        experiment_id = self._tracker.experiment_id()
+        reference = _reference(checkpoint)
+        model = self.log_model(name, checkpoint, run_id, metrics=metrics, tags=tags)
         with translated(self._uri), tempfile.TemporaryDirectory() as folder:
-            model = self._client.create_logged_model(
-                experiment_id, name, run_id, tags=dict(tags), params=reference, model_type="policy"
-            )
             path = Path(folder, "checkpoint.json")
             path.write_text(json.dumps(reference, indent=1))
             with warnings.catch_warnings():  # MLflow would rather infer the signature than be given one
@@ -71,15 +64,34 @@ class Registry:
                     mlflow_model=Model(run_id=run_id, model_id=model.model_id),
                 )
             self._client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
-            self._client.finalize_logged_model(model.model_id, "READY")
-            for metric, value in sorted(metrics.items()):
-                self._client.log_metric(run_id, metric, value, step=0, model_id=model.model_id)
             with contextlib.suppress(MlflowException):  # it exists already, or creating the version says what is wrong
                 self._client.create_registered_model(name)
             made = self._client.create_model_version(
                 name, model.artifact_location, run_id, tags=dict(tags) | reference, model_id=model.model_id
             )
             return _version(made)
+
+    def log_model(
+        self, name: str, checkpoint: Checkpoint, run_id: str, *, metrics: Mapping[str, float], tags: Mapping[str, str]
+    ) -> LoggedModel:
+        """MLflow's model of `checkpoint`, which has one whether it is ever registered or not: what its pages compare.
+
+        Metrics that it has already are not logged again.
+        """
+        experiment_id = self._tracker.experiment_id()
+        with translated(self._uri):
+            found = self._client.search_logged_models([experiment_id], f"params.model_id = '{checkpoint.model_id}'")
+            if found:
+                model = found[0]
+                self._client.set_logged_model_tags(model.model_id, dict(tags))
+            else:
+                about: dict[str, Any] = {"tags": dict(tags), "params": _reference(checkpoint), "model_type": "policy"}
+                model = self._client.create_logged_model(experiment_id, name, run_id, **about)
+                model = self._client.finalize_logged_model(model.model_id, "READY")
+            known = {metric.key for metric in model.metrics or ()}
+            for metric in sorted(metrics.keys() - known):
+                self._client.log_metric(run_id, metric, metrics[metric], step=0, model_id=model.model_id)
+            return model
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a registered model, newest first; none if the name is unknown."""
@@ -100,6 +112,17 @@ class Registry:
             self._client.set_registered_model_alias(name, alias, version)
             return _version(self._client.get_model_version(name, version), alias)
 
+    def tag(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a version."""
+        with translated(self._uri):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, version, key, value)
+
+    def describe(self, name: str, version: str, markdown: str) -> None:
+        """The model card: what the version's page shows."""
+        with translated(self._uri):
+            self._client.update_model_version(name, version, markdown)
+
 
 def _signature(cameras: Sequence[str]) -> ModelSignature:
     """B observations to B action chunks: what `rollout/pyfunc.py` takes and gives."""
@@ -108,6 +131,15 @@ def _signature(cameras: Sequence[str]) -> ModelSignature:
     instruction = TensorSpec(np.dtype(str), (-1,), "instruction")
     actions = TensorSpec(np.dtype(np.float32), (-1, -1, -1), "actions")
     return ModelSignature(inputs=Schema([*frames, state, instruction]), outputs=Schema([actions]))
+
+
+def _reference(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        "checkpoint_url": checkpoint.url,
+        "model_id": checkpoint.model_id,
+        "checkpoint_step": str(checkpoint.step),
+        "checkpoint_run": checkpoint.run,
+    }
 
 
 def _version(version: Any, alias: str = "") -> ModelVersion:

@@ -9,6 +9,7 @@ points that the server already has are not sent again, so a resumed run continue
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from upvla.errors import NotFound, StackError
+from upvla.types import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,24 @@ class Tracker:
             if first != made:  # two creators at once: the earlier run stays
                 self.client.delete_run(made)
             return first
+
+    def log_datasets(self, run_id: str, manifests: Sequence[Manifest], store_url: str) -> None:
+        """Dataset versions as inputs of a run; the digest is the content id. Logging one again changes nothing."""
+        inputs = []
+        for manifest in manifests:
+            counts = {"recordings": manifest.num_episodes, "segments": manifest.num_spans, "steps": manifest.num_steps}
+            source = json.dumps({"uri": f"{store_url}/datasets/{manifest.dataset}", "version": manifest.version})
+            about = (f"{manifest.dataset}@{manifest.version}", manifest.content_id, "upvla", source)
+            inputs.append(
+                DatasetInput(Dataset(*about, profile=json.dumps(counts)), [InputTag("mlflow.data.context", "training")])
+            )
+        with translated(self.uri):
+            self.client.log_inputs(run_id, inputs)
+
+    def artifacts(self, run_id: str, folder: str) -> list[str]:
+        """Paths of a run's artifacts in a folder."""
+        with translated(self.uri):
+            return sorted(item.path for item in self.client.list_artifacts(run_id, folder))
 
     def start(
         self,

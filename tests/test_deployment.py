@@ -1,0 +1,107 @@
+"""What runs for a team: docker-compose.yml against the Compose specification, the cluster's manifests."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import compose
+from upvla import stack
+from upvla.config import SiteConfig, load
+
+ROOT = Path(__file__).parents[1]
+VALUES = {name: value or f"secret-{name.lower()}" for name, value in compose.example().items()}
+ONE_SHOT = {"deploy"}
+OF_ONE_MACHINE = {"UPVLA_HOME", "PREFECT_HOME", "TORCH_EXTENSIONS_DIR", "PATH", "NO_PROXY", "no_proxy"}
+
+
+def services() -> dict[str, Any]:
+    return dict(compose.load(VALUES)["services"])
+
+
+def test_the_compose_file_follows_the_compose_specification() -> None:
+    spec = pytest.importorskip("compose_spec", reason="compose-spec, which knows the specification, is not installed")
+    whole = spec.PyCompose.from_json(json.dumps(compose.load(VALUES)))
+    assert set(whole.service_names()) == set(services())
+    wrong = compose.load(VALUES)
+    wrong["services"]["s3"]["healthchek"] = wrong["services"]["s3"].pop("healthcheck")
+    with pytest.raises(ValueError, match="healthchek"):
+        spec.PyCompose.from_json(json.dumps(wrong))
+
+
+def test_secrets_come_from_env_and_from_nowhere_else() -> None:
+    text = compose.FILE.read_text()
+    assert compose.variables(text) == set(compose.example())
+    with pytest.raises(KeyError, match="set it in"):
+        compose.load({})
+    for line in text.splitlines():
+        name, is_pair, value = line.strip().partition(": ")
+        if is_pair and re.search(r"PASSWORD|SECRET|TOKEN|AUTH_STRING", name) and not name.startswith("#"):
+            assert "${" in value, line
+
+
+def test_every_service_is_pinned_healthy_and_not_root() -> None:
+    for name, service in services().items():
+        assert re.search(r":\d+\.\d+", service["image"]), name
+        assert name in ONE_SHOT or service["healthcheck"]["test"][0] == "CMD", name
+        for needed, how in service.get("depends_on", {}).items():
+            expected = "service_completed_successfully" if needed in ONE_SHOT else "service_healthy"
+            assert how == {"condition": expected}, (name, needed)
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), f"{name} is published beyond loopback by default"
+    last_user = re.findall(r"^USER (\S+)", (ROOT / "infra/Dockerfile").read_text(), re.MULTILINE)[-1]
+    own_image = {service["image"] for service in services().values() if not service.get("user")}
+    assert (last_user, own_image) == ("upvla", {"upvla:0.1.0"})
+    assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
+
+
+def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_path: Path) -> None:
+    """A variable that only one of them sets is a run that behaves differently after it has moved."""
+    config = stack.StackConfig(home=tmp_path, auth=True)
+    stack.prepare(config)
+    local = set(stack.environment(config)) - OF_ONE_MACHINE - {"AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    local -= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness", "DS_ACCELERATOR"}
+    in_containers = set(services()["worker"]["environment"]) - {"PREFECT_WORKER_QUERY_SECONDS", "RAY_AUTH_TOKEN"}
+    assert in_containers - {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY"} == local
+    lines = (ROOT / "infra/kuberay/site.env").read_text().splitlines()
+    on_cluster = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+    secret = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"}
+    assert local - secret - {"DO_NOT_TRACK"} == on_cluster - {"DS_ACCELERATOR", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"}
+
+
+def test_a_site_file_says_where_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    sites = {path.stem: load(f"site/{path.stem}", SiteConfig) for path in (ROOT / "configs/site").glob("*.yaml")}
+    assert sites.keys() == {"local", "compose", "cluster"}
+    assert sites["cluster"].tracking_url == "https://mlflow.example.org"
+    assert sites["cluster"].use_gpu and not sites["compose"].use_gpu
+    assert [name for name, site in sites.items() if site.stack is not None] == ["local"]
+
+
+def manifests() -> list[dict[str, Any]]:
+    folder = ROOT / "infra/kuberay"
+    return [document for path in sorted(folder.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
+
+
+def test_the_clusters_manifests_name_one_image_and_run_as_nobody_special() -> None:
+    kinds = [manifest["kind"] for manifest in manifests()]
+    assert kinds == ["RayCluster", "RayJob", "Deployment", "PersistentVolumeClaim"]
+    assert {manifest["metadata"]["namespace"] for manifest in manifests()} == {"upvla"}
+    cluster, job, worker, _ = manifests()
+    pods = [cluster["spec"]["headGroupSpec"]["template"]["spec"], worker["spec"]["template"]["spec"]]
+    pods += [group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]]
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["image"] == "upvla:0.1.0"
+            assert {"secretRef": {"name": "upvla"}} in container["envFrom"]
+        for container in pod["containers"]:
+            assert container["resources"]["limits"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    locked = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert locked is not None and cluster["spec"]["rayVersion"] == locked[1]
