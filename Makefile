@@ -29,8 +29,9 @@ test: setup ## fast tests and tests against real engines
 test-slow: setup ## the long tests
 	$(BIN)/pytest -m slow
 
-faults: setup ## faults and bad input, the long ones too
+faults: setup ## faults and bad input, the long ones too, and twenty kills of every kind with their table
 	$(BIN)/pytest tests/faults
+	$(BIN)/python -m tests.faults.kills --runs 20 --json docs/faults.json
 
 test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
 	$(BIN)/pytest -m e2e
