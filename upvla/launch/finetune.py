@@ -96,6 +96,6 @@ class Finetuning(Line):
         lengths = []
         for url in (champion_url, challenger_url):
             checkpoint = read_marker(open_store(url))
-            report = scoring.judge(self.store, self.config.eval, suite, checkpoint, num_workers=self.site.num_workers)
+            report = scoring.judge(self.store, self.config.eval, suite, checkpoint, num_workers=self.site.most_workers)
             lengths.append(np.array([record.succeeded for record in report.records], np.float64))
         return bootstrap_mean(list(lengths[1] - lengths[0]))
