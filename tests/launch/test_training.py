@@ -21,7 +21,7 @@ from tests.launch.stages import model, only_shard, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.checkpoint import load_bundle
 from upvla.config import RunConfig, load
-from upvla.data.mixture import plan_from_json
+from upvla.data.mixture import make_plan, plan_from_json
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
@@ -310,7 +310,9 @@ def test_what_a_cluster_cannot_give_is_one_sentence_before_workers_are_asked_for
 def test_a_dataset_version_that_does_not_exist_is_named(prepared: tuple[Store, dict[str, Any]]) -> None:
     store, references = prepared
     plan = plan_from_json(store.read_json(f"mixtures/{references['train_plan']}.json"))
-    later = replace(plan, sources=tuple(replace(source, version=99) for source in plan.sources))
+    sources = tuple(replace(source, version=99) for source in plan.sources)
+    options = {"lanes": plan.lanes, "spread": plan.spread, "action_space": plan.action_space}
+    later = make_plan(sources, plan.seed, plan.global_batch, **options)
     store.write_json(f"mixtures/{later.plan_id}.json", asdict(later))
     spec = spec_of(store, references | {"train_plan": later.plan_id}, name="wrong", weights={"act": 1.0})
     with pytest.raises(NotFound, match="99"):
