@@ -29,8 +29,9 @@ test: setup ## fast tests and tests against real engines
 test-slow: setup ## the long tests
 	$(BIN)/pytest -m slow
 
-faults: setup ## faults and bad input, the long ones too: 50 kills, their table into docs/faults.json
-	UPVLA_KILLS=50 UPVLA_FAULT_TABLE=docs/faults.json $(BIN)/pytest tests/faults
+faults: setup ## faults and bad input, the long ones too: 50 kills of an ingest, 20 of a worker in every phase, with tables
+	UPVLA_KILLS=50 UPVLA_FAULT_TABLE=docs/faults-ingest.json $(BIN)/pytest tests/faults
+	$(BIN)/python -m tests.faults.kills --runs 20 --json docs/faults-training.json
 
 test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
 	$(BIN)/pytest -m e2e

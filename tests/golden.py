@@ -28,7 +28,7 @@ from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, to_pixels
 from upvla.model.weights import load_published
-from upvla.train.engine import lr_factor
+from upvla.train.optimizer import lr_factor
 from upvla.types import CALVIN_RELATIVE, Batch
 
 FOLDER = Path(__file__).resolve().parent / "data" / "golden"

@@ -48,10 +48,16 @@ class SiteConfig(Section):
     tracking_url: str = _from_environment("MLFLOW_TRACKING_URI")
     ray_jobs_url: str = _from_environment("UPVLA_RAY_JOBS_URL")
     experiment: str = "upvla"
-    num_workers: int = Field(2, gt=0)
+    num_workers: int | tuple[int, int] = Field(
+        2, description="of training, judging and whatever else runs side by side; [least, most] for elastic training"
+    )
     use_gpu: bool = False
     rollout: Layout = Layout()
     stack: Mapping[str, Any] | None = Field(None, description="the local stack's own settings, read by `upvla.stack`")
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def raw_folder(self) -> Path:

@@ -73,10 +73,32 @@ class StackError(UpvlaError):
     code = "stack"
 
 
+class NoSpace(UpvlaError):
+    """A disk is too full for what comes next; the message names the folder and what is needed there."""
+
+    code = "no_space"
+
+
+class AlreadyOwned(UpvlaError):
+    """Somebody else runs this already: follow theirs; the message says who it is and since when it was seen alive."""
+
+    code = "already_owned"
+
+
 class BadStep(UpvlaError):
-    """A training step gave numbers that are not finite; the weights were not moved, the message names the samples."""
+    """A training step gave numbers that no optimiser should see; the weights were not moved.
+
+    `step` and the mixture `positions` say which samples to look at.
+    """
 
     code = "bad_step"
+
+    def __init__(self, message: str, step: int = 0, positions: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.step, self.positions = step, positions
+
+    def __reduce__(self) -> tuple[type[BadStep], tuple[str, int, tuple[int, ...]]]:
+        return (BadStep, (str(self), self.step, self.positions))
 
 
 class JobFailed(UpvlaError):

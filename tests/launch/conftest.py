@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -23,10 +24,72 @@ class RayHead(NamedTuple):
 
     jobs_url: str
     pid: int
+    address: str
 
     def training_workers(self) -> list[psutil.Process]:
-        found = psutil.Process(self.pid).children(recursive=True)
-        return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
+        return training_workers(self.pid)
+
+
+class RayNode(NamedTuple):
+    """A node that joined a head."""
+
+    pid: int
+    node_id: str
+    address: str
+
+    def training_workers(self) -> list[psutil.Process]:
+        return training_workers(self.pid)
+
+    def drain(self, deadline_s: int) -> None:
+        """As a cloud does with a spot machine: no new work, and an end in `deadline_s`."""
+        command = [*RAY, "drain-node", f"--address={self.address}", f"--node-id={self.node_id}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=reclaimed"]
+        subprocess.run([*command, f"--deadline-remaining-seconds={deadline_s}"], check=True, timeout=60)
+
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def training_workers(pid: int) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [process for process in found if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@contextlib.contextmanager
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[RayNode]:
+    """A second node of this machine under `head`, for as long as the block lasts."""
+    folder = Path(tempfile.mkdtemp(prefix="rayn-", dir="/tmp"))
+    marker = f"node-{folder.name}"
+    command = [*RAY, "start", f"--address={head.address}", "--block", f"--num-cpus={num_cpus}"]
+    command += [f"--resources={json.dumps({marker: 1})}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    with (folder / "node.log").open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
+    try:
+        yield RayNode(process.pid, _node_id(head, marker, process), head.address)
+    finally:
+        kill_all(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _node_id(head: RayHead, marker: str, process: subprocess.Popen[bytes]) -> str:
+    """Asked in a process of its own: this one should not be connected to Ray."""
+    code = "import json, ray; ray.init(log_to_driver=False); print('NODES', json.dumps(ray.nodes(), default=str))"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=True)
+        nodes = json.loads(said.stdout.rpartition("NODES ")[2])
+        if found := [node for node in nodes if marker in node["Resources"] and node["Alive"]]:
+            return str(found[0]["NodeID"])
+        time.sleep(0.5)
+    raise RuntimeError("the second Ray node did not come up")
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # Ray would drain for half a minute
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +105,7 @@ def ray_head() -> Iterator[RayHead]:
     }
     before = {name: os.environ.get(name) for name in env}
     os.environ.update(env)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+    command = [*RAY, "start", "--head", "--block", "--num-cpus=2"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--include-dashboard=true", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={client}"]
     command += ["--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats"]
@@ -52,13 +115,9 @@ def ray_head() -> Iterator[RayHead]:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
     try:
         _wait(f"http://127.0.0.1:{dashboard}", process, log)
-        yield RayHead(f"http://127.0.0.1:{dashboard}", process.pid)
+        yield RayHead(f"http://127.0.0.1:{dashboard}", process.pid, env["RAY_ADDRESS"])
     finally:
-        everything = [*psutil.Process(process.pid).children(recursive=True), process]
-        for each in everything:  # Ray would drain for half a minute
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
+        kill_all(process)
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             if value is None:

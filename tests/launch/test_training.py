@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -14,98 +16,31 @@ from typing import Any
 import pytest
 import torch
 
-from tests.factories import write_calvin
 from tests.launch.conftest import RayHead
+from tests.launch.stages import model, only_shard, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.checkpoint import load_bundle
-from upvla.data.ingest import IngestConfig, ingest
-from upvla.data.mixture import MixtureConfig
+from upvla.config import RunConfig, load
+from upvla.data.mixture import make_plan, plan_from_json
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
 from upvla.launch.jobs import Jobs
-from upvla.launch.tokenizers import load_vq, save_text, save_tower, save_vq
-from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, main, run_training, share_done
+from upvla.launch.line import require_explained
+from upvla.launch.tokenizers import load_vq, save_text, save_tower
+from upvla.launch.train import BAD_STEPS, FAILURE, LEFT, RESULT, SPEC, TrainSpec, main, run_training, share_done
 from upvla.launch.weights import import_weights
 from upvla.launch.worker import open_inputs, work
-from upvla.model.config import ModelConfig, preset
+from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
-from upvla.model.vq import VQTokenizer
 from upvla.model.weights import TOWER
 from upvla.store import Store, open_store
 from upvla.train.resume import latest
 
+__all__ = ["model", "prepared"]  # fixtures
+
 pytestmark = pytest.mark.seam
-
-
-@pytest.fixture(scope="module")
-def model() -> ModelConfig:
-    text = TextTokenizer.train(["pull the handle to open the drawer"], 300)
-    return preset(
-        "tiny",
-        text_vocab_size=300,
-        eot_id=text.eot_id,
-        backbone={"width": 32, "blocks": 1, "heads": 2, "mlp": 64},
-        vision={"width": 32, "blocks": 1, "heads": 2, "mlp": 32, "stem": (8, 16)},
-        vq={"channels": 8},
-    )
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> tuple[Store, dict[str, Any]]:
-    """A store with a dataset, its mixtures, tokenizers (an untrained VQ) and codes; and what a spec says of them."""
-    folder = tmp_path_factory.mktemp("training")
-    store = open_store(str(folder / "store"))
-    write_calvin(folder / "raw", (20,) * 8)
-    ingest(store, IngestConfig(format="calvin", dataset="toy", validation_fraction=0.25), str(folder / "raw"))
-    mixture = MixtureConfig.model_validate(
-        {
-            "sources": [
-                {"dataset": "toy", "kind": "robot", "weight": 0.75},
-                {"dataset": "toy", "kind": "qa", "weight": 0.25},
-            ],
-            "global_batch": 8,
-        }
-    )
-    plans = {split: mixture.plan(store, split) for split in ("train", "validation")}
-    for plan in plans.values():
-        store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
-    vq_id = save_vq(store, VQTokenizer(model.vq))
-    text_id = save_text(store, TextTokenizer.train(["pull the handle to open the drawer"], 300))
-    encode_shard(store, "toy", 1, vq_id, model, only_shard(store))
-    references = {"train_plan": plans["train"].plan_id, "validation_plan": plans["validation"].plan_id}
-    return store, references | {"text_id": text_id, "vq_id": vq_id, "model": model}
-
-
-def only_shard(store: Store) -> str:
-    (shard,) = store.sub("datasets/toy").list("data/")
-    return shard
-
-
-def spec_of(
-    store: Store, references: dict[str, Any], *, name: str, weights: dict[str, float], **changes: Any
-) -> TrainSpec:
-    stage = {
-        "name": name,
-        "steps": 8,
-        "weights": weights,
-        "micro_batch": 2,
-        "log_every": 1,
-        "eval_every": 4,
-        "save_every": 2,
-        "eval_batches": 1,
-        "optimizer": {"lr": 3e-3},
-    }
-    kind = "vq" if name == "vq" else "policy"
-    engine = {"num_workers": 2, "zero_stage": 2, "max_failures": 1}
-    values = {"kind": kind, "store_url": store.url, "stage": stage | changes.pop("stage", {}), "engine": engine}
-    return TrainSpec.model_validate(values | references | changes)
-
-
-def run_stage(workers: Workers, spec: TrainSpec) -> dict[str, Any]:
-    workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
-    return dict(open_store(spec.store_url).sub(spec.prefix).read_json(RESULT))
 
 
 def test_data_that_does_not_fit_is_refused_before_workers_are_asked_for(
@@ -299,3 +234,154 @@ def test_an_error_in_the_driver_is_one_sentence(
     assert line.startswith("upvla: not_found: ")
     assert "vq/0123456789abcdef" in line
     assert place.read_json(FAILURE)["code"] == "not_found"
+
+
+def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    """After the first step of such a learning rate nothing is finite any more, and every step is passed over."""
+    store, references = prepared
+    guard = {"on_bad_step": "skip", "max_bad_steps": 100}
+    stage = {"optimizer": {"lr": 1e30, "warmup_steps": 0}, "guard": guard}
+    spec = spec_of(store, references, name="stage2", weights={"act": 1.0}, stage=stage)
+    result = run_stage(two_workers, spec)
+    steps = [bad["step"] for bad in result["bad_steps"]]
+    assert steps and all(bad["positions"] for bad in result["bad_steps"])
+    meta = load_bundle(result["url"]).meta
+    assert meta["bad_steps"] == result["bad_steps"]
+    config = load("pretrain/ci", RunConfig)
+    with pytest.raises(
+        Mismatch, match=rf"passed over the bad steps \[{steps[0]}.*list the steps in stage2.guard.explained"
+    ):
+        require_explained(config, meta)
+    explained = [f"stage2.guard.explained={steps}"]
+    require_explained(load("pretrain/ci", RunConfig, explained), meta)
+
+
+def test_a_rollback_goes_on_from_the_last_resume_point_after_the_bad_batch(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    stage = {"guard": {"on_bad_step": "rollback", "spike_factor": 1.0001, "spike_window": 2, "max_bad_steps": 2}}
+    spec = spec_of(store, references, name="rolled", weights={"act": 1.0}, stage=stage | {"steps": 12})
+    place = store.sub(spec.prefix)
+    lives = 0
+    while not place.exists(RESULT) and not place.exists(FAILURE):
+        place.delete(LEFT)
+        two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+        lives += 1
+        if place.exists(LEFT):
+            assert place.read_json(LEFT)["reason"] == "rollback"
+    bad_steps = place.read_json(BAD_STEPS)["bad_steps"]
+    assert lives == len(bad_steps) + 1 or place.exists(FAILURE)
+    assert [bad["action"] for bad in bad_steps] == ["rollback"] * len(bad_steps)
+    assert bad_steps[0]["step"] < place.read_json(BAD_STEPS)["go_on_after"] or len(bad_steps) == 1
+
+
+def test_the_best_validation_is_exported_and_ends_the_run_early(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    """At a learning rate that ruins everything after a while: what is exported is what was best before."""
+    store, references = prepared
+    best = {"best": {"metric": "val_loss/act", "patience": 2}, "eval_every": 1, "save_every": 100, "ema_decay": 0.5}
+    stage = {"steps": 30, "optimizer": {"lr": 0.3, "schedule": "constant"}} | best
+    spec = spec_of(store, references, name="best", weights={"act": 1.0}, stage=stage)
+    result = run_stage(two_workers, spec)
+    meta = load_bundle(result["url"]).meta
+    assert result["ended"] == "early"
+    assert meta["step"] == result["step"] < 30
+    assert meta["losses"]["act"]["last"] == result["losses"]["act"]["last"]
+
+
+def test_pictures_of_what_was_predicted_lie_beside_the_curves(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Also with averaged weights, of which every worker holds a part."""
+    from upvla.tracking import Tracker
+
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "pictures"}
+    tracker = Tracker(**tracking)
+    tracker.client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
+    store, references = prepared
+    stage = {"picture_every": 4, "ema_decay": 0.5}
+    run_stage(
+        two_workers,
+        spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking),
+    )
+    (run,) = tracker.client.search_runs([tracker.experiment_id()])
+    found = tracker.artifacts(run.info.run_id, "predicted")
+    assert [path for path in found if path.endswith(".png")] == [
+        f"predicted/step-{step:08d}.png" for step in (0, 4, 8)
+    ]
+
+
+def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="elastic", weights={"act": 1.0}, stage={"micro_batch": 8})
+    spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"num_workers": (1, 8)})})
+    two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+    assert store.sub(spec.prefix).read_json(LEFT) == {"reason": "resize", "num_workers": [1, 1]}
+    assert open_inputs(spec).world_sizes(spec) == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"engine": {"use_gpu": True, "num_workers": 2}}, "config: engine.use_gpu is set for 2 workers and this Ray"),
+        ({"tracking": {"uri": "http://127.0.0.1:9", "experiment": "x"}}, "stack: MLflow at http://127.0.0.1:9: "),
+        (
+            {"engine": {"num_workers": 3}},
+            "config: global_batch=8 does not divide among num_workers=3; choose a divisor",
+        ),
+    ],
+)
+def test_what_a_cluster_cannot_give_is_one_sentence_before_workers_are_asked_for(
+    ray_head: RayHead,
+    prepared: tuple[Store, dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    sentence: str,
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name=f"wrong{len(sentence)}", weights={"act": 1.0})
+    values = spec.model_dump() | change | {"engine": spec.engine.model_dump() | change.get("engine", {})}
+    spec = TrainSpec.model_validate(values)
+    place = store.sub(spec.prefix)
+    place.write_json(SPEC, spec.model_dump(mode="json"))
+    assert main([f"{place.url}/{SPEC}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upvla: ")]
+    assert line.startswith(f"upvla: {sentence}")
+
+
+def test_a_dataset_version_that_does_not_exist_is_named(prepared: tuple[Store, dict[str, Any]]) -> None:
+    store, references = prepared
+    plan = plan_from_json(store.read_json(f"mixtures/{references['train_plan']}.json"))
+    sources = tuple(replace(source, version=99) for source in plan.sources)
+    options = {"lanes": plan.lanes, "spread": plan.spread, "action_space": plan.action_space}
+    later = make_plan(sources, plan.seed, plan.global_batch, **options)
+    store.write_json(f"mixtures/{later.plan_id}.json", asdict(later))
+    spec = spec_of(store, references | {"train_plan": later.plan_id}, name="wrong", weights={"act": 1.0})
+    with pytest.raises(NotFound, match="99"):
+        open_inputs(spec).check(spec)
+
+
+def test_a_store_that_does_not_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    assert main(["s3://bucket/runs/key/stage1/spec.json"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("upvla: store: s3://bucket/runs/key/stage1/spec.json: ")
+    assert "is the object store up, and AWS_ENDPOINT_URL right?" in line
+
+
+def test_a_cluster_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own: this one may be connected already."""
+    code = "from upvla.launch.cluster import connected\nwith connected(): pass"
+    env = os.environ | {"RAY_ADDRESS": "127.0.0.1:9", "RAY_AUTH_MODE": "disabled"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200).stderr
+    assert "StackError: no Ray cluster at 127.0.0.1:9: `upvla up` starts one" in said

@@ -13,7 +13,8 @@ from torch.utils.cpp_extension import _get_build_directory
 from tests.train.toy import ToyVLA
 from upvla.errors import ConfigError
 from upvla.train.config import StageConfig, accumulation_steps
-from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine, decay_groups, deepspeed_json, lr_factor
+from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine, deepspeed_json
+from upvla.train.optimizer import decay_groups, lr_factor
 
 # the published recipe's schedule (linear warm-up, half cosine) at base 1e-4, 20 warm-up steps, 400 steps in all
 PUBLISHED_LR = {0: 0.0, 1: 5e-6, 10: 5e-5, 19: 9.5e-5, 20: 1e-4, 21: 9.999829128320874e-05, 110: 8.678619553365659e-05,

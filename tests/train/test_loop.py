@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
-from upvla.errors import BadStep, ConfigError, Mismatch
+from upvla.errors import BadStep, ConfigError, Corrupt, Mismatch, StoreError
 from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engine
-from upvla.train.loop import StageConfig, fit
+from upvla.train.guard import Best, Guard
+from upvla.train.loop import Ended, StageConfig, fit, validate
+from upvla.train.meter import Meter, forward_flops
 from upvla.types import Batch
 
 pytestmark = pytest.mark.seam
@@ -194,7 +197,7 @@ def unknown_objective() -> None:
 
 
 def test_mistakes_are_named(one_worker: Workers) -> None:
-    with pytest.raises(Mismatch, match="got 1 micro-batches, the engine accumulates 2"):
+    with pytest.raises(BadStep, match=r"step 1: .* worker 0: got 1 micro-batches, the engine accumulates 2"):
         one_worker.run(wrong_accumulation)
     with pytest.raises(
         BadStep, match=r"worker 0: objective 'vq' is weighted but the module counts only \['act', 'mmu'\]"
@@ -211,3 +214,236 @@ def test_lr_follows_the_schedule(one_worker: Workers) -> None:
     assert rates[1] == 0.0
     assert rates[2] == 1e-2
     assert rates[6] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 4 / 5)))
+
+
+# ------------------------------------------------------------------------------------------------------ bad steps
+
+
+class _Failing:
+    """Global step 3 is bad on the last worker: a number that is not finite, a huge one, or a sample nobody can read.
+
+    An iterator goes on after an error, as the loader does; a generator could not.
+    """
+
+    def __init__(self, rank: int, world_size: int, how: str) -> None:
+        self._batches, self._how, self._step = batches(rank, world_size, 2), how, 0
+        self._spoils = rank == world_size - 1
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        micro_batches, self._step = next(self._batches), self._step + 1
+        if self._step != 3 or not self._spoils:
+            return micro_batches
+        if self._how == "unreadable":
+            raise Corrupt("shard 3, row 17: not a JPEG")
+        if self._how == "away":
+            raise StoreError("s3://bucket/data: connection refused")
+        broken = micro_batches[1].actions.copy()
+        broken[0] = {"nan": np.nan, "spike": 1e4, "inf gradient": 1e25}[self._how]
+        pad = np.zeros(broken.shape[:2], bool)
+        return [micro_batches[0], micro_batches[1]._replace(actions=broken, action_is_pad=pad)]
+
+
+def train_past(how: str, zero_stage: int, policy: dict[str, Any]) -> dict[str, Any]:
+    built = engine(zero_stage, accumulation=2)
+    config = stage(eval_every=100, save_every=100, guard=policy)
+    guard = Guard(config.guard)
+    logged: dict[int, dict[str, float]] = {}
+    ended = fit(
+        built,
+        _Failing(built.rank, built.world_size, how),
+        config,
+        start_step=0,
+        validation=[],
+        log=lambda metrics, step: logged.setdefault(step, {}).update(metrics),
+        save=lambda step: None,
+        guard=guard,
+    )
+    weights = {name: tensor.numpy() for name, tensor in built.full_weights().items()}
+    return {"ended": ended, "logged": logged, "bad_steps": guard.bad_steps, "weights": weights}
+
+
+SKIP = {"on_bad_step": "skip", "spike_factor": 20.0, "spike_window": 4}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_bad_step_is_skipped_recorded_and_leaves_no_trace(two_workers: Workers, zero_stage: int) -> None:
+    """However a step is bad, what follows is the same, and finite: nothing of its gradient is left anywhere."""
+    found = {how: two_workers.run(train_past, how, zero_stage, SKIP)[0] for how in ("nan", "spike", "unreadable")}
+    for how, result in found.items():
+        assert result["ended"] == Ended(STEPS, "finished")
+        (bad,) = result["bad_steps"]
+        assert (bad["step"], bad["action"]) == (3, "skip")
+        assert "optimiser was not moved" in bad["reason"]
+        assert set(bad["positions"]) >= ({21, 23} if how != "unreadable" else {16, 18}), "mixture positions are named"
+        assert [metrics["train/bad_steps"] for _, metrics in sorted(result["logged"].items())[1:]] == [0, 0, 1, 1, 1, 1]
+        assert "loss/total" not in result["logged"][3]
+        assert result["logged"][4]["train/lr"] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 2 / 5)))
+        for name, weight in result["weights"].items():
+            assert np.array_equal(weight, found["nan"]["weights"][name]), (how, name)
+
+
+def test_without_a_policy_a_bad_gradient_stops_the_run(one_worker: Workers) -> None:
+    with pytest.raises(BadStep, match=r"step 3: the gradient norm .* is a spike beside those before.*\[16, 17, 18"):
+        one_worker.run(train_past, "spike", 2, SKIP | {"on_bad_step": "stop"})
+    with pytest.raises(BadStep, match="not a JPEG"):
+        one_worker.run(train_past, "unreadable", 1, {})
+    with pytest.raises(BadStep, match="is not finite"):
+        one_worker.run(train_past, "nan", 2, {"on_bad_step": "skip", "max_bad_steps": 0})
+
+
+def test_a_store_that_is_away_is_no_bad_step(one_worker: Workers) -> None:
+    """To pass over it would lose samples that are good: the worker ends, and Ray Train starts the group again."""
+    with pytest.raises(StoreError, match="connection refused"):
+        one_worker.run(train_past, "away", 2, SKIP)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_gradient_that_overflows_under_a_finite_loss_is_a_bad_step(two_workers: Workers, zero_stage: int) -> None:
+    """DeepSpeed passes over such a step in silence and holds back the schedule; here it is counted and named."""
+    result = two_workers.run(train_past, "inf gradient", zero_stage, {"on_bad_step": "skip"})[0]
+    assert [bad["step"] for bad in result["bad_steps"]] == [3]
+    assert result["logged"][4]["train/lr"] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 2 / 5)))
+
+
+def test_a_guard_goes_on_after_a_resume_as_if_nothing_had_happened() -> None:
+    config = stage(guard=SKIP | {"spike_window": 3}).guard
+    guard = Guard(config)
+    for norm in (1.0, 2.0, 3.0, 4.0):
+        guard.accepted(norm)
+    resumed = Guard(config, guard.state())
+    assert [resumed.accepts(norm) for norm in (59.0, 61.0, math.nan)] == [True, False, False]
+    assert resumed.state() == guard.state() == {"norms": [2.0, 3.0, 4.0], "bad_steps": []}
+
+
+# ------------------------------------------------------------------------------- the best validation, leaving, speed
+
+
+def test_the_best_validation_and_when_to_stop() -> None:
+    config = stage(best={"metric": "val_loss/act", "patience": 2}).best
+    assert config is not None
+    best = Best(config, {})
+    values = {0: 0.1, 10: 3.0, 20: 2.0, 30: 2.5, 40: 2.0}
+    assert [best.see({"val_loss/act": value}, step) for step, value in values.items()] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (best.step, best.exhausted) == (20, True)
+    resumed = Best(config, {step: {"val_loss/act": value} for step, value in values.items() if step <= 30})
+    assert (resumed.step, resumed.exhausted) == (20, False)
+    with pytest.raises(ConfigError, match="val_loss/acts"):
+        Best(config.model_copy(update={"metric": "val_loss/acts"}), {1: {"val_loss/act": 1.0}})
+
+
+def leave_when_asked(asking_rank: int) -> tuple[Any, list[int], list[int]]:
+    built, saved, seen = engine(2), [], []
+
+    def asked() -> str:
+        return "preempted" if built.rank == asking_rank and len(seen) == 2 else ""
+
+    ended = fit(
+        built,
+        batches(built.rank, built.world_size),
+        stage(save_every=100),
+        start_step=0,
+        validation=[],
+        log=lambda metrics, step: seen.append(step) if "loss/total" in metrics else None,
+        save=saved.append,
+        asked=asked,
+    )
+    return ended, saved, seen
+
+
+def test_all_save_and_leave_at_the_step_at_which_one_was_asked_to(two_workers: Workers) -> None:
+    for answer in two_workers.run(leave_when_asked, 1):
+        assert answer == (Ended(3, "preempted"), [3], [1, 2, 3])
+
+
+def measured() -> tuple[dict[str, float], float, bool]:
+    built = engine(3)
+    (batch,) = next(batches(built.rank, built.world_size))
+    before = torch.get_rng_state()
+    flops = forward_flops(built, batch)
+    untouched = torch.equal(before, torch.get_rng_state())
+    meter = Meter(tokens=lambda b: int(b.text_len.sum()), flops_per_row=1e6, peak_flops=1e9)
+    with meter.paused(stalls=True):
+        time.sleep(0.05)
+    with meter.waiting():
+        time.sleep(0.05)
+    meter.count([batch])
+    return meter.read(built), flops / len(batch.positions), untouched
+
+
+def test_speed_is_measured_under_names_that_stay(two_workers: Workers) -> None:
+    found, flops_per_row, untouched = two_workers.run(measured)[0]
+    assert set(found) == {
+        *(f"speed/{n}" for n in ("samples_per_s", "step_s", "data_wait_pct", "checkpoint_stall_pct", "goodput_pct")),
+        "speed/tokens_per_s",
+        "speed/mfu_pct",
+        "memory/peak_gb",
+    }
+    assert 50 < found["speed/data_wait_pct"] <= 100
+    assert found["speed/tokens_per_s"] == pytest.approx(5 * found["speed/samples_per_s"])
+    assert found["speed/mfu_pct"] == pytest.approx(found["speed/samples_per_s"] / 2 * 1e6 / 1e9 * 100)
+    assert 20 < found["speed/goodput_pct"] < 80
+    layers = 2 * (2 * 12 * 12) + 5 * 2 * (2 * 12 * 12) + 2 * 12 * 6 + 5 * 2 * 12 * 16
+    assert flops_per_row == layers
+    assert untouched
+
+
+def test_goodput_counts_what_a_killed_life_had_not_saved_and_the_time_to_come_back() -> None:
+    hour_ago = time.time() - 100.0
+    meter = Meter({"first_start_unix_s": hour_ago, "trained_s": 60.0})
+    state = meter.state()
+    assert state["first_start_unix_s"] == hour_ago
+    assert state["trained_s"] == pytest.approx(60.0, abs=1.0)
+
+
+@pytest.mark.parametrize("offload", ["cpu"])
+def test_offloaded_optimiser_state_gives_the_same_run(two_workers: Workers, offload: str) -> None:
+    here, there = (two_workers.run(train, 2, 1, (), offload=place)[0] for place in ("none", offload))
+    assert curve(there, "loss/total") == pytest.approx(curve(here, "loss/total"), rel=1e-6)
+
+
+def export_and_compare(zero_stage: int, ema_decay: float | None) -> tuple[dict[str, float], dict[str, float], float]:
+    built = build_engine(
+        toy(),
+        EngineConfig(num_workers=2, zero_stage=zero_stage),  # type: ignore[arg-type]
+        OptimizerConfig(lr=1e-2),
+        total_steps=STEPS,
+        micro_batch=GLOBAL_BATCH // 2,
+        ema_decay=ema_decay,
+    )
+    data = batches(built.rank, 2)
+    fit(built, data, stage(), start_step=0, validation=[], log=lambda m, s: None, save=lambda s: None)
+    held_out = next(batches(built.rank, 2, start_step=1000))
+    live = validate(built, held_out)
+    weights = built.full_weights()
+    exported = toy()
+    shared = [weights] if built.rank == 0 else [None]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    exported.load_state_dict(shared[0])
+    again = build_engine(
+        exported,
+        EngineConfig(num_workers=2, zero_stage=0),
+        OptimizerConfig(),
+        total_steps=1,
+        micro_batch=GLOBAL_BATCH // 2,
+    )
+    second = again.full_weights()
+    difference = max((float((second[n] - w).abs().max()) for n, w in weights.items()), default=0.0)
+    return live, validate(again, held_out), difference
+
+
+@pytest.mark.parametrize(("zero_stage", "ema_decay"), [(1, None), (2, None), (3, None), (3, 0.5)])
+def test_t28_what_is_exported_is_the_live_engine(
+    two_workers: Workers, zero_stage: int, ema_decay: float | None
+) -> None:
+    live, exported, difference = two_workers.run(export_and_compare, zero_stage, ema_decay)[0]
+    assert exported == live
+    assert difference == 0.0

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,30 @@ import pytest
 import torch
 
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
-from upvla.errors import Mismatch, StoreError
+from upvla.errors import AlreadyOwned, Mismatch, NoSpace, StoreError
 from upvla.store import Store, open_store
-from upvla.train import resume
+from upvla.train import resume, scratch
 from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engine
 from upvla.train.loop import StageConfig, fit
+from upvla.types import Batch
 
 pytestmark = pytest.mark.seam
 STEPS = 8
 IDENTITY = {"run": "toy", "plan": "p1"}
+RETENTION = resume.Retention()
 
 
-def build(zero_stage: int, precision: str = "fp32") -> Engine:
+def build(zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None) -> Engine:
+    """With dropout, so that a lost random state shows."""
     world_size = torch.distributed.get_world_size()
     return build_engine(
-        toy(dropout=0.2),  # so that a lost random state shows
-        EngineConfig(num_workers=world_size, zero_stage=zero_stage, precision=precision),
-        OptimizerConfig(lr=1e-2, warmup_steps=2),
+        toy(dropout=dropout),
+        EngineConfig(num_workers=world_size, zero_stage=zero_stage),
+        OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1),
         total_steps=STEPS,
         micro_batch=GLOBAL_BATCH // world_size,
+        ema_decay=ema,
+        universal=universal,
     )
 
 
@@ -41,18 +47,24 @@ class Killed(Exception):
 
 
 def run(
-    url: str, scratch: str, zero_stage: int = 2, stop_at: int | None = None, identity: dict[str, str] = IDENTITY
+    url: str,
+    scratch: str,
+    zero_stage: int = 2,
+    stop_at: int | None = None,
+    identity: dict[str, str] = IDENTITY,
+    retention: resume.Retention = RETENTION,
+    **engine_options: Any,
 ) -> dict[str, Any]:
     """One trainer's life: restore what is there, train (until `stop_at`), saving every 2 steps."""
     torch.manual_seed(torch.distributed.get_rank())
-    store, engine = open_store(url), build(zero_stage)
-    point = resume.restore(engine, store, identity=identity, scratch=Path(scratch))
+    store, options = open_store(url), {"identity": identity, "scratch": Path(scratch)}
+    engine, point = resume.open_engine(
+        lambda universal: build(zero_stage, universal, **engine_options), store, zero_stage=zero_stage, **options
+    )
+    saver = resume.Saver(engine, store, retention=retention, **options)
     start = point.step if point else 0
     losses: dict[int, float] = {}
-
-    def save(step: int) -> None:
-        meta = {"losses": {str(k): v for k, v in losses.items()}}
-        resume.save(engine, store, step, identity=identity, meta=meta, scratch=Path(scratch))
+    positions: list[int] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
         if "loss/total" in metrics:
@@ -60,16 +72,31 @@ def run(
         if step == stop_at:
             raise Killed
 
+    def data() -> Iterator[list[Batch]]:
+        for micro_batches in batches(engine.rank, engine.world_size, start_step=start):
+            positions.extend(int(p) for batch in micro_batches for p in batch.positions)
+            yield micro_batches
+
     config = StageConfig(
         name="t", steps=STEPS, weights={"act": 1, "mmu": 0.1}, micro_batch=1, log_every=1, eval_every=99, save_every=2
     )
-    data = batches(engine.rank, engine.world_size, start_step=start)
+    found: dict[str, Any] = {"start": start, "losses": losses, "positions": positions}
     try:
-        fit(engine, data, config, start_step=start, validation=[], log=log, save=save)
+        fit(
+            engine,
+            data(),
+            config,
+            start_step=start,
+            validation=[],
+            log=log,
+            save=lambda step: saver.save(step, {"losses": {str(k): v for k, v in losses.items()}}),
+        )
     except Killed:
-        return {"start": start, "losses": losses}
+        saver.wait()
+        return found
+    saver.wait()
     weights = {name: tensor.numpy() for name, tensor in engine.full_weights().items()}
-    return {"start": start, "losses": losses, "weights": weights, "meta": dict(point.meta) if point else None}
+    return found | {"weights": weights, "meta": dict(point.meta) if point else None, "stalled_s": saver.stalled_s}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -95,7 +122,7 @@ def test_what_killed_workers_left_in_scratch_is_removed_and_what_lives_is_not(tm
         os.utime(folder, (hour_ago, hour_ago))
     lock = os.open(owned, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with resume._folder(tmp_path) as mine:
+    with scratch.locked_folder(tmp_path) as mine:
         assert sorted(tmp_path.iterdir()) == sorted([owned, young, mine])
     os.close(lock)
     assert sorted(tmp_path.iterdir()) == [owned, young]
@@ -151,7 +178,8 @@ def restore_messages(url: str, scratch: str) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("upvla.train.resume").addHandler(handler)
-    resume.restore(build(2), open_store(url), identity=IDENTITY, scratch=Path(scratch))
+    where = {"identity": IDENTITY, "scratch": Path(scratch)}
+    resume.open_engine(lambda universal: build(2, universal), open_store(url), zero_stage=2, **where)
     return messages
 
 
@@ -164,20 +192,107 @@ def test_the_skipped_set_and_file_are_named(one_worker: Workers, saved: Store, t
     assert f"{saved.url}/{key} does not match the sha256 in its manifest" in message
 
 
-def test_another_runs_set_and_another_world_size_are_refused(
-    one_worker: Workers, two_workers: Workers, saved: Store
-) -> None:
+def test_another_runs_set_is_refused(one_worker: Workers, saved: Store) -> None:
     with pytest.raises(Mismatch, match="plan is 'p1' there, 'p2' here"):
         resumed_from(one_worker, saved, identity={"run": "toy", "plan": "p2"})
-    with pytest.raises(Mismatch, match=r"written by 1 workers, this run has 2; set engine\.num_workers=1"):
-        resumed_from(two_workers, saved)
+    with pytest.raises(Mismatch, match=r"written under ZeRO 2, this run has 0; set engine\.zero_stage=2"):
+        resumed_from(one_worker, saved, zero_stage=0)
+    with pytest.raises(Mismatch, match=r"written under ZeRO 2, this run has 3"):
+        resumed_from(one_worker, saved, zero_stage=3)
+
+
+@pytest.fixture(scope="module")
+def four_workers() -> Iterator[Workers]:
+    workers = Workers(4)
+    yield workers
+    workers.close()
+
+
+def resized(before: Workers, after: Workers, folder: Path, zero_stages: tuple[int, int], **options: Any) -> None:
+    """Steps 1 to 4 by one group and 5 to 8 by another give what one group gives alone."""
+    whole = before.run(run, str(folder / "whole"), str(folder / "s"), zero_stages[0], dropout=0.0, **options)
+    first = before.run(run, str(folder / "cut"), str(folder / "s"), zero_stages[0], 5, dropout=0.0, **options)
+    second = after.run(run, str(folder / "cut"), str(folder / "s"), zero_stages[1], dropout=0.0, **options)
+    assert second[0]["start"] == 4
+    consumed = [sorted(p for worker in group for p in worker["positions"]) for group in (whole, second)]
+    assert consumed == [list(range(STEPS * GLOBAL_BATCH)), list(range(4 * GLOBAL_BATCH, STEPS * GLOBAL_BATCH))]
+    losses = {step: loss for step, loss in first[0]["losses"].items() if step <= 4} | second[0]["losses"]
+    assert losses == pytest.approx(whole[0]["losses"], rel=1e-5)
+    for name, weight in whole[0]["weights"].items():
+        np.testing.assert_allclose(second[0]["weights"][name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_fewer_workers_go_on_with_the_same_batches_and_losses(
+    one_worker: Workers, two_workers: Workers, zero_stage: int, tmp_path: Path
+) -> None:
+    resized(two_workers, one_worker, tmp_path, (zero_stage, zero_stage))
+
+
+@pytest.mark.parametrize(("zero_stages", "ema"), [((1, 1), None), ((2, 2), 0.9), ((3, 3), 0.9), ((1, 2), None)])
+def test_more_workers_go_on_with_the_same_batches_and_losses(
+    one_worker: Workers, two_workers: Workers, zero_stages: tuple[int, int], ema: float | None, tmp_path: Path
+) -> None:
+    """Also under another ZeRO stage, and with averaged weights."""
+    resized(one_worker, two_workers, tmp_path, zero_stages, ema=ema)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_become_four(two_workers: Workers, four_workers: Workers, zero_stage: int, tmp_path: Path) -> None:
+    resized(two_workers, four_workers, tmp_path, (zero_stage, zero_stage))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_averaged_weights_resume_bit_for_bit(two_workers: Workers, zero_stage: int, tmp_path: Path) -> None:
+    whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage, ema=0.5)[0]
+    two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5, ema=0.5)
+    second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, ema=0.5)[0]
+    plain = two_workers.run(run, str(tmp_path / "plain"), str(tmp_path / "s"), zero_stage)[0]
+    assert whole["losses"] == plain["losses"], "averaging changes nothing in training"
+    for name, weight in whole["weights"].items():
+        assert np.array_equal(second["weights"][name], weight), name
+        assert not np.array_equal(plain["weights"][name], weight), name
+
+
+def test_retention_keeps_the_last_and_those_of_every_so_many_steps(one_worker: Workers, tmp_path: Path) -> None:
+    kept = resume.Retention(last=1, every=4)
+    one_worker.run(run, str(tmp_path / "run"), str(tmp_path / "s"), retention=kept)
+    assert [point.step for point in resume.points(open_store(str(tmp_path / "run")))] == [8, 4]
+
+
+def save_twice(url: str, scratch_folder: str, owned: bool) -> tuple[str, list[int]]:
+    engine, store = build(2), open_store(url)
+
+    def owns() -> None:
+        if not owned:
+            raise AlreadyOwned("somebody else trains this")
+
+    saver = resume.Saver(engine, store, identity={}, scratch=Path(scratch_folder), owns=owns)
+    saver.save(1, {})
+    message = ""
+    try:
+        saver.save(2, {})
+        saver.wait()
+    except AlreadyOwned as error:
+        message = str(error)
+    return message, [point.step for point in resume.points(store)]
+
+
+def test_a_trainer_that_lost_the_run_commits_nothing(two_workers: Workers, tmp_path: Path) -> None:
+    owner = two_workers.run(save_twice, str(tmp_path / "run"), str(tmp_path / "s"), True)
+    assert owner[0] == ("", [2, 1])
+    for answer in two_workers.run(save_twice, str(tmp_path / "other"), str(tmp_path / "s"), False):
+        assert answer == ("somebody else trains this", [])
 
 
 def save_where_rank_1_cannot_write(url: str, scratch: str) -> str:
     engine = build(2)
     store = open_store(url if engine.rank == 0 else "/dev/null/nowhere")
+    saver = resume.Saver(engine, store, identity={}, scratch=Path(scratch))
+    saver.save(2, {})
     try:
-        resume.save(engine, store, 2, identity={}, meta={}, scratch=Path(scratch))
+        saver.wait()
     except StoreError as error:
         return str(error)
     return ""
@@ -190,3 +305,9 @@ def test_a_worker_that_cannot_write_fails_the_save_for_all_and_nothing_is_commit
     assert messages[0] == messages[1]
     assert "/dev/null/nowhere" in messages[0]
     assert resume.points(open_store(str(tmp_path / "run"))) == []
+
+
+def test_a_disk_that_is_too_full_is_named_with_what_is_needed(tmp_path: Path) -> None:
+    resume.require_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(NoSpace, match=rf"no space left under {tmp_path}: .* takes 1099511627776 MB .*set `scratch`"):
+        resume.require_space(tmp_path / "not" / "yet", 2**60)

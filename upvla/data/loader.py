@@ -91,10 +91,10 @@ class Loader(Generic[_Batch]):
             fetched = [self._fetcher.submit(self._fetch, p) for p in self.positions(self.step + len(self._ahead))]
             self._ahead.append([self._decoders.submit(self._load, places) for places in fetched])
         started = time.perf_counter()
-        batches = [future.result() for future in self._ahead[0]]
+        due = self._ahead.popleft()
+        self.step += 1  # also where a sample cannot be read: who goes on goes on with the next step
+        batches = [future.result() for future in due]
         self.data_wait_s += time.perf_counter() - started
-        self._ahead.popleft()
-        self.step += 1
         return batches
 
     def state_dict(self) -> dict[str, int]:

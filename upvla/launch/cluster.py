@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import AuthenticationError, RayTaskError
 
-from upvla.errors import UpvlaError
+from upvla.errors import StackError, UpvlaError
 
 
 @contextlib.contextmanager
@@ -30,11 +30,14 @@ def connected() -> Iterator[None]:
 
 
 def _connect() -> None:
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True)
-    except ConnectionError:
+        ray.init(address=address, log_to_driver=True)
+    except AuthenticationError as error:
+        raise StackError(f"Ray at {address} refuses our token: check RAY_AUTH_TOKEN_PATH (`upvla env`)") from error
+    except ConnectionError as error:
         if "RAY_ADDRESS" in os.environ:
-            raise
+            raise StackError(f"no Ray cluster at {address}: `upvla up` starts one; else correct RAY_ADDRESS") from error
         ray.init(address="local", include_dashboard=False, log_to_driver=True)
 
 

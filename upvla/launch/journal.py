@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
+from upvla.data.mixture import Mixture
 from upvla.launch.train import TrainSpec
 
 if TYPE_CHECKING:
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 class Journal:
     """Every worker keeps one; rank 0's speaks."""
 
-    def __init__(self, spec: TrainSpec, rank: int, began: float) -> None:
-        self._spec, self._speaks, self._began = spec, rank == 0, began
-        self._validation: dict[str, dict[str, float | None]] = {}  # step -> means; strings, because it travels as JSON
+    def __init__(self, spec: TrainSpec, rank: int, began: float, mixture: Mixture) -> None:
+        self._spec, self._speaks, self._began, self._mixture = spec, rank == 0, began, mixture
+        self.validation: dict[str, dict[str, float | None]] = {}  # step -> means; strings, because it travels as JSON
         self._speeds: list[dict[str, float]] = []
         self._start, self._first_step_s = 0, 0.0
         self._run: Run | None = None
@@ -35,7 +37,7 @@ class Journal:
 
     def begin(self, start: int, meta: Mapping[str, Any]) -> None:
         self._start = start
-        self._validation = {step: dict(means) for step, means in meta.get("validation", {}).items()}
+        self.validation = {step: dict(means) for step, means in meta.get("validation", {}).items()}
         if self._speaks:
             print(f"{self._spec.stage.name}: from step {start} of {self._spec.stage.steps}", flush=True)
         self._training_since = time.monotonic()
@@ -47,7 +49,7 @@ class Journal:
             if name.startswith("val_")
         }
         if held_out:
-            self._validation[str(step)] = held_out
+            self.validation[str(step)] = held_out
         speed = {name: value for name, value in metrics.items() if name.startswith("speed/")}
         if speed:
             self._first_step_s = self._first_step_s or time.monotonic() - self._began
@@ -55,22 +57,34 @@ class Journal:
         if self._speaks:
             print(self._line(metrics, step), flush=True)
         if self._run is not None:
-            self._run.log(metrics, step)
+            self._run.log({**metrics, **(self._about(step) if speed else {})}, step)
+
+    def _about(self, step: int) -> dict[str, float]:
+        """What the first worker can say alone: the mixture's shares since the last line, and its machine's state."""
+        batch = self._mixture.plan.global_batch
+        seen = range(max(self._start, step - self._spec.stage.log_every) * batch, step * batch)
+        shares = {f"mixture/{name}": share for name, share in self._mixture.share(seen.start, seen.stop).items()}
+        machine = {"cpu_pct": psutil.cpu_percent(), "memory_pct": psutil.virtual_memory().percent}
+        return shares | {f"system/{name}": float(value) for name, value in machine.items()}
 
     def picture(self, image: np.ndarray, name: str) -> None:
         """u8[H,W,3] beside the stage's curves."""
         if self._run is not None:
             self._run.picture(image, name)
 
-    def meta(self) -> dict[str, Any]:
-        return {"validation": self._validation}
+    @property
+    def history(self) -> dict[int, dict[str, float | None]]:
+        """Every validation of the run so far, by step."""
+        return {int(step): means for step, means in self.validation.items()}
 
-    def summary(self) -> dict[str, Any]:
-        """`losses` {objective: {first, last}} on the held-out batches, and how fast it went (of this attempt)."""
-        steps = sorted(self._validation, key=int)
-        first, last = self._validation[steps[0]], self._validation[steps[-1]]
+    def summary(self, step: int) -> dict[str, Any]:
+        """`losses` {objective: {first, last}} on the held-out batches, `last` as of `step`, and how fast it went (of
+        this attempt)."""
+        first, last = self.history[min(self.history)], self.history[step]
         names = [name for name in last if name.startswith("val_loss/")]
         speeds = {name: float(np.median([s[name] for s in self._speeds])) for name in (self._speeds or [{}])[0]}
+        if self._speeds:  # a share of the whole run so far: the last word on it counts
+            speeds["speed/goodput_pct"] = self._speeds[-1]["speed/goodput_pct"]
         return {
             "losses": {
                 name.removeprefix("val_loss/"): {"first": first.get(name), "last": last[name]} for name in names

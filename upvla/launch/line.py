@@ -19,7 +19,7 @@ from typing import Any, Literal
 from upvla.checkpoint import load_bundle, read_marker, read_meta
 from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.data.table import load_manifest
-from upvla.errors import ConfigError, NotFound, StackError
+from upvla.errors import ConfigError, Mismatch, NotFound, StackError
 from upvla.launch import scores as scoring
 from upvla.launch.card import model_card
 from upvla.launch.cluster import connected
@@ -35,7 +35,8 @@ from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
 from upvla.sim.playtable import tasks
 from upvla.store import Store, content_hash, open_store
 from upvla.tracking import CHAMPION, Registry, Run, Tracker
-from upvla.train.config import StageConfig
+from upvla.train.config import EngineConfig, StageConfig
+from upvla.train.guard import unexplained
 from upvla.types import Checkpoint, ModelVersion
 
 Result = dict[str, Any]
@@ -117,6 +118,7 @@ class Line:
         """A version in the model registry. The first one becomes champion; a later one is a challenger."""
         began = time.monotonic()
         bundle = load_bundle(model["url"])  # every hash is checked before anything is registered
+        require_explained(self.config, bundle.meta)
         checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.tracker)
         metrics = {
             name + suffix: score[bound]
@@ -170,7 +172,7 @@ class Line:
         config, site = self.config.eval, self.site
         opened = line_suite(config, suite)
         chains = opened.chains(suite.num)
-        return scoring.Exam(opened, chains, config.control, site.rollout, site.num_workers, site.use_gpu)
+        return scoring.Exam(opened, chains, config.control, site.rollout, site.most_workers, site.use_gpu)
 
     def _scores(self, checkpoint: Checkpoint) -> Result:
         config = self.config.eval
@@ -198,7 +200,7 @@ class Line:
             kind=kind,
             store_url=self.site.store_url,
             stage=stage,
-            engine=self.config.engine.model_copy(update=workers),
+            engine=EngineConfig.model_validate(self.config.engine.model_dump() | workers),
             train_plan=plan["train"],
             validation_plan=plan["validation"],
             paraphrases={} if kind == "vq" else {name: row.train for name, row in tasks.TASKS.items()},
@@ -308,6 +310,20 @@ def _training_run(checkpoint: Checkpoint) -> tuple[str, str]:
     """Key and name of the MLflow run of the stage that exported this checkpoint (`models/<run>/<stage>`)."""
     stage = checkpoint.url.rpartition("/")[2]
     return f"{checkpoint.run}/{stage}", stage
+
+
+def require_explained(config: LineConfig, meta: Mapping[str, Any]) -> None:
+    """Refuse a model of a run with bad steps that nobody has looked at; `meta` is its checkpoint's."""
+    stages = [(name, getattr(config, name)) for name in type(config).model_fields]
+    for name, stage in stages:
+        if not isinstance(stage, StageConfig) or stage.name != meta.get("stage"):
+            continue
+        if steps := unexplained(meta.get("bad_steps", ()), stage.guard.explained):
+            raise Mismatch(
+                f"the run {meta.get('run')} passed over the bad steps {steps} of {stage.name}, so its model is not "
+                f"registered: look at the samples that its meta.json names, then list the steps in "
+                f"{name}.guard.explained"
+            )
 
 
 def git_commit() -> str:

@@ -1,7 +1,8 @@
 """Training as a Ray Job: who asks for it, and the driver that runs it on Ray Train.
 
     run_training(store, spec, jobs)         asks: finds the result, or attaches to the running job, or submits one
-      -> python -m upvla.launch.train URL   the driver, inside the cluster: opens the inputs, then asks for workers
+      -> python -m upvla.launch.train URL   the driver, inside the cluster: owns the key, opens the inputs, then asks
+                                            for workers, and asks again when they have left for a reason
            -> upvla.launch.worker           every worker: data, model, engine, resume, fit, export
 
 The result is a JSON beside the resume points, created once. It is what says that a stage is finished: not the job's
@@ -10,6 +11,7 @@ status, not the orchestrator's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -24,15 +26,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from upvla.errors import ConfigError, JobFailed, NotFound, UpvlaError
+from upvla.errors import AlreadyOwned, ConfigError, JobFailed, NotFound, StoreError, UpvlaError
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
+from upvla.launch.lease import Lease, require_owner
+from upvla.launch.notices import REQUEST
 from upvla.model.config import ModelConfig
 from upvla.store import Store, content_hash, open_store
 from upvla.train.config import EngineConfig, StageConfig
 
 RESULT, FAILURE, SPEC = "result.json", "failure.json", "spec.json"
-_COLLECTIVE_TIMEOUT_S = 600
+LEFT, BAD_STEPS = "left.json", "bad_steps.json"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none)."""
@@ -86,14 +90,17 @@ class TrainSpec(BaseModel):
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
         elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine"}
-        value = self.model_dump(mode="json", exclude=elsewhere)
-        for field in ("log_every", "eval_every", "eval_batches", "save_every"):
-            del value["stage"][field]
+        value = self.model_dump(mode="json", exclude=elsewhere) | {"stage": self.stage.identity()}
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
 
     @property
     def prefix(self) -> str:
         return f"runs/{self.key}/{self.stage.name}"
+
+    @property
+    def scratch_folder(self) -> Path:
+        """One for all workers of a machine."""
+        return Path(self.scratch or tempfile.gettempdir(), "upvla-resume")
 
 
 def run_training(
@@ -141,41 +148,88 @@ def main(arguments: Sequence[str]) -> int:
     (url,) = arguments
     folder, _, name = url.rpartition("/")
     place = open_store(folder)
-    spec = TrainSpec.model_validate(place.read_json(name))
     try:
+        spec = TrainSpec.model_validate(place.read_json(name))
         with connected():
             train(spec)
     except UpvlaError as error:
-        place.write_json(FAILURE, {"code": error.code, "message": str(error)})
+        if not isinstance(error, AlreadyOwned):  # then the record is the owner's to write
+            with contextlib.suppress(StoreError):
+                place.write_json(FAILURE, {"code": error.code, "message": str(error)})
         print(f"upvla: {error.code}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:
-    """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for."""
-    from upvla.launch.worker import open_inputs
+    """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for.
 
+    Raises `AlreadyOwned` when another driver trains the same key, and `JobFailed` with what the workers said.
+    """
     place = open_store(spec.store_url).sub(spec.prefix)
     if (result := _read(place, RESULT)) is not None:
         return result
-    place.delete(FAILURE)
+    with Lease(place, f"training {spec.prefix}") as lease:
+        place.delete(FAILURE)
+        place.delete(REQUEST)
+        _check(spec, place)
+        allowed = spec.engine.worker_range
+        while (result := _read(place, RESULT)) is None:
+            place.delete(LEFT)
+            _run_workers(spec, lease.number, allowed)
+            if (failure := _read(place, FAILURE)) is not None:
+                raise JobFailed(failure["message"])
+            if (left := _read(place, LEFT)) is not None:
+                allowed = _go_on_after(spec, left, allowed)
+            elif not place.exists(RESULT):
+                require_owner(place, lease.number, f"training {spec.prefix}")
+                raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
+    return result
+
+
+def _check(spec: TrainSpec, place: Store) -> None:
+    """Everything that can be known to be wrong without a worker."""
+    from upvla.launch.worker import open_inputs
+
     open_inputs(spec).check(spec)
-    resources = ray.cluster_resources()
-    if spec.engine.use_gpu and not resources.get("GPU"):
-        raise ConfigError("engine.use_gpu is set and this Ray cluster has no GPU: set it to false, or add a node")
-    cpus = resources.get("CPU", 1.0)
-    threads = max(1, int(cpus // spec.engine.num_workers))
+    least, gpus = spec.engine.worker_range[0], ray.cluster_resources().get("GPU", 0)
+    if spec.engine.use_gpu and gpus < least:
+        raise ConfigError(
+            f"engine.use_gpu is set for {least} workers and this Ray cluster has {gpus:.0f} GPUs: set it to false, or "
+            "add nodes"
+        )
+    if spec.tracking is not None and not place.list("resume/"):  # later on, nobody waits for MLflow
+        from upvla.tracking import Tracker
+
+        Tracker(spec.tracking.uri, spec.tracking.experiment).experiment_id()
+
+
+def _go_on_after(spec: TrainSpec, left: Mapping[str, Any], allowed: tuple[int, int]) -> tuple[int, int]:
+    """How many workers to ask for next, or `JobFailed` where leaving was the wish."""
+    if left["reason"] == "stop":
+        raise JobFailed(f"{spec.prefix}: stopped after step {left['step']} as asked; start it again to go on")
+    print(f"{spec.stage.name}: the workers left ({left['reason']}) and are asked for again", flush=True)
+    least, most = left["num_workers"] if left["reason"] == "resize" else allowed
+    return int(least), int(most)
+
+
+def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int]) -> None:
+    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order."""
+    least, most = allowed
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    threads = max(1, int(cpus // most))
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"spec": spec.model_dump_json(), "threads": threads},
+        train_loop_config={"spec": spec.model_dump_json(), "threads": threads, "owner": owner, "ray": True},
         scaling_config=ScalingConfig(
-            num_workers=spec.engine.num_workers,
+            num_workers=most if least == most else (least, most),
             use_gpu=spec.engine.use_gpu,
-            resources_per_worker={"CPU": min(threads, cpus / spec.engine.num_workers)},
+            resources_per_worker={"CPU": min(threads, cpus / least)},
         ),
-        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(
+            backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.stall_timeout_s
+        ),
         run_config=RunConfig(
             name=f"{spec.stage.name}-{os.getpid()}",
             storage_path=str(folder),
@@ -194,12 +248,6 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if (failure := _read(place, FAILURE)) is not None:
-        raise JobFailed(failure["message"])
-    result = _read(place, RESULT)
-    if result is None:
-        raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
-    return result
 
 
 def _work(settings: Mapping[str, Any]) -> None:

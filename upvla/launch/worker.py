@@ -6,12 +6,10 @@ trained one. What differs is the module, the reader and what is exported.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,23 +24,28 @@ from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture, plan_from_json
 from upvla.data.samples import Collator, SampleReader
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import AlreadyExists, BadStep, ConfigError, Mismatch
+from upvla.errors import AlreadyExists, AlreadyOwned, BadStep, ConfigError, Mismatch, NoSpace, NotFound
 from upvla.launch.journal import Journal
+from upvla.launch.lease import require_owner
+from upvla.launch.notices import Notices
 from upvla.launch.tokenizers import load_text, load_vq, save_vq
-from upvla.launch.train import FAILURE, RESULT, TrainSpec
+from upvla.launch.train import BAD_STEPS, FAILURE, LEFT, RESULT, TrainSpec
 from upvla.launch.weights import start_from, weights_id
 from upvla.model.config import ModelConfig
-from upvla.model.sequence import conditioned
+from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
-from upvla.model.vq import VQTokenizer, VQTraining, reconstructions
+from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
 from upvla.store import Store, open_store
-from upvla.train import resume
-from upvla.train.config import accumulation_steps
+from upvla.train import group, resume
+from upvla.train.config import accumulation_steps, world_sizes
 from upvla.train.engine import Engine, build_engine
-from upvla.train.loop import fit
+from upvla.train.guard import Best, Guard
+from upvla.train.loop import Ended, fit
+from upvla.train.meter import Meter, forward_flops, peak_flops
 from upvla.types import Batch, Losses, Sample
 
+_SAVED_BYTES = 16  # a parameter takes in a resume point: weight, master copy and two moments
 _PICTURED = 8  # held-out frames in the picture of an image tokenizer
 
 
@@ -62,7 +65,9 @@ class Inputs:
 
     def check(self, spec: TrainSpec) -> None:
         """Raise what would make every worker fail."""
-        accumulation_steps(self.train.plan.global_batch, spec.engine.num_workers, spec.stage.micro_batch)
+        self.world_sizes(spec)
+        if spec.stage.picture_every and (spec.engine.zero_stage == 3 or spec.kind != "policy"):
+            raise ConfigError(f"{spec.stage.name}: picture_every needs a policy with whole weights (zero_stage <= 2)")
         for mixture in (self.train, self.validation):
             self.reader(mixture)
             if self.parent is not None:
@@ -73,8 +78,16 @@ class Inputs:
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
                 raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
+        model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
         if spec.kind == "policy":
-            self.bundle(UPVLA(self.config) if self.parent is None else self.parent.model, {})
+            model = UPVLA(self.config) if self.parent is None else self.parent.model
+            self.bundle(model, {})
+        resume.require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
+
+    def world_sizes(self, spec: TrainSpec) -> list[int]:
+        """Numbers of workers that this run may have."""
+        plan = self.train.plan
+        return world_sizes(plan.global_batch, plan.lanes, spec.stage.micro_batch, spec.engine)
 
     def reader(self, mixture: Mixture) -> SampleReader:
         """Samples with codes, or for the tokenizer's own training frames at the size it sees."""
@@ -141,7 +154,8 @@ def _open_mixture(store: Store, plan_id: str) -> Mixture:
 def work(settings: Mapping[str, Any]) -> None:
     """Body of every worker of an initialised process group. It runs again, and resumes, when one of them was lost.
 
-    A `BadStep` is everybody's: all workers end in good order, the record says why, and no retry repeats it.
+    What no retry would change is everybody's: all workers end in good order and the record says why. So is leaving
+    before the end: the record says for what, and the driver decides what comes next.
     """
     began = time.monotonic()
     spec = TrainSpec.model_validate_json(settings["spec"])
@@ -149,59 +163,142 @@ def work(settings: Mapping[str, Any]) -> None:
     if place.exists(RESULT):
         return
     torch.set_num_threads(settings["threads"])
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     inputs = open_inputs(spec)
-    global_batch, stage = inputs.train.plan.global_batch, spec.stage
+    if world_size not in (fitting := inputs.world_sizes(spec)):
+        if rank == 0:  # an elastic group was given a number between two that fit: the driver asks for the lower one
+            most = max((n for n in fitting if n < world_size), default=fitting[0])
+            place.write_json(LEFT, {"reason": "resize", "num_workers": [fitting[0], most]})
+        return
+    journal = Journal(spec, rank, began, inputs.train)
+    ended = Ended(0, "failed")
+    try:
+        ended = _train(spec, inputs, place, journal, settings)
+    except (BadStep, NoSpace, AlreadyOwned) as error:
+        if rank == 0 and not isinstance(error, AlreadyOwned):
+            place.write_json(FAILURE, {"code": error.code, "message": str(error)})
+    finally:
+        journal.close({"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"))
+    if rank == 0 and ended.reason not in ("failed", "finished", "early"):
+        place.write_json(LEFT, {"reason": ended.reason, "step": ended.step})
+
+
+def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, settings: Mapping[str, Any]) -> Ended:
+    """From the last resume point, if there is one, to the result, or to where somebody asked everybody to leave."""
+    stage, threads, what = spec.stage, settings["threads"], f"training {spec.prefix}"
+    points, identity = place.sub("resume"), {"key": spec.key, "train_plan": spec.train_plan}
+    scratch = spec.scratch_folder
+
+    def open_engine(step: int | None = None) -> tuple[Engine, resume.ResumePoint | None]:
+        return resume.open_engine(
+            partial(_build, spec, inputs if step is None else open_inputs(spec)),  # a module is wrapped only once
+            points,
+            identity=identity,
+            scratch=scratch,
+            zero_stage=spec.engine.zero_stage,
+            step=step,
+        )
+
+    engine, point = open_engine()
+    meta = point.meta if point else {}
+    guard = Guard(stage.guard, meta.get("guard"))
+    start = _after_rollback(place, engine, guard, point.step if point else 0)
+    journal.begin(start, meta)
+    with _loader(spec, inputs, inputs.validation, engine, 0, threads) as validation:
+        held_out = [batch for _ in range(stage.eval_batches) for batch in next(validation)]
+    meter = Meter(
+        meta.get("meter"),
+        tokens=partial(num_tokens, inputs.config) if spec.kind == "policy" else None,
+        flops_per_row=3 * forward_flops(engine, held_out[0]) / len(held_out[0].positions),
+        peak_flops=peak_flops(engine.device, spec.engine.precision, spec.engine.peak_tflops),
+    )
+    best = Best(stage.best, journal.history) if stage.best else None
+    saver = resume.Saver(
+        engine,
+        points,
+        identity=identity,
+        scratch=scratch,
+        retention=resume.Retention(stage.keep_last, stage.keep_every),
+        owns=lambda: require_owner(place, settings["owner"], what) if settings.get("owner") else None,
+    )
+
+    def save(step: int) -> None:
+        told = {"validation": journal.validation, "meter": meter.state(), "guard": guard.state()}
+        saver.save(step, told, keep=(best.step,) if best and best.step else ())
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        journal.log(metrics, step)
+        if stage.picture_every and step % stage.picture_every == 0:  # on every worker: each holds a part of an average
+            journal.picture(predicted_frames(inputs, engine, held_out[0]), f"predicted/step-{step:08d}.png")
+
+    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, Notices(place, settings) as notices:
+        try:
+            ended = fit(
+                engine,
+                batches,
+                stage,
+                start_step=start,
+                validation=held_out,
+                log=log,
+                save=save,
+                meter=meter,
+                guard=guard,
+                best=best,
+                asked=notices.reason,
+            )
+        except BadStep as bad:
+            saver.wait()
+            if not guard.rolls_back:
+                raise
+            if engine.rank == 0:
+                place.write_json(BAD_STEPS, {"go_on_after": bad.step, "bad_steps": guard.bad_steps})
+            return Ended(bad.step, "rollback")
+    saver.wait()
+    if ended.reason not in ("finished", "early"):
+        return ended
+    exported = ended.step
+    if best and best.step not in (None, ended.step):
+        exported = int(best.step or 0)
+        engine, _ = open_engine(exported)
+    weights = engine.full_weights()
+    about = {"step": exported, "ended": ended.reason, "bad_steps": guard.bad_steps}
+    finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)
+    group.together(finish if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
+    return ended
+
+
+def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
+    stage, world_size = spec.stage, torch.distributed.get_world_size()
     engine = build_engine(
         _module(spec, inputs),
         spec.engine,
         stage.optimizer,
         total_steps=stage.steps,
         micro_batch=stage.micro_batch,
-        accumulation=accumulation_steps(global_batch, spec.engine.num_workers, stage.micro_batch),
+        accumulation=accumulation_steps(inputs.train.plan.global_batch, world_size, stage.micro_batch),
         freeze=stage.freeze,
+        ema_decay=stage.ema_decay,
+        universal=universal,
     )
     torch.manual_seed(spec.seed * 1_000_003 + engine.rank)  # dropout; a restored state replaces it
-    scratch = Path(spec.scratch or tempfile.gettempdir(), "upvla-resume")  # one for all workers of a machine
-    journal = Journal(spec, engine.rank, began)
+    return engine
+
+
+def _after_rollback(place: Store, engine: Engine, guard: Guard, start: int) -> int:
+    """The step to go on from: where a bad step has sent the run back, the weights are older than the data."""
     try:
-        _train(spec, inputs, engine, place, journal, scratch, settings["threads"])
-    except BadStep as error:
-        journal.close("FAILED")
-        if engine.rank == 0:
-            place.write_json(FAILURE, {"code": error.code, "message": str(error)})
-    except BaseException:
-        journal.close("FAILED")
-        raise
-    else:
-        journal.close("FINISHED")
+        told = place.read_json(BAD_STEPS)
+    except NotFound:
+        return start
+    if told["go_on_after"] <= start:
+        return start
+    guard.bad_steps = list(told["bad_steps"])
+    engine.skip_schedule(told["go_on_after"] - start)
+    return int(told["go_on_after"])
 
 
-def _train(
-    spec: TrainSpec, inputs: Inputs, engine: Engine, place: Store, journal: Journal, scratch: Path, threads: int
-) -> None:
-    points, identity = place.sub("resume"), {"key": spec.key, "train_plan": spec.train_plan}
-    point = resume.restore(engine, points, identity=identity, scratch=scratch)
-    start = point.step if point else 0
-    journal.begin(start, point.meta if point else {})
-    validation = _loader(spec, inputs, inputs.validation, engine, 0, threads)
-    with validation:
-        held_out = [batch for _ in range(spec.stage.eval_batches) for batch in next(validation)]
-    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches:
-        fit(
-            engine,
-            batches,
-            spec.stage,
-            start_step=start,
-            validation=held_out,
-            log=journal.log,
-            save=lambda step: resume.save(
-                engine, points, step, identity=identity, meta=journal.meta(), scratch=scratch
-            ),
-        )
-    weights = engine.full_weights()
-    if engine.rank == 0:
-        _finish(spec, inputs, weights, held_out, place, journal)
-    engine.gather(None)  # nobody leaves, and tears the group down, before the result is there
+def _nothing() -> None:
+    """What the workers do that leave a collective task to one of them."""
 
 
 def _finish(
@@ -211,9 +308,10 @@ def _finish(
     held_out: Sequence[Batch],
     place: Store,
     journal: Journal,
+    about: Mapping[str, Any],
 ) -> None:
     """Export what was learnt, then create the result."""
-    result: dict[str, Any] = {"stage": spec.stage.name, "step": spec.stage.steps, **journal.summary()}
+    result: dict[str, Any] = {"stage": spec.stage.name, **about, **journal.summary(about["step"])}
     if spec.kind == "vq":
         vq = VQTokenizer(inputs.config.vq)
         vq.load_state_dict({name.removeprefix("objective.vq."): tensor for name, tensor in weights.items()})
@@ -223,7 +321,9 @@ def _finish(
     else:
         model = UPVLA(inputs.config)
         model.load_state_dict(dict(weights))
-        meta = {"run": spec.key, "step": spec.stage.steps, "stage": spec.stage.name, "losses": result["losses"]}
+        meta = {"run": spec.key, "step": about["step"], "stage": spec.stage.name, "losses": result["losses"]}
+        if about["bad_steps"]:
+            meta["bad_steps"] = about["bad_steps"]
         meta |= {"train_plan": spec.train_plan, "validation_plan": spec.validation_plan, "parent": spec.parent_id}
         meta["datasets"] = {
             name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
@@ -246,6 +346,23 @@ def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:
     model = UPVLA(inputs.config)
     start_from(model, spec.weights_urls)
     return model
+
+
+def predicted_frames(inputs: Inputs, engine: Engine, batch: Batch) -> np.ndarray:
+    """u8[3H,B*W,3]: held-out frames now, predicted for a chunk later, and as they then were, from their codes.
+
+    Collective: with averaged weights every worker brings its part of them.
+    """
+    assert inputs.vq is not None
+    rows = slice(0, min(_PICTURED, len(batch.codes)))
+    read = [torch.as_tensor(getattr(batch, name)[rows]) for name in ("images", "codes", "text_ids", "text_len")]
+    with engine.evaluating():
+        _, future = engine.training_module.predict(*(tensor.to(engine.device) for tensor in read))
+    grid = tuple(side // inputs.config.vq.downsampling for side in inputs.config.vq.sides)
+    shown = [read[1], future.cpu(), torch.as_tensor(batch.future_codes[rows])]
+    with torch.no_grad():
+        frames = [to_frames(inputs.vq.decode(codes[:, 0], (grid[0], grid[1]))) for codes in shown]
+    return torch.cat([torch.cat(list(row), dim=1) for row in frames]).numpy()
 
 
 class FrameObjective(nn.Module):

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from upvla.model.config import ModelConfig
+from upvla.types import Batch
 
 Role = Literal["causal", "full", "shared"]
 
@@ -158,6 +159,13 @@ def qa_rows(config: ModelConfig, qa_ids_ML: Tensor) -> Rows:
     ids = torch.cat([torch.tensor(head, device=device).expand(rows, -1), text], dim=1)
     positions = torch.arange(ids.shape[1], device=device).expand(rows, -1)
     return Rows(ids, attention_mask(table, torch.zeros_like(ids, dtype=torch.bool)), positions, _places(table))
+
+
+def num_tokens(config: ModelConfig, batch: Batch) -> int:
+    """Decoder positions of a batch that hold something: without padding, and without a text's own special tokens."""
+    robot = sum(span.length for span in robot_table(config, 0)) * len(batch.codes) + int(batch.text_len.sum())
+    qa = sum(span.length for span in qa_table(config, 0)) * len(batch.qa_ids)
+    return robot + qa + int((batch.qa_ids != config.pad_id).sum())
 
 
 def qa_width(config: ModelConfig, qa_ids_ML: Tensor) -> int:

@@ -34,6 +34,7 @@ _KEY = "upvla.key"
 _FLUSH_S = 1.0
 _RETRY_S = 10.0
 _SPOOL = 200_000  # metric points kept while the server is away; the oldest go first
+_PICTURES = 100
 _BATCH = 900  # MLflow takes at most 1000 entries a request
 
 
@@ -132,6 +133,7 @@ class Run:
         self._identity = (key, name, parent)
         self._head: tuple[dict[str, Any], Mapping[str, str]] | None = (flatten(params), tags)
         self._spool: deque[_Point] = deque(maxlen=_SPOOL)
+        self._pictures: deque[tuple[np.ndarray, str]] = deque(maxlen=_PICTURES)
         self._newest: dict[str, int] = {}  # metric -> newest step that the server has
         self._run_id: str | None = None
         self._warned, self._warning = False, threading.Lock()
@@ -156,8 +158,8 @@ class Run:
         self._quietly(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
 
     def picture(self, image: np.ndarray, name: str) -> None:
-        """u8[H,W,3] as an image artifact called `name` (with its suffix)."""
-        self._quietly(lambda: self._client.log_image(self.run_id, image, name))
+        """Queue u8[H,W,3] as an image artifact called `name` (with its suffix); never blocks."""
+        self._pictures.append((image, name))
 
     def record(self, value: Any, name: str) -> None:
         """A JSON artifact."""
@@ -167,8 +169,9 @@ class Run:
         """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`."""
         self._closing.set()
         self._sender.join(timeout_s)
-        if self._spool:
-            log.warning("MLflow at %s: %d metric points were never sent", self._tracker.uri, len(self._spool))
+        if self._spool or self._pictures:
+            unsent = len(self._spool), len(self._pictures)
+            log.warning("MLflow at %s: %d metric points and %d pictures were never sent", self._tracker.uri, *unsent)
         self._quietly(lambda: self._client.set_terminated(self.run_id, status))
 
     def _send_forever(self) -> None:
@@ -185,6 +188,9 @@ class Run:
                     points = [self._spool.popleft() for _ in range(min(_BATCH, len(self._spool)))]
                     self._send(points)
                     points = []
+                while self._pictures:  # one that arrives twice replaces itself
+                    self._client.log_image(self.run_id, *self._pictures[0])
+                    self._pictures.popleft()
         except StackError as error:
             self._spool.extendleft(reversed(points))
             self._newest.clear()  # whether the last batch arrived is unknown: ask before sending it again

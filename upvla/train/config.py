@@ -29,16 +29,74 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_workers: int = Field(default=1, gt=0)
+    num_workers: int | tuple[int, int] = Field(
+        default=1, description="a number, or [least, most]: then as many as the cluster has room for and the data allow"
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: products in bfloat16 (autocast); weights, gradients and moments stay float32"
     )
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
-    use_gpu: bool = False
-    max_failures: int = Field(
-        default=3, ge=-1, description="worker failures that are retried from the last resume point"
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where optimiser state rests: cpu needs zero_stage >= 1, nvme 3 (and then weights go, too)"
     )
+    nvme_folder: str = Field(default="", description="a folder on a local fast disk, for offload: nvme")
+    use_gpu: bool = False
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="what a worker's device can do, for MFU; default: known GPUs, CPUs are measured"
+    )
+    max_failures: int = Field(
+        default=3, ge=-1, description="worker failures that are retried from the last resume point; -1: always again"
+    )
+    stall_timeout_s: int = Field(
+        default=60, gt=0, description="a worker that says nothing for so long is given up, and the group starts again"
+    )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """(least, most) workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @model_validator(mode="after")
+    def _workers_and_offload(self) -> EngineConfig:
+        least, most = self.worker_range
+        if not 1 <= least <= most:
+            raise ValueError(f"num_workers={self.num_workers}: write a positive number, or [least, most]")
+        needs = {"none": 0, "cpu": 1, "nvme": 3}[self.offload]
+        if self.zero_stage < needs:
+            raise ValueError(f"offload={self.offload} needs zero_stage >= {needs}, it is {self.zero_stage}")
+        if (self.offload == "nvme") != bool(self.nvme_folder):
+            raise ValueError("offload=nvme and nvme_folder go together: set both, or neither")
+        return self
+
+
+class GuardConfig(BaseModel):
+    """What happens at a step whose loss or gradient is not finite, or whose gradient is a spike.
+
+    The optimiser never moves on such a step, and its mixture positions are recorded. `stop` ends the run; `skip` goes
+    on with the next batch; `rollback` goes on with the next batch from the weights of the last resume point.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="a gradient norm above this times the median of the last ones is a spike"
+    )
+    spike_window: int = Field(default=64, gt=1, description="accepted steps that the median is taken over")
+    max_bad_steps: int = Field(default=10, ge=0, description="one more than these stops the run, whatever the policy")
+    explained: tuple[int, ...] = Field(
+        default=(), description="bad steps that somebody has looked at; any other keeps the model out of the registry"
+    )
+
+
+class BestConfig(BaseModel):
+    """Export the weights of the best validation instead of the last ones; with `patience`, stop early."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str = Field(description="lower is better, such as `val_loss/act`")
+    patience: int | None = Field(default=None, gt=0, description="validations without a better one before the stop")
 
 
 class StageConfig(BaseModel):
@@ -57,12 +115,22 @@ class StageConfig(BaseModel):
     micro_batch: int = Field(gt=0, description="rows a worker pushes through the model at once")
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: tuple[str, ...] = ()
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="validate and export a moving average of the weights"
+    )
+    best: BestConfig | None = None
+    guard: GuardConfig = GuardConfig()
     log_every: int = Field(default=10, gt=0)
     eval_every: int = Field(default=200, gt=0)
     eval_batches: int = Field(
         default=4, gt=0, description="global batches of held-out samples, the same ones every time"
     )
     save_every: int = Field(default=200, gt=0)
+    keep_last: int = Field(default=2, gt=0, description="resume points that are kept")
+    keep_every: int | None = Field(default=None, gt=0, description="those of every so many steps are kept for good")
+    picture_every: int | None = Field(
+        default=None, gt=0, description="steps between pictures of predicted beside real frames"
+    )
 
     @model_validator(mode="after")
     def _weights_and_warmup(self) -> StageConfig:
@@ -77,6 +145,20 @@ class StageConfig(BaseModel):
             )
         return self
 
+    def identity(self) -> dict[str, object]:
+        """What decides the weights that come out, as JSON: not how often the run is looked at, saved or kept."""
+        watching = {"log_every", "eval_every", "eval_batches", "save_every"}
+        watching |= {"keep_last", "keep_every", "picture_every", "guard", "best", "ema_decay"}
+        value: dict[str, object] = self.model_dump(mode="json", exclude=watching)
+        policy = self.guard.model_dump(mode="json", exclude={"explained"}, exclude_defaults=True)
+        chosen = {"guard": policy or None, "ema_decay": self.ema_decay}
+        if self.best is not None:  # then the times of validation decide which weights are the best
+            chosen["best"] = self.best.model_dump(mode="json") | {
+                "eval_every": self.eval_every,
+                "eval_batches": self.eval_batches,
+            }
+        return value | {name: setting for name, setting in chosen.items() if setting is not None}
+
 
 def accumulation_steps(global_batch: int, num_workers: int, micro_batch: int) -> int:
     """Micro-batches a worker runs before the optimiser steps. Raises `ConfigError` when the numbers do not divide."""
@@ -88,3 +170,21 @@ def accumulation_steps(global_batch: int, num_workers: int, micro_batch: int) ->
             else f"global_batch={global_batch} does not divide among num_workers={num_workers}; choose a divisor of it"
         )
     return global_batch // (num_workers * micro_batch)
+
+
+def world_sizes(global_batch: int, lanes: int, micro_batch: int, engine: EngineConfig) -> list[int]:
+    """Numbers of workers, ascending, that the config allows and that both the data's order and the batch divide among.
+
+    Raises `ConfigError` that names the sizes that would do when there is none.
+    """
+    least, most = engine.worker_range
+    fitting = [n for n in range(1, lanes + 1) if lanes % n == 0 and global_batch % (n * micro_batch) == 0]
+    allowed = [n for n in fitting if least <= n <= most]
+    if allowed:
+        return allowed
+    if least == most:
+        accumulation_steps(global_batch, least, micro_batch)
+    raise ConfigError(
+        f"num_workers={engine.num_workers}: global_batch={global_batch} in micro-batches of {micro_batch} over {lanes} "
+        f"lanes can be dealt to {fitting} workers; choose one of them"
+    )

@@ -3,19 +3,23 @@
 Only this file knows DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is one
 engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over workers, and
 `Engine.backward` undoes that, because every loss is already a sum over the *global* batch divided by its count.
+
+The optimiser is torch's AdamW with one addition, a veto: DeepSpeed runs its whole step (reduces, clips, clears), the
+weights and moments stay. So a step can be refused under every ZeRO stage without touching DeepSpeed's insides.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
-import fnmatch
+import io
 import logging
 import math
 import os
 import sysconfig
 import warnings
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +30,10 @@ import torch.distributed
 from torch import nn
 
 from upvla.errors import ConfigError, Corrupt
+from upvla.train import group
 from upvla.train.config import EngineConfig, OptimizerConfig
+from upvla.train.ema import Ema, Shards, shard_of, shard_size
+from upvla.train.optimizer import VetoableAdamW, decay_groups, freeze_parameters, lr_factor
 from upvla.types import Batch, Losses
 
 if TYPE_CHECKING:
@@ -41,31 +48,40 @@ __all__ = [
     "StepInfo",
     "build_engine",
     "build_ops",
-    "decay_groups",
-    "lr_factor",
+    "to_universal",
 ]
 
 _TAG = "engine"
+_EMA = "average_{:05d}.pt"
 _BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
 _BUCKET_MAX = 50_000_000
 
 
 class StepInfo(NamedTuple):
-    """What the optimiser did: global gradient norm before clipping, and the learning rate it used."""
+    """What the optimiser did: global gradient norm before clipping, and the learning rate it used.
+
+    `applied` is False when it did not move, because the norm is not finite or was not accepted.
+    """
 
     grad_norm: float
     lr: float
+    applied: bool
 
 
 class Engine:
     """One worker's share of a training engine. All methods except the properties are collective: call on every rank."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, accumulation: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, adamw: VetoableAdamW, accumulation: int, ema_decay: float | None = None
+    ) -> None:
+        self._engine, self._adamw = engine, adamw
         self._objectives = engine.module
+        self._backwards = 0  # since the optimiser was last called
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
+        self.zero_stage = int(engine.zero_optimization_stage())
         self.accumulation = accumulation
+        self.ema = Ema(self._shards, self._spread, ema_decay) if ema_decay is not None else None
 
     # ------------------------------------------------------------------------------------------------- learning
 
@@ -80,27 +96,61 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of `loss`, this worker's part of a sum over all workers and accumulation steps."""
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._backwards += 1
 
     def end_micro_batch(self) -> None:
         """After every backward but the last of a global step."""
         self._engine.step()
 
-    def step(self) -> StepInfo:
-        """Clip, update the weights, advance the schedule. Call once a global step, after its last backward."""
+    def step(self, accepts: Callable[[float], bool] | None = None) -> StepInfo:
+        """Clip, update the weights, advance the schedule. Call once a global step, after its last backward.
+
+        The optimiser does not move when the global gradient norm is not finite, or `accepts` says no to it; the
+        schedule and the caller's count of steps go on all the same. Judging costs one more norm.
+        """
         lr = float(self._engine.get_lr()[0])
-        norm = self._unsharded_grad_norm() if self._engine.zero_optimization_stage() == 0 else None
+        judged = accepts is not None or self.zero_stage == 0  # which reports no norm, and would apply any
+        norm = self._grad_norm() if judged else None
+        self._adamw.vetoed = norm is not None and not (math.isfinite(norm) and (accepts is None or accepts(norm)))
         self._engine.step()
-        return StepInfo(float(self._engine.get_global_grad_norm()) if norm is None else norm, lr)
+        applied = self._engine.was_step_applied() and not self._adamw.vetoed
+        self._end_of_step(applied)
+        return StepInfo(float(self._engine.get_global_grad_norm()) if norm is None else norm, lr, applied)
+
+    def discard_step(self) -> None:
+        """End a global step without moving anything but the schedule, wherever in it the caller has stopped."""
+        if self._backwards == self.accumulation:
+            self._adamw.vetoed = True
+            self._engine.step()
+            self._end_of_step(applied=False)
+        elif self._backwards == 0:
+            self.skip_schedule(1)
+        else:
+            raise RuntimeError(f"{self._backwards} of {self.accumulation} backward passes: finish the step first")
+
+    def skip_schedule(self, steps: int) -> None:
+        """The learning rate of as many steps later: of steps that are not taken."""
+        for _ in range(steps):
+            self._engine.lr_scheduler.step()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes inside neither keep graphs nor use dropout."""
+        """Forward passes inside neither keep graphs nor use dropout; they see the averaged weights where those are."""
         self._engine.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._weights_to_show():
                 yield
         finally:
             self._engine.train()
+
+    @property
+    def training_module(self) -> nn.Module:
+        """The module itself. Under ZeRO 3 it only works while every worker calls the same layers in the same order."""
+        return self._objectives
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
 
     # ------------------------------------------------------------------------------------------- among the workers
 
@@ -112,46 +162,120 @@ class Engine:
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's `value` in rank order, on every worker (small Python objects; also a barrier)."""
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return group.gather(value)
 
     # ---------------------------------------------------------------------------------------------------- weights
 
+    @property
+    def shard_bytes(self) -> int:
+        """About what `save` writes on this worker: float32 weights, their master copy, two moments, an average."""
+        parameters = list(self._engine.module.parameters())
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        learnt = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
+        weights = whole // self.world_size if self.zero_stage == 3 else whole if self.rank == 0 else 0
+        states = 3 * learnt // self.world_size if self.zero_stage > 0 else 2 * learnt if self.rank == 0 else 0
+        return 4 * (weights + states + (learnt // self.world_size if self.ema is not None else 0))
+
     def save(self, folder: Path) -> None:
-        """Write this worker's shards of weights, moments and schedule into its own `folder`."""
+        """Write this worker's shards of weights, averages, moments and schedule into its own `folder`."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self.ema is not None:
+            torch.save(self.ema.average, folder / _EMA.format(self.rank))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; `folder` holds the shards of all workers. Verify their hashes first: it unpickles."""
+        """Read what `save` wrote; `folder` holds the shards of all workers. Verify their hashes first: it unpickles.
+
+        An engine built with `universal=True` reads what `to_universal` made of such a folder.
+        """
+        decays = [param_group["weight_decay"] for param_group in self._adamw.param_groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise Corrupt(f"DeepSpeed found no checkpoint under {folder}: the shard set is incomplete")
+        # A converted ZeRO 3 set gives every group the decay of the first, and all of them one and the same step counter
+        for param_group, decay in zip(self._adamw.param_groups, decays, strict=True):
+            param_group["weight_decay"] = decay
+        for state in self._adamw.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        if self.ema is not None:
+            saved = sorted(folder.glob("average_*.pt"))
+            self.ema.load([torch.load(path, weights_only=True) for path in saved], self.rank, self.world_size)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """The whole module's float32 state on rank 0, gathered tensor by tensor; empty on the other ranks."""
+        """The whole module's float32 state on rank 0, gathered tensor by tensor; empty on the other ranks.
+
+        With an average, these are the averaged weights.
+        """
         from deepspeed import zero
 
         state: dict[str, torch.Tensor] = {}
-        for name, tensor in self._engine.module.state_dict(keep_vars=True).items():
-            sharded = [tensor] if hasattr(tensor, "ds_id") else []
-            with zero.GatheredParameters(sharded):
-                if self.rank == 0:
-                    copy = tensor.detach().to("cpu", copy=True)
-                    state[name] = copy.float() if copy.is_floating_point() else copy
+        with self._weights_to_show():
+            for name, tensor in self._engine.module.state_dict(keep_vars=True).items():
+                sharded = [tensor] if hasattr(tensor, "ds_id") else []
+                with zero.GatheredParameters(sharded):
+                    if self.rank == 0:
+                        copy = tensor.detach().to("cpu", copy=True)
+                        state[name] = copy.float() if copy.is_floating_point() else copy
         return state
 
     # --------------------------------------------------------------------------------------------------- private
+
+    def _end_of_step(self, applied: bool) -> None:
+        if not self._engine.was_step_applied():  # DeepSpeed refused by itself, and left the schedule where it was
+            self._engine.lr_scheduler.step()
+        self._adamw.vetoed, self._backwards = False, 0
+        if applied and self.ema is not None:
+            self.ema.update()
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self._engine.device
         return Batch(*(torch.from_numpy(a).to(device) if isinstance(a, np.ndarray) else a.to(device) for a in batch))
 
-    def _unsharded_grad_norm(self) -> float:
-        """Under ZeRO 0 the engine reports no norm; gradients are whole and already averaged on every worker."""
-        return float(
-            torch.nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
-        )
+    def _grad_norm(self) -> float:
+        """Of the whole gradient, before clipping and before the optimiser has seen it. Not finite for NaN and inf."""
+        if self.zero_stage == 0:  # gradients are whole and already averaged on every worker
+            found = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            return float(torch.nn.utils.get_total_norm(found))
+        if self.zero_stage < 3:
+            norm = float(self._engine.optimizer.scaled_global_norm())
+            return norm if norm >= 0 else math.nan  # -1 is DeepSpeed's word for "not finite"
+        from deepspeed.utils import safe_get_local_grad
+
+        shards = (safe_get_local_grad(p) for p in self._engine.module.parameters() if p.requires_grad)
+        square = sum(float(shard.double().square().sum()) for shard in shards if shard is not None)
+        return math.sqrt(total) if math.isfinite(total := self.sum_over_workers([square])[0]) else math.nan
+
+    def _weights_to_show(self) -> Any:
+        return nullcontext() if self.ema is None else self.ema.swapped()
+
+    def _shards(self) -> dict[str, torch.Tensor]:
+        """Views of this worker's parts of all trainable parameters, flat and without ZeRO 3's padding."""
+        parts = {}
+        for name, p in self._engine.module.named_parameters():
+            if p.requires_grad:
+                if hasattr(p, "ds_tensor"):
+                    start = shard_size(p.ds_numel, self.world_size) * self.rank
+                    parts[name] = p.ds_tensor.data.view(-1)[: max(0, p.ds_numel - start)]
+                else:
+                    parts[name] = shard_of(p.data.view(-1), self.rank, self.world_size)
+        return parts
+
+    def _spread(self, shards: Shards) -> None:
+        """Write every worker's parts into everybody's module."""
+        from deepspeed import zero
+
+        for name, p in self._engine.module.named_parameters():
+            if name not in shards:
+                continue
+            sharded = hasattr(p, "ds_tensor")
+            numel = p.ds_numel if sharded else p.numel()
+            mine = torch.zeros(shard_size(numel, self.world_size), dtype=shards[name].dtype, device=shards[name].device)
+            mine[: len(shards[name])] = shards[name]
+            whole = [torch.empty_like(mine) for _ in range(self.world_size)]
+            torch.distributed.all_gather(whole, mine)
+            with zero.GatheredParameters([p] if sharded else [], modifier_rank=0):
+                if not sharded or self.rank == 0:
+                    p.data.copy_(torch.cat(whole)[:numel].view(p.shape))
 
 
 def build_engine(
@@ -163,18 +287,20 @@ def build_engine(
     micro_batch: int,
     accumulation: int = 1,
     freeze: Sequence[str] = (),
+    ema_decay: float | None = None,
+    universal: bool = False,
 ) -> Engine:
     """Wrap `module` (`forward(Batch) -> Losses`, `counts(Batch)`) for this worker of an initialised process group.
 
-    Weights of rank 0 are broadcast. Raises `ConfigError` when no process group is there, or a freeze pattern names no
-    parameter.
+    Weights of rank 0 are broadcast. With `universal`, the engine's `load` reads converted sets (`to_universal`).
+    Raises `ConfigError` when no process group is there, or a freeze pattern names no parameter.
     """
     if not torch.distributed.is_initialized():
         raise ConfigError("no process group: start training through upvla.launch.train (or init_process_group first)")
     deepspeed = _import_deepspeed(config.use_gpu)
     build_ops(config.use_gpu)
-    _freeze(module, freeze)
-    adamw = torch.optim.AdamW(
+    freeze_parameters(module, freeze)
+    adamw = VetoableAdamW(
         decay_groups(module, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -185,9 +311,33 @@ def build_engine(
         optimizer=adamw,
         lr_scheduler=schedule,
         dist_init_required=False,
-        config=deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation),
+        config=deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation)
+        | {"checkpoint": {"load_universal": universal}},
     )
-    return Engine(engine, accumulation)
+    return Engine(engine, adamw, accumulation, ema_decay)
+
+
+def to_universal(folder: Path, converted: Path) -> None:
+    """Make of the shards of all workers under `folder` a set that any number of workers can load.
+
+    DeepSpeed's own conversion, one process, one parameter at a time. It unpickles: verify the hashes first.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(folder / _TAG),
+        output_folder=str(converted / _TAG),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    (converted / _TAG).mkdir(parents=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars
+        ds_to_universal.main(options)
+    for path in folder.glob("average_*.pt"):  # these are cut the same way for everybody
+        path.rename(converted / path.name)
 
 
 def build_ops(use_gpu: bool = False) -> None:
@@ -222,13 +372,15 @@ def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.gradient_clipping,
         "zero_allow_untested_optimizer": True,  # torch's own AdamW: exact resume on CPU, no compiled CPUAdam
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": config.zero_stage,
             "contiguous_gradients": True,
             "overlap_comm": config.use_gpu,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-        },
+        }
+        | _offload(config),
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -239,32 +391,14 @@ def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int,
     }
 
 
-def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str = "cosine") -> float:
-    """Share of the base rate used by optimiser step number `step` (from 0): step 0 of a warm-up has rate 0."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two AdamW groups: matrices of layers decay, everything else does not.
-
-    Not decayed: whatever has fewer than two axes (norm gains, biases), embedding tables (also where a head shares
-    one), and free parameters such as latents or positions, told by not being called `weight`.
-    """
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        matrix = parameter.ndim >= 2 and name.rpartition(".")[2].endswith("weight") and id(parameter) not in tables
-        (decay if matrix else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _offload(config: EngineConfig) -> dict[str, Any]:
+    if config.offload == "none":
+        return {}
+    place: dict[str, Any] = {"device": config.offload, "pin_memory": config.use_gpu}
+    if config.offload == "nvme":
+        place["nvme_path"] = config.nvme_folder
+        return {"offload_optimizer": place, "offload_param": place}
+    return {"offload_optimizer": place}
 
 
 def _import_deepspeed(use_gpu: bool) -> ModuleType:
@@ -276,14 +410,3 @@ def _import_deepspeed(use_gpu: bool) -> ModuleType:
     # one line a collective otherwise: DeepSpeed 0.19 calls names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
-
-
-def _freeze(module: nn.Module, patterns: Sequence[str]) -> None:
-    names = dict(module.named_parameters())
-    for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            roots = sorted({name.partition(".")[0] for name in names})
-            raise ConfigError(f"freeze pattern {pattern!r} names no parameter; top-level modules are {roots}")
-        for name in hits:
-            names[name].requires_grad_(False)

@@ -7,24 +7,25 @@ A set without a manifest does not exist; "the latest" is computed from manifests
 keeps two attempts at one step apart, so a trainer that died half-way leaves nothing that a later one could mistake for
 its own. Shards are unpickled by DeepSpeed: they are only ever loaded after their sha256 has been checked against the
 manifest, and only from this run's own prefix.
+
+Training waits while the engine writes to the local disk, not while the files travel: `Saver` uploads and commits on a
+thread. `open_engine` reads: the set is fetched and verified before an engine exists, because how an engine is built
+depends on whether the set was written by as many workers as there are now.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import logging
-import os
 import random
 import secrets
 import shutil
-import socket
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from upvla.errors import Corrupt, Mismatch, NotFound, UpvlaError
+from upvla.errors import Corrupt, Mismatch, NoSpace, NotFound
 from upvla.store import Store
-from upvla.train.engine import Engine
+from upvla.train import group
+from upvla.train.engine import Engine, to_universal
+from upvla.train.scratch import locked_folder, shared_folder
 
 log = logging.getLogger(__name__)
 
-_STALE_S = 60.0  # a younger folder may be one that its owner has made and not locked yet
+_LAYOUT = {0: "whole", 1: "slices", 2: "slices", 3: "partitions"}  # of ZeRO's states; sets convert within one
+_UPLOAD_TIMEOUT_S = 3600.0  # how long a worker's thread waits for its neighbours' uploads
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,18 @@ class ResumePoint:
     name: str
     step: int
     world_size: int
+    zero_stage: int
     shards: tuple[Shard, ...]
     identity: Mapping[str, Any]
     meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which sets stay: the newest `last`, those of every `every` steps, and what the caller asks to keep."""
+
+    last: int = 2
+    every: int | None = None
 
 
 def points(store: Store) -> list[ResumePoint]:
@@ -81,54 +94,95 @@ def latest(store: Store) -> ResumePoint | None:
     return next((point for point in points(store) if not _missing(store, point)), None)
 
 
-def save(
-    engine: Engine,
-    store: Store,
-    step: int,
-    *,
-    identity: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    scratch: Path,
-    keep: int = 2,
-) -> None:
-    """Save `engine` at `step`; collective. When it returns the set is committed, and older ones than `keep` are gone.
+# ---------------------------------------------------------------------------------------------------- writing
 
-    If any worker cannot write, every worker raises the first such error and nothing becomes visible.
+
+class Saver:
+    """Saves an engine while it trains on. At most one set is on its way: a save waits for the one before.
+
+    Every method is collective. `owns` is asked on the first worker before a commit; it raises when this trainer has
+    lost its right to the run. `stalled_s` is how long training has stood still for saves on this worker.
     """
-    name = engine.gather(f"step-{step:08d}-{secrets.token_hex(4)}")[0]
-    with _folder(scratch) as folder:
-        engine.save(folder)
-        (folder / f"random_{engine.rank:05d}.json").write_text(json.dumps(_random_states()))
-        mine = _agree(engine, lambda: _upload(folder, store, name))
-    shards = tuple(shard for worker in mine for shard in worker)
-    _require_distinct(shards)
-    point = ResumePoint(name, step, engine.world_size, shards, dict(identity), dict(meta))
-    _agree(engine, functools.partial(_commit, store, point, keep) if engine.rank == 0 else _nothing)
 
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        *,
+        identity: Mapping[str, Any],
+        scratch: Path,
+        retention: Retention = Retention(),
+        owns: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._store, self._identity = engine, store, dict(identity)
+        self._scratch, self._retention, self._owns = scratch, retention, owns
+        self._side = group.side_group(_UPLOAD_TIMEOUT_S)
+        self._upload: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self.stalled_s = 0.0
 
-def restore(engine: Engine, store: Store, *, identity: Mapping[str, Any], scratch: Path) -> ResumePoint | None:
-    """Load the newest good set into `engine` and the random generators; None when there is none. Collective.
+    def save(self, step: int, meta: Mapping[str, Any], *, keep: tuple[int, ...] = ()) -> None:
+        """Snapshot the engine at `step` to the local disk and start its way to the store.
 
-    A set that is incomplete or does not match its hashes is skipped by name. A set of another run (`identity`) or of
-    another number of workers is a `Mismatch`, before anything is loaded.
-    """
-    for point in engine.gather(points(store) if engine.rank == 0 else None)[0]:
-        _require_same(point, identity, engine.world_size, store.url)
-        with _folder(scratch) as folder:
-            leader = _leader_folder(engine, folder)
-            try:
-                _agree(engine, functools.partial(_download, store, point, folder) if leader == folder else _nothing)
-            except Corrupt as error:
-                log.warning("resume point %s is skipped: %s", point.name, error)
-                continue
-            engine.load(leader)
-            _set_random_states(json.loads((leader / f"random_{engine.rank:05d}.json").read_text()))
-            engine.gather(None)  # nobody removes the folder while a neighbour still reads it
-            return point
-    return None
+        `keep`: further steps whose sets must stay. Raises, on every worker, what the previous upload or this snapshot
+        has failed with on any worker; then nothing of that set is visible.
+        """
+        began = time.perf_counter()
+        self.wait()
+        name = group.gather(f"step-{step:08d}-{secrets.token_hex(4)}")[0]
+        opened = contextlib.ExitStack()
+        folder = group.agree(lambda: opened.enter_context(locked_folder(self._scratch)))[self._engine.rank]
+        try:
+            self._snapshot(folder)
+        except BaseException:
+            opened.close()
+            raise
+        point = ResumePoint(
+            name, step, self._engine.world_size, self._engine.zero_stage, (), self._identity, dict(meta)
+        )
+        work = functools.partial(self._send, folder, opened, point, keep)
+        self._upload = threading.Thread(target=work, name="upvla-upload", daemon=True)
+        self._upload.start()
+        self.stalled_s += time.perf_counter() - began
 
+    def wait(self) -> None:
+        """Until the last set is committed, or raise what it failed with, on every worker."""
+        if self._upload is not None:
+            group.together(self._upload.join)
+            self._upload = None
+        failure, self._failure = self._failure, None
+        group.agree(lambda: _raise(failure))
 
-# ------------------------------------------------------------------------------------------------------ files
+    def _snapshot(self, folder: Path) -> None:
+        def write() -> None:
+            (folder / f"random_{self._engine.rank:05d}.json").write_text(json.dumps(_random_states()))
+
+        group.agree(lambda: require_space(folder, self._engine.shard_bytes))
+        self._engine.save(folder)
+        group.agree(write)
+
+    def _send(self, folder: Path, opened: contextlib.ExitStack, point: ResumePoint, keep: tuple[int, ...]) -> None:
+        """On a thread of every worker: upload, agree over the side group, and let the first worker commit."""
+        try:
+            with opened:
+                sent = group.agree(lambda: _upload(folder, self._store, point.name), self._side)
+            shards = tuple(shard for worker in sent for shard in worker)
+            _require_distinct(shards)
+            complete = ResumePoint(**{**_fields(point), "shards": shards})
+            group.agree(lambda: self._commit(complete, keep) if self._engine.rank == 0 else None, self._side)
+        except BaseException as error:
+            self._failure = error
+
+    def _commit(self, point: ResumePoint, keep: tuple[int, ...]) -> None:
+        self._owns()
+        self._store.create_json(f"{point.name}.json", asdict(point))
+        newest = points(self._store)
+        every = self._retention.every
+        kept = {p.name for p in newest[: self._retention.last]} | {point.name}
+        kept |= {p.name for p in newest if p.step in keep or (every and p.step % every == 0)}
+        old = [key for key in self._store.list("step-") if _set_of(key) not in kept]  # nobody else writes here
+        for key in sorted(old, key=lambda key: "/" in key):  # manifests first: without one a set does not exist
+            self._store.delete(key)
 
 
 def _upload(folder: Path, store: Store, name: str) -> list[Shard]:
@@ -140,8 +194,64 @@ def _upload(folder: Path, store: Store, name: str) -> list[Shard]:
     return shards
 
 
-def _nothing() -> None:
-    """What the workers do that leave a collective task to one of them."""
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def open_engine(
+    build: Callable[[bool], Engine],
+    store: Store,
+    *,
+    identity: Mapping[str, Any],
+    scratch: Path,
+    zero_stage: int,
+    step: int | None = None,
+) -> tuple[Engine, ResumePoint | None]:
+    """An engine with the newest good set in it and the random generators as they were, and that set. Collective.
+
+    `build(universal)` makes the engine. A set that is incomplete or does not match its hashes is skipped by name; one
+    of another number of workers, or of ZeRO 1 under 2, is converted, and then the random states start anew. `step`
+    asks for the set of that step. A set of another run (`identity`) is a `Mismatch`, before anything is loaded.
+    Without a set the engine is as built, and None.
+    """
+    world_size, leader = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
+    for point in group.agree(lambda: points(store) if leader else [])[0]:
+        if step is not None and point.step != step:
+            continue
+        _require_same(point, identity, zero_stage, store.url)
+        same = (point.world_size, point.zero_stage) == (world_size, zero_stage)
+        universal = not same and zero_stage > 0
+        with shared_folder(scratch) as (folder, leads):
+            work = functools.partial(_fetch, store, point, folder, universal)
+            try:
+                group.together(work if leads else _nothing)
+            except Corrupt as error:
+                log.warning("resume point %s is skipped: %s", point.name, error)
+                continue
+            engine = build(universal)
+            engine.load(folder / _CONVERTED if universal else folder)
+            if same:
+                _set_random_states(json.loads((folder / f"random_{engine.rank:05d}.json").read_text()))
+            else:
+                log.warning(
+                    "resume point %s of %d workers goes on with %d: same batches, random states anew",
+                    point.name,
+                    point.world_size,
+                    world_size,
+                )
+            group.gather(None)  # nobody removes the folder while a neighbour still reads it
+            return engine, point
+    if step is not None:
+        raise NotFound(f"{store.url} has no good resume point of step {step}")
+    return build(False), None
+
+
+_CONVERTED = "universal"
+
+
+def _fetch(store: Store, point: ResumePoint, folder: Path, universal: bool) -> None:
+    _download(store, point, folder)
+    if universal:
+        to_universal(folder, folder / _CONVERTED)
 
 
 def _download(store: Store, point: ResumePoint, folder: Path) -> None:
@@ -159,12 +269,17 @@ def _download(store: Store, point: ResumePoint, folder: Path) -> None:
             raise Corrupt(f"{where} does not match the sha256 in its manifest")
 
 
-def _commit(store: Store, point: ResumePoint, keep: int) -> None:
-    store.create_json(f"{point.name}.json", asdict(point))
-    kept = {p.name for p in points(store)[:keep]} | {point.name}
-    old = [key for key in store.list("step-") if (name := _set_of(key)) not in kept and name < point.name]
-    for key in sorted(old, key=lambda key: "/" in key):  # manifests first: without one a set does not exist
-        store.delete(key)
+def _nothing() -> None:
+    """What the workers do that leave a collective task to one of them."""
+
+
+def _raise(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _fields(point: ResumePoint) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in point.__dataclass_fields__}
 
 
 def _set_of(key: str) -> str:
@@ -176,58 +291,9 @@ def _missing(store: Store, point: ResumePoint) -> list[str]:
     return [shard.name for shard in point.shards if f"{point.name}/{shard.name}" not in there]
 
 
-def _leader_folder(engine: Engine, folder: Path) -> Path:
-    """The folder that the first worker on this machine downloads to, for all workers that share its disk."""
-    disk = (socket.gethostname(), folder.parent.stat().st_dev, folder.parent.stat().st_ino)
-    return next(path for other, path in engine.gather((disk, folder)) if other == disk)
-
-
-@contextlib.contextmanager
-def _folder(scratch: Path) -> Iterator[Path]:
-    """A folder of our own below `scratch`, locked while we live; what killed workers left there is removed first."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    for old in scratch.glob("resume-*"):
-        with contextlib.suppress(OSError):  # BlockingIOError: its owner lives
-            if time.time() - old.stat().st_mtime > _STALE_S:
-                with _locked(old):
-                    shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="resume-", dir=scratch))
-    try:
-        with _locked(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- agreement
-
-
-def _agree(engine: Engine, work: Callable[[], Any]) -> list[Any]:
-    """Run `work` on every worker; results in rank order. If it failed anywhere, all raise the first failure."""
-    try:
-        mine: tuple[Any, Exception | None] = (work(), None)
-    except (UpvlaError, OSError) as error:
-        mine = (None, error)
-    answers = engine.gather(mine)
-    for _, failure in answers:
-        if failure is not None:
-            raise failure
-    return [value for value, _ in answers]
 
 
 def _require_distinct(shards: tuple[Shard, ...]) -> None:
@@ -236,17 +302,28 @@ def _require_distinct(shards: tuple[Shard, ...]) -> None:
         raise Mismatch(f"two workers wrote {doubled[0]!r}: they disagree about their ranks")
 
 
-def _require_same(point: ResumePoint, identity: Mapping[str, Any], world_size: int, url: str) -> None:
+def _require_same(point: ResumePoint, identity: Mapping[str, Any], zero_stage: int, url: str) -> None:
     for key in sorted({*identity, *point.identity}):
         if identity.get(key) != point.identity.get(key):
             raise Mismatch(
                 f"resume point {url}/{point.name} belongs to another run: {key} is {point.identity.get(key)!r} there, "
                 f"{identity.get(key)!r} here; give this run its own key"
             )
-    if point.world_size != world_size:
+    if _LAYOUT[point.zero_stage] != _LAYOUT[zero_stage]:
         raise Mismatch(
-            f"resume point {url}/{point.name} was written by {point.world_size} workers, this run has {world_size}; "
-            f"set engine.num_workers={point.world_size}, or start a new run"
+            f"resume point {url}/{point.name} was written under ZeRO {point.zero_stage}, this run has {zero_stage}; "
+            f"set engine.zero_stage={point.zero_stage}, or start a new run"
+        )
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise `NoSpace` unless `folder`, or the nearest parent that exists, has room for so much."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise NoSpace(
+            f"no space left under {place}: a resume point takes {num_bytes / 2**20:.0f} MB there in transit, "
+            f"{free / 2**20:.0f} MB are free; free some, or set `scratch` to a folder on a larger disk, and start again"
         )
 
 

@@ -1,0 +1,111 @@
+"""T1, T3: a worker is killed in every phase under every ZeRO stage, and the run ends as if nothing had happened.
+
+    python -m tests.faults.kills [--runs 20] [--json docs/faults-training.json]
+
+Each run draws, by its seed, who dies and when, and prints what was killed, what it cost and whether the result is the
+uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.faults.lives import PHASES, SAVE_EVERY, STEPS, Kill, Life, Lives
+from upvla.store import open_store
+from upvla.train import resume
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+def draw(phase: str, seed: int, world_size: int = 2) -> Kill:
+    """Who dies, at which occasion; one of the occasions that such a run has."""
+    dice = random.Random(f"{phase} {seed}")
+    rank = dice.randrange(world_size)
+    if phase in ("step", "restore"):
+        nth = dice.randrange(SAVE_EVERY + 1, STEPS) if phase == "step" else 1
+    elif phase == "snapshot":
+        nth = SAVE_EVERY * dice.randrange(2, STEPS // SAVE_EVERY + 1)
+    else:
+        nth = dice.randrange(2, 4)
+    commits = phase in ("commit", "committed", "collect", "restore")
+    return Kill(phase, 0 if commits else rank, nth)
+
+
+def trial(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) -> dict[str, Any]:
+    """Kill, live on, compare with the uninterrupted run. Raises `AssertionError` where they differ."""
+    killed = []
+    if kill.phase == "restore":  # something must be there to be restored
+        killed.append(lives.live(folder, zero_stage, Kill("step", 1, SAVE_EVERY + 2)))
+    killed.append(lives.live(folder, zero_stage, kill))
+    assert -9 in killed[-1].exit_codes, f"{kill}: nobody was killed, exit codes {killed[-1].exit_codes}"
+    last = lives.live(folder, zero_stage)
+    assert last.exit_codes == [0, 0], f"{kill}: the life after it failed, {last.exit_codes}"
+    losses: dict[int, float] = {}
+    for life in [*killed, last]:
+        for step, loss in life.losses.items():
+            assert whole.losses[step] == loss, f"{kill}: step {step} gave {loss}, uninterrupted {whole.losses[step]}"
+            assert whole.positions[step] == life.positions[step], f"{kill}: step {step} saw other samples"
+        losses |= life.losses
+    assert losses == whole.losses
+    for name, weight in whole.weights.items():
+        assert torch.equal(last.weights[name], weight), f"{kill}: {name} differs"
+    reached = max(max(life.losses, default=life.start) for life in killed)
+    lost = reached - last.start
+    assert 0 <= lost <= 2 * SAVE_EVERY, f"{kill}: {lost} steps were lost"  # the set before was still on its way
+    store = open_store(str(folder / "store"))
+    named = {point.name for point in resume.points(store)}
+    left = {key.partition("/")[0].removesuffix(".json") for key in store.list()}
+    assert left == named, f"{kill}: {sorted(left - named)} was never collected"
+    return {
+        "zero_stage": zero_stage,
+        **asdict(kill),
+        "lost_steps": lost,
+        "recovery_s": round(last.first_step_s - last.began_s, 2) if last.losses else None,
+        "bit_identical": True,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20, help="seeds a phase and ZeRO stage")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    lives, rows, failed = Lives(), [], 0
+    with tempfile.TemporaryDirectory(prefix="upvla-kills-") as scratch:
+        for zero_stage in ZERO_STAGES:
+            whole = lives.live(Path(scratch, f"whole-{zero_stage}"), zero_stage)
+            for phase in options.phases:
+                for seed in range(options.runs):
+                    kill, folder = draw(phase, seed), Path(scratch, f"{zero_stage}-{phase}-{seed}")
+                    try:
+                        row = trial(lives, folder, zero_stage, kill, whole)
+                    except AssertionError as error:
+                        failed += 1
+                        row = {"zero_stage": zero_stage, **asdict(kill), "bit_identical": False, "error": str(error)}
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    for phase in options.phases:
+        found = [row for row in rows if row["phase"] == phase]
+        good = [row for row in found if row["bit_identical"]]
+        lost, took = [row["lost_steps"] for row in good], [row["recovery_s"] for row in good if row["recovery_s"]]
+        print(
+            f"{phase:<10} {len(good)}/{len(found)} bit-identical, lost steps at most {max(lost, default=0)}, "
+            f"first step after {max(took, default=0.0):.1f} s at most"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Faults of a training job on Ray (T2, T15, T20, T34): real processes, real signals, and equal results.
+
+Every test compares with the same stage trained without a fault by two plain processes. Each prints what it did to whom
+and what it cost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.conftest import RayHead, ray_head, ray_node, two_workers
+from tests.launch.stages import model, prepared, run_stage, spec_of
+from tests.train.toy import Workers
+from upvla.errors import JobFailed
+from upvla.launch.jobs import Jobs
+from upvla.launch.notices import request_stop
+from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, run_training
+from upvla.store import Store, open_store
+from upvla.train.resume import latest
+
+__all__ = ["model", "prepared", "ray_head", "two_workers"]  # fixtures
+
+pytestmark = [pytest.mark.seam, pytest.mark.slow]
+
+WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
+STEPS = 24
+Prepared = tuple[Store, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def reference(two_workers: Workers, prepared: Prepared) -> dict[str, Any]:
+    """The stage without a fault and without Ray."""
+    store, references = prepared
+    return run_stage(two_workers, spec_of(store, references, name="faulty", weights=WEIGHTS, stage={"steps": STEPS}))
+
+
+def stage_of(prepared: Prepared, folder: Path, **changes: Any) -> tuple[Store, TrainSpec]:
+    """The same stage on a store of its own, on which nothing is trained yet."""
+    store, references = prepared
+    shutil.copytree(store.url, folder / "store", ignore=shutil.ignore_patterns("runs", "models"))
+    other = open_store(str(folder / "store"))
+    stage = {"steps": STEPS} | changes.pop("stage", {})
+    spec = spec_of(other, references, name="faulty", weights=WEIGHTS, stage=stage)
+    values = spec.model_dump() | {"engine": spec.engine.model_dump() | changes.pop("engine", {})} | changes
+    return other, TrainSpec.model_validate(values)
+
+
+def require_equal(result: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert result["losses"] == reference["losses"]
+    assert result["model_id"] == reference["model_id"], "weights are equal, bit for bit"
+
+
+class Running:
+    """`run_training` on a thread; what it printed, and what came of it."""
+
+    def __init__(self, store: Store, spec: TrainSpec, head: RayHead) -> None:
+        self.lines: list[tuple[float, str]] = []
+        self.result: dict[str, Any] = {}
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(store, spec, head))
+        self._thread.start()
+
+    def _run(self, store: Store, spec: TrainSpec, head: RayHead) -> None:
+        try:
+            self.result = run_training(store, spec, Jobs(head.jobs_url), on_line=self._keep, python=sys.executable)
+        except Exception as error:
+            self.error = error
+
+    def _keep(self, line: str) -> None:
+        print(line)
+        self.lines.append((time.monotonic(), line))
+
+    def join(self, timeout_s: float = 240) -> dict[str, Any]:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"no end within {timeout_s} s"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    def first_step_after(self, moment: float) -> float:
+        """Seconds from `moment` to the next line that tells of a training step."""
+        return next(at - moment for at, line in self.lines if at > moment and " lr " in line)
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 200) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"nothing within {timeout_s} s")
+
+
+def saved_point(store: Store, spec: TrainSpec) -> Any:
+    return wait_for(lambda: latest(store.sub(f"{spec.prefix}/resume")))
+
+
+def drivers(head: RayHead) -> list[psutil.Process]:
+    found = psutil.Process(head.pid).children(recursive=True)
+    return [p for p in found if "upvla.launch.train" in " ".join(p.cmdline()) and "python" in p.name()]
+
+
+def test_t2_a_killed_driver_is_followed_by_the_next_attempt(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    from upvla.tracking import Tracker
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(uri, "faults")
+    store, spec = stage_of(prepared, tmp_path, tracking={"uri": uri, "experiment": "faults"})
+    first = Running(store, spec, ray_head)
+    point = saved_point(store, spec)
+    driver = wait_for(lambda: drivers(ray_head))[-1]
+    killed = time.monotonic()
+    driver.kill()
+    with pytest.raises(JobFailed):
+        first.join()
+    second = Running(store, spec, ray_head)
+    result = second.join()
+    took = second.first_step_after(killed)
+    print(f"T2: driver {driver.pid} killed after step {point.step}; new step {took:.1f} s later")
+    require_equal(result, reference)
+    assert result["resumed_from"] >= point.step
+    runs = tracker.client.search_runs([tracker.experiment_id()])
+    assert len(runs) == 1
+    steps = [p.step for p in tracker.client.get_metric_history(runs[0].info.run_id, "loss/total")]
+    assert steps == list(range(1, STEPS + 1)), "one curve, without doubles and gaps"
+
+
+def test_t15_a_stalled_worker_is_noticed_and_the_group_starts_again(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 15})
+    running = Running(store, spec, ray_head)
+    saved_point(store, spec)
+    victim = ray_head.training_workers()[-1]
+    stopped = time.monotonic()
+    victim.suspend()
+    result = running.join()
+    print(f"T15: worker {victim.pid} stopped; new step {running.first_step_after(stopped + 1):.1f} s later")
+    require_equal(result, reference)
+    assert 2 <= result["resumed_from"] < STEPS
+    assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+
+
+def test_t20_of_two_drivers_of_one_key_one_works(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    store, spec = stage_of(prepared, tmp_path)
+    place = store.sub(spec.prefix)
+    place.write_json(SPEC, spec.model_dump(mode="json"))
+    command = [sys.executable, "-m", "upvla.launch.train", f"{place.url}/{SPEC}"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1], said
+    refused = said[codes.index(1)]
+    assert "upvla: already_owned: training runs/" in refused
+    assert "is already owned by process" in refused
+    assert not place.exists(FAILURE)
+    require_equal(dict(place.read_json(RESULT)), reference)
+
+
+def test_an_operator_stops_a_run_and_starts_it_again(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    store, spec = stage_of(prepared, tmp_path, stage={"save_every": 1000})
+    running = Running(store, spec, ray_head)
+    wait_for(lambda: [line for _, line in running.lines if " lr " in line])
+    request_stop(store.sub(spec.prefix))
+    with pytest.raises(JobFailed, match=r"stopped after step \d+ as asked; start it again to go on"):
+        running.join()
+    point = saved_point(store, spec)
+    result = Running(store, spec, ray_head).join()
+    assert result["resumed_from"] == point.step > 0, "not one step was lost"
+    require_equal(result, reference)
+
+
+def test_t34_a_node_that_is_taken_away_costs_no_step(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """Workers run on a node beside the head's; it is drained as a cloud would do it, and they go on elsewhere."""
+    store, spec = stage_of(prepared, tmp_path, stage={"save_every": 1000})
+    with ray_node(ray_head, num_cpus=8) as node:
+        running = Running(store, spec, ray_head)
+        wait_for(lambda: [line for _, line in running.lines if " lr " in line])
+        drained = time.monotonic()
+        node.drain(deadline_s=120)
+        result = running.join()
+    print(f"T34: node drained; new step elsewhere {running.first_step_after(drained):.1f} s later")
+    seen = [line.split()[1].partition("/")[0] for _, line in running.lines if " lr " in line]
+    assert seen == [str(step) for step in range(1, STEPS + 1)], "every step was taken once: none was lost"
+    require_equal(result, reference)

@@ -1,0 +1,67 @@
+"""Why a worker should save and leave before the end: its node is being taken away, or an operator asked for it.
+
+Both are looked for on a thread, so that asking between two steps costs nothing; the loop tells the other workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from upvla.errors import NotFound, StoreError
+from upvla.store import Store
+
+log = logging.getLogger(__name__)
+
+REQUEST = "request.json"
+_POLL_S = 2.0
+
+
+def request_stop(place: Store) -> None:
+    """Ask the run whose prefix `place` is to save a resume point after its present step and to end."""
+    place.write_json(REQUEST, {"reason": "stop"})
+
+
+class Notices:
+    """Inside the context, `reason()` is empty until there is one. `settings["ray"]`: whether Ray Train runs us."""
+
+    def __init__(self, place: Store, settings: Mapping[str, Any]) -> None:
+        self._place, self._ray = place, bool(settings.get("ray"))
+        self._reason = ""
+        self._over = threading.Event()
+
+    def reason(self) -> str:
+        return self._reason
+
+    def __enter__(self) -> Notices:
+        threading.Thread(target=self._watch, name="upvla-notices", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._reason and not self._over.wait(_POLL_S):
+            try:
+                self._reason = self._preempted() or self._requested()
+            except StoreError as error:
+                log.warning("requests to this run cannot be read (%s)", error)
+
+    def _preempted(self) -> str:
+        """Every worker asks as often as the others: Ray lets them wait for each other."""
+        if not self._ray:
+            return ""
+        from ray.train import get_preemption_info
+
+        return "preempted" if get_preemption_info() is not None else ""
+
+    def _requested(self) -> str:
+        try:
+            return str(self._place.read_json(REQUEST)["reason"])
+        except NotFound:
+            return ""
