@@ -129,7 +129,7 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback put TLS in front.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8600,
-    threads: Annotated[int, typer.Option(help="Of one prediction; 1 gives the numbers of an evaluation.")] = 1,
+    threads: Annotated[int, typer.Option(help="Of one prediction; with 1 it sums as an evaluation does.")] = 1,
     reload_every_s: Annotated[float, typer.Option(help="How often the registry is asked for a newer model.")] = 5.0,
     site: SiteName = "local",
 ) -> None:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from upvla.errors import JobFailed, SimulatorError
-from upvla.rollout.benchmarks import BLIND, load_policy
+from upvla.rollout.benchmarks import BLIND, SERVED, load_policy
 from upvla.rollout.evaluate import Layout
 from upvla.rollout.judge import Cost, SuiteJudge
 from upvla.rollout.play import Ask, BatchPolicy
@@ -81,9 +81,9 @@ class _Crew:
         self._cost = Cost()
         self._model = None
         self._stillborn = 0
-        if layout.model == "one" and isinstance(judge.policy, str) and judge.policy not in BLIND:
+        if layout.model == "one" and isinstance(judge.policy, str) and _is_loaded(judge.policy):
             self._model = _start_model(judge, judge.policy, use_gpu)
-            judge = replace(judge, policy=RemotePolicy(judge.policy, judge.suite.action_space, self._model))
+            judge = replace(judge, policy=SharedPolicy(judge.policy, judge.suite.action_space, self._model))
         self._judge = judge
         self._members = [self._start() for _ in range(min(num_workers, len(todo)))]
 
@@ -165,6 +165,11 @@ class _Crew:
         for member in self._members:
             member.actor.feed.remote(None)
         ray.wait([member.running for member in self._members], num_returns=len(self._members), timeout=_STOP_S)
+
+
+def _is_loaded(policy: str) -> bool:
+    """Whether the policy is a model that some process of ours must have."""
+    return policy not in BLIND and not policy.startswith(SERVED)
 
 
 def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:
@@ -257,7 +262,7 @@ class _Model:
         return list(zip(self._policy.act_many(asks), (ask.memory for ask in asks), strict=True))
 
 
-class RemotePolicy:
+class SharedPolicy:
     """The policy of another process, for as many worlds as ask."""
 
     def __init__(self, name: str, action_space: ActionSpace, model: Any) -> None:

@@ -55,7 +55,10 @@ def loader(newest: Newest) -> Load:
 
 
 def serve(newest: Newest, config: ServerConfig, token: str, say: Callable[[str], None], threads: int = 1) -> None:
-    """Serve until told to stop (SIGINT, SIGTERM). `threads` of 1 gives the sums, and the scores, of an evaluation."""
+    """Serve until told to stop (SIGINT, SIGTERM).
+
+    With `threads` of 1 answers are those of an evaluation but for rounding: its passes have other `slots`.
+    """
     torch.set_num_threads(threads)
     listening = _listen(config)
     host, port = listening.getsockname()[:2]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUILT_IN = ("random", "still", "expert")
 SCRIPTED = ("expert", "replay")  # they never look
 BLIND = (*SCRIPTED, "random", "still")  # nor do these: no image is rendered for them
+SERVED = ("ws://", "wss://")  # how the address of a policy begins that a server has
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def load_policy(
         return RandomPolicy(suite.action_space)
     if name == "still":
         return StillPolicy(suite.action_space)
-    if name.startswith(("ws://", "wss://")):
+    if name.startswith(SERVED):
         remote = RemotePolicy(name, deadline_s=2.0)
         suite.action_space.require_equal(remote.action_space, ours=f"suite {suite.name}", theirs=f"server {name}")
         return remote
