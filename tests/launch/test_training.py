@@ -310,9 +310,7 @@ def test_pictures_of_what_was_predicted_lie_beside_the_curves(
     )
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
     found = tracker.artifacts(run.info.run_id, "predicted")
-    assert [path for path in found if path.endswith(".png")] == [
-        f"predicted/step-{step:08d}.png" for step in (0, 4, 8)
-    ]
+    assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (0, 4, 8)]
 
 
 def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
