@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from upvla.checkpoint import load_bundle
 from upvla.config import FinetuneConfig, SiteConfig, load
-from upvla.data.table import load_manifest
+from upvla.data.table import Dataset, load_manifest
 from upvla.errors import NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.line import Line, Progress, Result
@@ -43,8 +43,13 @@ class Finetuning(Line):
         bundle = load_bundle(version.checkpoint.url)
         new = 0
         for name, trained in bundle.meta["datasets"].items():
-            newest, then = load_manifest(self.store, name), load_manifest(self.store, name, trained["version"])
-            new += newest.num_episodes - then.num_episodes
+            now = {row.id for row in Dataset(self.store, load_manifest(self.store, name)).episodes}
+            try:
+                then = load_manifest(self.store, name, trained["version"])
+                now -= {row.id for row in Dataset(self.store, then).episodes}
+            except NotFound:  # `upvla data gc` let it go: nobody knows any more what is new, so all of it is
+                pass
+            new += len(now)
         return {
             "version": version.version,
             "url": version.checkpoint.url,

@@ -65,6 +65,11 @@ class Inputs:
         accumulation_steps(self.train.plan.global_batch, spec.engine.num_workers, spec.stage.micro_batch)
         for mixture in (self.train, self.validation):
             self.reader(mixture)
+            if mixture.plan.lanes % spec.engine.num_workers:
+                raise ConfigError(
+                    f"{spec.engine.num_workers} workers do not divide the {mixture.plan.lanes} lanes of mixture "
+                    f"{mixture.plan.plan_id}: choose a divisor, or set the mixture's `lanes`"
+                )
             if self.parent is not None:
                 self.parent.action_space.require_equal(
                     mixture.action_space, ours=spec.parent_url, theirs=f"mixture {mixture.plan.plan_id}"
