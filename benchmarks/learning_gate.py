@@ -62,10 +62,12 @@ class Blinded(UPVLAPolicy):
 
 
 class Misled(UPVLAPolicy):
-    """The same policy told to do another task."""
+    """The same policy told to do another of the tasks that it was trained on."""
+
+    trained: Sequence[str] = ()
 
     def act_many(self, asks: Sequence[Ask]) -> list[Prediction]:
-        wordings = [tasks.instruction(task) for task in tasks.TASKS]
+        wordings = [tasks.instruction(task) for task in self.trained]
         return super().act_many(
             [ask._replace(instruction=wordings[(wordings.index(ask.instruction) + 3) % len(wordings)]) for ask in asks]
         )
@@ -205,10 +207,12 @@ def run(home: Path, pictures: Path, overrides: Sequence[str], say: Any = print) 
     unseen = PlaytableSuite("gate", "tasks", ("A", "B", "C"), asked, seed=20_077).chains(8)
 
     def overfit() -> dict[str, Estimate]:
+        misled = Misled(load_bundle(fitted["url"]), slots=SLOTS)
+        misled.trained = small.config.data.collect.tasks
         return {
             "policy": judge(fitted["url"], config, starts)["all"],
             "blank image": judge(Blinded(load_bundle(fitted["url"]), slots=SLOTS), config, starts)["all"],
-            "other instruction": judge(Misled(load_bundle(fitted["url"]), slots=SLOTS), config, starts)["all"],
+            "other instruction": judge(misled, config, starts)["all"],
         }
 
     on_own = timed("judge 20", overfit)

@@ -47,11 +47,17 @@ def ingest(
     Example: upvla ingest --format calvin --source task_D_D/training --dataset calvin --root data
     """
     if format is None and dataset is None and root is None:
+        if option or options or validation_fraction is not None or min_accept_ratio is not None:
+            raise ConfigError(
+                "ingest: these options go with --dataset; the line's own are --set data.ingest.NAME=VALUE"
+            )
         line = open_line(config, site, set_)
         show(line.ingest(source or line.collect()["source_url"]), as_json)
         return
     if source is None or dataset is None:
         raise ConfigError("an ingest needs --source and --dataset (and --format, --root)")
+    if set_:
+        raise ConfigError("ingest: --set belongs to the line's own dataset; leave it out beside --dataset")
     from upvla.data.ingest import IngestConfig
     from upvla.data.sources import detect_format
     from upvla.launch.ingest import run_ingest

@@ -101,6 +101,7 @@ def evaluate(
         workers=workers,
         control=_control(replan, ensemble),
         layout=_layout(site, lanes, one_model),
+        use_gpu=_uses_gpu(site),
         references=references,
         expected=expected,
         against=None if compare is None else _earlier(compare),
@@ -110,6 +111,12 @@ def evaluate(
         progress=progress,
     )
     _print(result, as_json)
+
+
+def _uses_gpu(site: str) -> bool:
+    from upvla.config import SiteConfig, load
+
+    return load(f"site/{site}", SiteConfig).use_gpu
 
 
 def _running_tracker(site: str) -> Any:

@@ -1,4 +1,4 @@
-"""Bad input (T7, T8): whatever is wrong with a recording, it is rejected under its reason and nothing of it runs."""
+"""Bad input: whatever is wrong with a recording, it is rejected under its reason and nothing of it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults between us and the object store (T9-T13): nothing committed is lost, nothing is committed twice."""
+"""Faults between us and the object store: nothing committed is lost, nothing is committed twice."""
 
 from __future__ import annotations
 

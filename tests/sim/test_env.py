@@ -194,3 +194,17 @@ def test_unstable_physics_is_an_error_until_the_next_reset(env: PlaytableEnv) ->
             env.step(np.zeros(7))
     env.reset(*env.rest_state())
     env.step(np.zeros(7))
+
+
+def test_a_world_that_closes_takes_nothing_from_another() -> None:
+    """Textures belong to a GL context; the one that was used last may be another world's."""
+    closing, staying = PlaytableEnv("A"), PlaytableEnv("B")
+    try:
+        closing.observe()
+        before = staying.observe().images
+        closing.close()
+        after = staying.observe().images
+    finally:
+        staying.close()
+    for name, image in before.items():
+        np.testing.assert_array_equal(after[name], image)

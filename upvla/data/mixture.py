@@ -296,7 +296,7 @@ def _chairman(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, tuple
     Of the sources that would otherwise fall behind by a whole draw the one with the nearest deadline is taken; no
     source is ever further than one draw from its share. R. Tijdeman, "The chairman assignment problem", 1980.
     """
-    fractions = [Fraction(weight).limit_denominator(_MAX_PERIOD) for weight in weights]
+    fractions = [Fraction(weight).limit_denominator(_MAX_PERIOD) or Fraction(weight) for weight in weights]
     total = sum(fractions)
     shares = [fraction / total for fraction in fractions]
     period = functools.reduce(lambda a, b: a * b // np.gcd(a, b), (int(share.denominator) for share in shares))

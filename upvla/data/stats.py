@@ -185,9 +185,9 @@ def _findings(name: str, feature: FeatureStats) -> Iterable[Finding]:
         elif not (low <= q01 <= q99 <= high and low - slack <= mean <= high + slack and std >= 0):
             yield Finding(name, dim, True, f"has figures that contradict each other: {figures}")
         elif feature.constant[dim]:
-            yield Finding(name, dim, False, f"is always {low:g}: it passes through unchanged")
+            yield Finding(name, dim, False, f"is always {low:g}")
         elif (reach := max(high - q99, q01 - low)) > _SPARSE * (q99 - q01):
-            what = f"is sparse: 98 % lie within {q99 - q01:g}, some {reach:g} beyond; the whole range scales it"
+            what = f"is sparse: 98 % lie within {q99 - q01:g}, some {reach:g} beyond"
             yield Finding(name, dim, False, what)
 
 

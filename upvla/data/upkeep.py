@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from upvla.data.commit import DAMAGED, remove
 from upvla.data.objects import read_index
+from upvla.data.shards import Staged
 from upvla.data.table import Dataset, EpisodeFilter
 from upvla.data.versions import (
     dataset_root,
@@ -197,6 +198,10 @@ def collect_garbage(
     now = written.pop(marker)
     root.delete(marker)
     used = _referenced(kept) | {manifest_key(manifest.version) for manifest in kept}
+    for key in [key for key, when in written.items() if key.startswith("staging/") and now - when < grace_s]:
+        if not key.startswith("staging/.now-"):
+            staged = Staged.from_json(root.read_json(key))  # an ingest may still commit what it vouches for
+            used |= {ref.key for ref in (*staged.shards, *staged.index, *staged.qa)}
     dead = [
         key
         for key, when in written.items()

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from upvla.data.table import Dataset, load_manifest
+from upvla.data.table import Dataset
+from upvla.data.versions import open_version
 from upvla.errors import ConfigError, Mismatch
 from upvla.launch.scores import Exam, Judged, Progress, Recording, film, judge
 from upvla.rollout.benchmarks import BUILT_IN, Places, open_suite
@@ -121,8 +122,7 @@ def recorded_segments(store: Store, dataset: str, suite: Suite, num: int | None)
         raise ConfigError(
             f"replay needs worlds that can be set to a recorded state, which {suite.name}'s cannot: calvin-d"
         )
-    name, _, version = dataset.partition("@")
-    table = Dataset(store, load_manifest(store, name, int(version) if version else None))
+    table = Dataset(store, open_version(store, dataset))
     table.manifest.action_space.require_equal(
         suite.action_space, ours=f"dataset {dataset}", theirs=f"suite {suite.name}"
     )

@@ -112,6 +112,8 @@ class _Crew:
         if said.failure is not None:
             raise said.failure
         member.heard, member.cost = time.monotonic(), said.cost
+        if said.records:
+            self._stillborn = 0
         for record in said.records:
             member.held.pop(record.number, None)
         keep(said.records)

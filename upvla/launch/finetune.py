@@ -44,8 +44,13 @@ class Finetuning(Line):
         bundle = load_bundle(version.checkpoint.url)
         new = 0
         for name, trained in bundle.meta["datasets"].items():
-            newest, then = load_manifest(self.store, name), load_manifest(self.store, name, trained["version"])
-            new += newest.num_episodes - then.num_episodes
+            now = {row.id for row in Dataset(self.store, load_manifest(self.store, name)).episodes}
+            try:
+                then = load_manifest(self.store, name, trained["version"])
+                now -= {row.id for row in Dataset(self.store, then).episodes}
+            except NotFound:  # `upvla data gc` let it go: nobody knows any more what is new, so all of it is
+                pass
+            new += len(now)
         return {
             "version": version.version,
             "url": version.checkpoint.url,

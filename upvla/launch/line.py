@@ -33,6 +33,7 @@ from upvla.model.config import ModelConfig
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
 from upvla.sim.playtable import tasks
+from upvla.sim.playtable.env import world_code
 from upvla.store import Store, content_hash, open_store
 from upvla.tracking import CHAMPION, Registry, Run, Tracker
 from upvla.train.config import EngineConfig, StageConfig
@@ -102,7 +103,9 @@ class Line:
     def evaluation_key(self, checkpoint_url: str) -> str:
         """Equal for equal weights and an equal protocol: starting the same evaluation twice runs it once."""
         model_id = read_marker(open_store(checkpoint_url)).model_id
-        return content_hash({"model": model_id, "protocol": self.config.eval.model_dump(mode="json")})
+        return content_hash(
+            {"model": model_id, "protocol": self.config.eval.model_dump(mode="json"), "world": world_code()}
+        )
 
     def evaluate(self, checkpoint_url: str) -> Result:
         """Closed-loop scores of a checkpoint on every suite beside the reference policies, videos, predicted frames."""

@@ -76,7 +76,13 @@ def judge(
         who[name]["device"] = "cuda" if exam.use_gpu and exam.layout.model == "one" else "cpu"
     if recording:
         who["replay"] = {"name": "replay", "dataset": recording.dataset}
-    tested = once(store, "self-test", {"protocol": content_hash(asked)}, lambda: self_test(exam.suite, exam.chains))
+    for name, its in who.items():
+        if its.get("chunk", exam.control.replan) < exam.control.replan:
+            raise ConfigError(
+                f"replan is {exam.control.replan}, {name} predicts {its['chunk']} at a time: ask for at most that"
+            )
+    test = {"protocol": content_hash(asked), "expert": identity("expert", exam.suite, cameras)}
+    tested = once(store, "self-test", test, lambda: self_test(exam.suite, exam.chains))
     found = {}
     for name, its in who.items():
         key = {"who": its, "protocol": content_hash(asked)}

@@ -6,6 +6,7 @@ trained one. What differs is the module, the reader and what is exported.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Inputs:
     def world_sizes(self, spec: TrainSpec) -> list[int]:
         """Numbers of workers that this run may have."""
         plan = self.train.plan
-        return world_sizes(plan.global_batch, plan.lanes, spec.stage.micro_batch, spec.engine)
+        lanes = math.gcd(plan.lanes, self.validation.plan.lanes)
+        return world_sizes(plan.global_batch, lanes, spec.stage.micro_batch, spec.engine)
 
     def reader(self, mixture: Mixture) -> SampleReader:
         """Samples with codes, or for the tokenizer's own training frames at the size it sees."""

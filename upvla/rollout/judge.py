@@ -129,7 +129,7 @@ class SuiteJudge:
             yield from drive((given and self._lane(*given) for given in chains), answer, lanes)
         finally:
             while self._idle:
-                self._idle.pop()[1].close()
+                self._drop(self._idle.pop()[1])
 
     def film(self, number: int, chain: Chain, folder: Path) -> dict[str, Path]:
         """Play one chain and write `chain-<number>.mp4`, and for a predicting policy `chain-<number>-frames.png`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from upvla.errors import Mismatch
 from upvla.rollout.benchmarks import SCRIPTED, load_policy
 from upvla.rollout.evaluate import Control
 from upvla.sim.contract import MAX_STEPS
-from upvla.sim.suite import Suite, World, chains_id
+from upvla.sim.suite import Suite, World, chains_id, code_id
 from upvla.store import content_hash
 from upvla.types import Chain
 
@@ -58,7 +60,8 @@ def identity(
     """Who is judged. Raises `Mismatch` where it and the suite's world speak of different actions, where it looks
     through a camera that the world does not have, or where it is not what is `expected` (`name`, `stats_id`)."""
     if policy in SCRIPTED:
-        return {"name": policy}
+        folder = Path(inspect.getfile(type(suite))).parent  # experts are no part of the world's own code
+        return {"name": policy, "code": code_id(*folder.glob("*.py"))}
     loaded = load_policy(policy, suite, slots=slots)
     missing = [camera for camera in loaded.cameras if camera not in cameras]
     if missing:

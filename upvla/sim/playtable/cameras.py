@@ -91,5 +91,6 @@ class Cameras:
         return " ".join(GL.glGetString(part).decode() for part in (GL.GL_RENDERER, GL.GL_VERSION))
 
     def close(self) -> None:
+        self._gl.make_current()  # else what is freed belongs to whichever world was looked at last
         self._context.free()
         self._gl.free()

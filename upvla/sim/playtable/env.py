@@ -263,7 +263,7 @@ class PlaytableEnv:
         """Versions of MuJoCo, numpy and GL, and of the world's own code; scores of two fingerprints do not compare."""
         return {
             "env": self.name,
-            "code": _world_code(),
+            "code": world_code(),
             "mujoco": self._mj.mj_versionString(),
             "numpy": np.__version__,
             "renderer": self._eyes().description() if self._sees else "none",
@@ -276,7 +276,7 @@ class PlaytableEnv:
 
 
 @cache
-def _world_code() -> str:
+def world_code() -> str:
     """Hash of what decides an episode's outcome; experts and recorders do not."""
     folder = Path(__file__).parent
     return code_id(*(folder / f"{part}.py" for part in ("cameras", "env", "scene", "tasks", "textures", "wording")))

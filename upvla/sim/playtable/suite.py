@@ -105,7 +105,8 @@ class PlaytableSuite:
 @cache
 def _sampling_code() -> str:
     folder = Path(__file__).parent
-    return code_id(folder / "chains.py", folder / "scene.py", folder.parent / "contract.py")
+    parts = (folder / f"{name}.py" for name in ("chains", "env", "scene", "tasks"))
+    return code_id(*parts, folder.parent / "contract.py")
 
 
 def read_chains(file: Path) -> list[Chain]:
