@@ -1,4 +1,4 @@
-"""T1, T3: a worker is killed in every phase under every ZeRO stage, and the run ends as if nothing had happened.
+"""A worker is killed in every phase under every ZeRO stage, and the run ends as if nothing had happened.
 
     python -m tests.faults.kills [--runs 20] [--json docs/faults-training.json]
 

@@ -1,4 +1,4 @@
-"""Faults of a training job on Ray (T2, T15, T20, T34): real processes, real signals, and equal results.
+"""Faults of a training job on Ray: real processes, real signals, and equal results.
 
 Every test compares with the same stage trained without a fault by two plain processes. Each prints what it did to whom
 and what it cost.
@@ -110,7 +110,7 @@ def drivers(head: RayHead) -> list[psutil.Process]:
     return [p for p in found if "upvla.launch.train" in " ".join(p.cmdline()) and "python" in p.name()]
 
 
-def test_t2_a_killed_driver_is_followed_by_the_next_attempt(
+def test_a_killed_driver_is_followed_by_the_next_attempt(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     from upvla.tracking import Tracker
@@ -128,7 +128,7 @@ def test_t2_a_killed_driver_is_followed_by_the_next_attempt(
     second = Running(store, spec, ray_head)
     result = second.join()
     took = second.first_step_after(killed)
-    print(f"T2: driver {driver.pid} killed after step {point.step}; new step {took:.1f} s later")
+    print(f"driver {driver.pid} killed after step {point.step}; new step {took:.1f} s later")
     require_equal(result, reference)
     assert result["resumed_from"] >= point.step
     runs = tracker.client.search_runs([tracker.experiment_id()])
@@ -137,7 +137,7 @@ def test_t2_a_killed_driver_is_followed_by_the_next_attempt(
     assert steps == list(range(1, STEPS + 1)), "one curve, without doubles and gaps"
 
 
-def test_t15_a_stalled_worker_is_noticed_and_the_group_starts_again(
+def test_a_stalled_worker_is_noticed_and_the_group_starts_again(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 15})
@@ -147,13 +147,13 @@ def test_t15_a_stalled_worker_is_noticed_and_the_group_starts_again(
     stopped = time.monotonic()
     victim.suspend()
     result = running.join()
-    print(f"T15: worker {victim.pid} stopped; new step {running.first_step_after(stopped + 1):.1f} s later")
+    print(f"worker {victim.pid} stopped; new step {running.first_step_after(stopped + 1):.1f} s later")
     require_equal(result, reference)
     assert 2 <= result["resumed_from"] < STEPS
     assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
 
 
-def test_t20_of_two_drivers_of_one_key_one_works(
+def test_of_two_drivers_of_one_key_one_works(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     store, spec = stage_of(prepared, tmp_path)
@@ -186,7 +186,7 @@ def test_an_operator_stops_a_run_and_starts_it_again(
     require_equal(result, reference)
 
 
-def test_t34_a_node_that_is_taken_away_costs_no_step(
+def test_a_node_that_is_taken_away_costs_no_step(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """Workers run on a node beside the head's; it is drained as a cloud would do it, and they go on elsewhere."""
@@ -197,7 +197,7 @@ def test_t34_a_node_that_is_taken_away_costs_no_step(
         drained = time.monotonic()
         node.drain(deadline_s=120)
         result = running.join()
-    print(f"T34: node drained; new step elsewhere {running.first_step_after(drained):.1f} s later")
+    print(f"node drained; new step elsewhere {running.first_step_after(drained):.1f} s later")
     seen = [line.split()[1].partition("/")[0] for _, line in running.lines if " lr " in line]
     assert seen == [str(step) for step in range(1, STEPS + 1)], "every step was taken once: none was lost"
     require_equal(result, reference)

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.seam
 def test_data_that_does_not_fit_is_refused_before_workers_are_asked_for(
     prepared: tuple[Store, dict[str, Any]], model: ModelConfig, tmp_path: Path
 ) -> None:
-    """T23, T24: another data set's figures, and a parent that was trained for another gripper."""
+    """Another data set's figures, and a parent that was trained for another gripper."""
     store, references = prepared
     shutil.copytree(store.url, tmp_path / "store")
     copy = open_store(str(tmp_path / "store"))

@@ -441,9 +441,7 @@ def export_and_compare(zero_stage: int, ema_decay: float | None) -> tuple[dict[s
 
 
 @pytest.mark.parametrize(("zero_stage", "ema_decay"), [(1, None), (2, None), (3, None), (3, 0.5)])
-def test_t28_what_is_exported_is_the_live_engine(
-    two_workers: Workers, zero_stage: int, ema_decay: float | None
-) -> None:
+def test_what_is_exported_is_the_live_engine(two_workers: Workers, zero_stage: int, ema_decay: float | None) -> None:
     live, exported, difference = two_workers.run(export_and_compare, zero_stage, ema_decay)[0]
     assert exported == live
     assert difference == 0.0
