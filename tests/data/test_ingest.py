@@ -140,18 +140,6 @@ def test_the_report_shows_what_is_in_it(tmp_path: Path, recordings: Path) -> Non
         assert expected in page
 
 
-@pytest.mark.seam
-def test_ray_tasks_give_the_same_dataset(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upvla.launch.ingest import run_ingest
-
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    seen: list[tuple[int, int]] = []
-    expected = ingest(open_store(str(tmp_path / "here")), CONFIG, str(recordings))
-    found = run_ingest(open_store(str(tmp_path / "ray")), CONFIG, str(recordings), lambda *step: seen.append(step))
-    assert found["content_id"] == expected["content_id"]
-    assert seen[-1] == (5, 5) and len(seen) == 3
-
-
 def test_the_public_environments_recordings(tmp_path: Path, calvin_mini: Path) -> None:
     store = open_store(str(tmp_path))
     config = IngestConfig(format="calvin", dataset="mini", options={"span_end": "inclusive"})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import RayHead
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.errors import ConfigError
 from upvla.launch.benchmarks import evaluate_suite, replay_dataset
@@ -43,7 +44,7 @@ def test_most_recorded_segments_of_real_calvin_succeed_again(tmp_path: Path) -> 
 
 
 @pytest.mark.seam
-def test_scores_report_and_videos_go_to_mlflow(tmp_path: Path) -> None:
+def test_scores_report_and_videos_go_to_mlflow(ray_head: RayHead, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "tests")
     experiment = tracker.client.create_experiment("tests", artifact_location=f"{tmp_path}/artifacts")
     places, out = Places(cache=str(tmp_path / "cache")), str(tmp_path / "films")

@@ -23,7 +23,7 @@ from upvla.types import ChainRecord
 pytestmark = pytest.mark.seam
 
 NUM = 12
-IMPATIENT = Layout(lanes=3, patience_s=6.0)
+IMPATIENT = Layout(lanes=3, patience_s=15.0)
 
 
 def run(suite: LineSuite) -> list[ChainRecord]:
