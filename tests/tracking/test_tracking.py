@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,8 +81,14 @@ def test_artifacts_and_pictures(tracker: Tracker, tmp_path: Path) -> None:
     run.picture(np.zeros((8, 8, 3), np.uint8), "strips/one.png")
     run.record({"scores": [1, 2]}, "report.json")
     run.close()
-    listed = {item.path for item in tracker.client.list_artifacts(run.run_id)}
-    assert {"videos", "strips", "report.json"} <= listed
+    assert {item.path for item in tracker.client.list_artifacts(run.run_id)} == {"videos", "strips", "report.json"}
+
+
+def test_threads_that_ask_at_once_get_one_run(tracker: Tracker) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for key in (f"k-at-once-{i}" for i in range(10)):
+            ids = list(pool.map(lambda key: tracker.run_id(key, "at once"), [key] * 4))
+            assert len(set(ids)) == 1
 
 
 def test_params_are_flat() -> None:

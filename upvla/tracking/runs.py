@@ -36,6 +36,7 @@ _RETRY_S = 10.0
 _SPOOL = 200_000  # metric points kept while the server is away; the oldest go first
 _PICTURES = 100
 _BATCH = 900  # MLflow takes at most 1000 entries a request
+_MAKING = threading.Lock()  # a run's sender and whoever logs to it may ask for its id at the same moment
 
 
 class Tracker:
@@ -61,9 +62,13 @@ class Tracker:
             return str(found.experiment_id)
 
     def run_id(self, key: str, name: str, parent: str | None = None) -> str:
-        """Id of the run with this key, created if there is none; `parent` is the id of the run it nests under."""
+        """Id of the run with this key, created if there is none; `parent` is the id of the run it nests under.
+
+        Threads of one process always agree. Two processes that create it at the same moment may not: MLflow has
+        nothing that only one of them can make.
+        """
         experiment_id = self.experiment_id()
-        with translated(self.uri):
+        with _MAKING, translated(self.uri):
             if found := self._find(experiment_id, key):
                 return found[0]
             tags = {_KEY: key} | ({"mlflow.parentRunId": parent} if parent else {})
