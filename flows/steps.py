@@ -1,7 +1,7 @@
 """The stages of the line as Prefect tasks: progress, artifacts and retries; what is done is `upvla.launch.line`.
 
-Retries are for what passes (a store or a server that is away), never for what is wrong. What a task or a flow returns
-is references as JSON; nothing of it is ever pickled.
+Retries are for what passes (a store or a server that is away), never for what is wrong. What is only shown (progress,
+artifacts) never fails a stage. What a task or a flow returns is references as JSON; nothing of it is ever pickled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
@@ -29,6 +30,8 @@ from upvla.model.config import ModelConfig
 
 _PROGRESS_S = 5.0  # between two updates of a progress artifact
 _RETRY_S = (10, 60)  # a server that restarts is back within the first pause, a machine within the second
+_LEASE_S = 120  # renewed at three quarters of it; a trainer that was killed keeps the slot for so long at most
+_PASSING = (StoreError, OutcomeUnknown, StackError, httpx.TransportError)  # the last: Prefect's own server is away
 
 RESULTS: dict[str, Any] = {"persist_result": True, "result_serializer": "json", "log_prints": True}
 """How every flow keeps what it returns: as JSON, so that a results folder others may write to cannot run code."""
@@ -38,7 +41,7 @@ def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
     """A server's fault may pass, and every stage is safe to run again; a wrong config or bad data stays wrong."""
     try:
         state.result()
-    except (StoreError, OutcomeUnknown, StackError):
+    except _PASSING:
         return True
     except Exception:
         return False
@@ -58,7 +61,8 @@ def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result
             with _trainer() if trains else nullcontext():
                 result = work(line, *inputs, **named)
             progress(1.0, "done")
-            create_markdown_artifact(_markdown(name, result), key=name, description=f"references of stage {name}")
+            with _only_shown(progress.logger):
+                create_markdown_artifact(_markdown(name, result), key=name, description=f"references of stage {name}")
             return result
 
         settings: dict[str, Any] = {"retry_condition_fn": _may_pass, "cache_policy": NO_CACHE, "persist_result": False}
@@ -72,25 +76,39 @@ def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result
 def _trainer() -> Iterator[None]:
     """The cluster's one slot for trainers. A lost lease ends nothing: the Ray job goes on, and is found again."""
     ensure_trainer_slot()
-    with concurrency(TRAINER, occupy=1, strict=True, raise_on_lease_renewal_failure=False):
+    with concurrency(TRAINER, occupy=1, strict=True, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False):
         yield
+
+
+@contextmanager
+def _only_shown(logger: Any) -> Iterator[None]:
+    """Prefect's server may be away while a stage is at work."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        logger.warning("Prefect does not show this: %s", error)
 
 
 class _Progress:
     """Lines to the flow run's log, and a bar in the Prefect UI."""
 
     def __init__(self, stage: str) -> None:
-        self._stage, self._logger, self._last = stage, get_run_logger(), 0.0
-        self._artifact = cast(UUID, create_progress_artifact(0.0, description=stage))
+        self.logger, self._stage, self._last = get_run_logger(), stage, 0.0
+        self._artifact: UUID | None = None
+        with _only_shown(self.logger):
+            self._artifact = cast(UUID, create_progress_artifact(0.0, description=stage))
 
     def __call__(self, share: float, text: str) -> None:
         """`share` in 0..1, or negative for a line that says nothing about progress."""
         if share < 0:
-            self._logger.info(text)
+            self.logger.info(text)
         elif share >= 1 or time.monotonic() - self._last > _PROGRESS_S:
             self._last = time.monotonic()
-            self._logger.info(text)
-            update_progress_artifact(self._artifact, progress=100 * share, description=f"{self._stage}: {text}")
+            self.logger.info(text)
+            with _only_shown(self.logger):
+                if self._artifact is not None:
+                    what = f"{self._stage}: {text}"
+                    update_progress_artifact(self._artifact, progress=100 * share, description=what)
 
 
 @_stage("collect")

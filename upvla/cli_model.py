@@ -131,6 +131,7 @@ def serve(
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8600,
     threads: Annotated[int, typer.Option(help="Of one prediction; with 1 it sums as an evaluation does.")] = 1,
     reload_every_s: Annotated[float, typer.Option(help="How often the registry is asked for a newer model.")] = 5.0,
+    deadline_ms: Annotated[float, typer.Option(help="The longest that an answer may take.")] = 2000.0,
     site: SiteName = "local",
 ) -> None:
     """Let robots call a policy by WebSocket or HTTP, with a token. Example: upvla serve models:/upvla-tiny@champion"""
@@ -142,7 +143,7 @@ def serve(
     from upvla.launch.serve import server_token
 
     token, source = server_token(load(f"site/{site}", SiteConfig).home)
-    settings = ServerConfig(host=host, port=port, reload_every_s=reload_every_s)
+    settings = ServerConfig(host=host, port=port, reload_every_s=reload_every_s, deadline_ms=deadline_ms)
     print(f"its token is in {source}", file=sys.stderr, flush=True)
     run(newest, settings, token, lambda text: print(text, file=sys.stderr, flush=True), threads)
 

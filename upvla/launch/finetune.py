@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from upvla.checkpoint import load_bundle
 from upvla.config import FinetuneConfig, SiteConfig, load
@@ -34,7 +35,7 @@ class Finetuning(Line):
         super().__init__(site, config, config.model_name, progress)
 
     def champion(self) -> Result:
-        """The registered champion, and how many recordings have landed since it was trained.
+        """The registered champion, and how many of the mixture's recordings have landed since it was trained.
 
         Raises `NotFound` where there is no champion yet.
         """
@@ -42,14 +43,11 @@ class Finetuning(Line):
         if version is None:
             raise NotFound(f"{self.model_name} has no champion to fine-tune: run `pretrain/full` first")
         bundle = load_bundle(version.checkpoint.url)
-        new = 0
-        for name, trained in bundle.meta["datasets"].items():
-            now = {row.id for row in Dataset(self.store, load_manifest(self.store, name)).episodes}
-            try:
-                then = load_manifest(self.store, name, trained["version"])
-                now -= {row.id for row in Dataset(self.store, then).episodes}
-            except NotFound:  # `upvla data gc` let it go: nobody knows any more what is new, so all of it is
-                pass
+        trained, new = bundle.meta["datasets"], 0
+        for name, pinned in {source.dataset: source.version for source in self.config.mixture.sources}.items():
+            now = self._recordings(name, pinned)
+            with suppress(NotFound):  # `upvla data gc` let it go: nobody knows any more what is new, so all of it is
+                now -= self._recordings(name, trained[name]["version"]) if name in trained else set()
             new += len(now)
         return {
             "version": version.version,
@@ -59,6 +57,9 @@ class Finetuning(Line):
             "tower_id": save_tower(self.store, bundle.model.vision) if bundle.config.vision.cacheable else "",
             "new_recordings": new,
         }
+
+    def _recordings(self, dataset: str, version: int | str | None) -> set[str]:
+        return {row.id for row in Dataset(self.store, load_manifest(self.store, dataset, version)).episodes}
 
     def is_due(self, champion: Result) -> bool:
         return bool(champion["new_recordings"] >= self.config.min_new_recordings)
@@ -79,7 +80,7 @@ class Finetuning(Line):
         found.sort(key=lambda one: one.size, reverse=True)
         report: Result = {"metrics": drifting.as_metrics(found), "worst": [one._asdict() for one in found[:10]]}
         with self.tracked(self.pipeline_key, self.config.name) as run:
-            run.log(report["metrics"], int(champion["version"]))
+            run.log(report["metrics"], sum(plan["versions"].values()))  # grows with every night that has news
             run.record(report, f"drift-from-v{champion['version']}.json")
         return report | {"seconds": round(time.monotonic() - began, 3)}
 

@@ -43,8 +43,9 @@ class Jobs:
     def run(self, key: str, entrypoint: str, *, env: Mapping[str, str], on_line: Callable[[str], None]) -> None:
         """Run `entrypoint` to success, attaching to the attempt that runs already; every line of its log is handed on.
 
-        Raises `JobFailed` with the end of the log. Ctrl-C, and a flow run that is told to stop, stop the job too;
-        a caller that is killed leaves it running, and the next call attaches.
+        Raises `JobFailed` with the end of the log. Ctrl-C, and a flow run that is told to stop, stop the job too. A
+        caller that is killed leaves it running, and the next call attaches; so does one that is cancelled because its
+        orchestrator lost sight of it.
         """
         job_id = self._attach_or_submit(key, entrypoint, env)
         tail: list[str] = []
@@ -56,7 +57,7 @@ class Jobs:
 
         try:
             status = self._follow(job_id, keep)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             raise
         except BaseException:  # an interrupt, not an error: whoever waits for this job wants it to end
             self._client.stop_job(job_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from upvla.checkpoint import load_bundle, read_marker
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError, Mismatch, NoAnswer
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, scores, summarise
@@ -70,7 +71,10 @@ def serve(newest: Newest, config: ServerConfig, token: str, say: Callable[[str],
 
 
 def evaluate_served(policy_url: str, config: EvalConfig) -> dict[str, Any]:
-    """Closed-loop scores of the policy behind `policy_url`, from this process, as a robot would drive it."""
+    """Closed-loop scores of the policy behind `policy_url`, from this process, as a robot would drive it.
+
+    Raises `NoAnswer` where a chain ended because the server said nothing: that is no score of its policy.
+    """
     with RemotePolicy(policy_url) as policy:
         about = dict(policy.about)
     found: dict[str, dict[str, Any]] = {}
@@ -81,6 +85,12 @@ def evaluate_served(policy_url: str, config: EvalConfig) -> dict[str, Any]:
         asked, cameras = protocol(opened, chains, config.control)
         who = identity(policy_url, opened, cameras)
         records = SuiteJudge(opened, policy_url, config.control)(list(enumerate(chains)))
+        if lost := [record for record in records if record.error.startswith(NoAnswer.__name__)]:
+            raise NoAnswer(
+                "away",
+                f"{len(lost)} of {len(records)} chains of {suite.name} got no answer, the first: "
+                f"{lost[0].error}; nothing is scored. A slow machine: `upvla serve --deadline-ms 60000`",
+            )
         report = summarise(about["model_id"], suite.name, asked, who, records)
         protocols[suite.name] = report.fingerprint
         found |= {name: estimate._asdict() for name, estimate in scores(report).items()}
@@ -93,11 +103,13 @@ def server_token(home: Path) -> tuple[str, str]:
         return given, f"${TOKEN}"
     path = home.expanduser().resolve() / "secrets/policy_token"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_text(secrets.token_urlsafe(32))
-    except FileExistsError:
-        pass
+    if not path.exists():
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.touch(mode=0o600)
+        draft.write_text(secrets.token_urlsafe(32))
+        with contextlib.suppress(FileExistsError):  # of two servers that start at once one's token counts
+            os.link(draft, path)
+        draft.unlink()
     token = path.read_text().strip()
     if not token:
         raise ConfigError(f"{path} is empty: delete it and a new token is made, or set {TOKEN}")

@@ -89,7 +89,7 @@ def load_policy(
     if name == "still":
         return StillPolicy(suite.action_space)
     if name.startswith(SERVED):
-        remote = RemotePolicy(name, deadline_s=2.0)
+        remote = RemotePolicy(name, deadline_s=None)
         suite.action_space.require_equal(remote.action_space, ours=f"suite {suite.name}", theirs=f"server {name}")
         return remote
     if "/" not in name:

@@ -35,22 +35,24 @@ _LATE_S = 0.5  # what a reply may take on the network beyond its deadline
 class RemotePolicy:
     """One session with a policy server. Raises `NoAnswer` when it is late, busy or gone, `Mismatch` when it refuses."""
 
-    def __init__(self, url: str, token: str = "", *, deadline_s: float = 1.0, timeout_s: float = 10.0) -> None:
-        """`url` is the server's, ws:// or http://; `deadline_s` is what one prediction may take."""
+    def __init__(self, url: str, token: str = "", *, deadline_s: float | None = 1.0, timeout_s: float = 10.0) -> None:
+        """`url` is the server's, ws:// or http://; `deadline_s` is what one prediction may take, None for the longest
+        that the server allows: where a world waits, as in an evaluation."""
         parts = urlsplit(url)
         if parts.scheme not in _SCHEMES:
             raise Mismatch(f"policy url {url!r}: write it as ws://HOST:PORT")
-        self._url, self._deadline_s, self._timeout_s = url, deadline_s, timeout_s
+        self._url, self._timeout_s = url, timeout_s
         self._address = f"{_SCHEMES[parts.scheme]}://{parts.netloc}/v1/act"
         self._token = token or os.environ.get(TOKEN, "")
         self._connection: ClientConnection | None = None
         self._instruction: str | None = None
         self._begin, self._asked, self._number = False, 0.0, 0
         self.about: dict[str, Any] = {}
-        """The server's greeting: model_id, version, stats_id, cameras, action_space."""
+        """The server's greeting: model_id, version, stats_id, cameras, action_space, deadline_ms."""
         self.timing: dict[str, float] = {}
         """Of the last answer: queue_ms, predict_ms, total_ms as seen from here."""
         self._open()
+        self._deadline_s = self.about["deadline_ms"] / 1000 if deadline_s is None else deadline_s
 
     @property
     def name(self) -> str:

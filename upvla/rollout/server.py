@@ -146,6 +146,8 @@ def _answer(answer: Answer, requests: Sequence[_Request]) -> None:
     due = []
     for request in requests:
         request.taken = now
+        if not request.done.set_running_or_notify_cancel():
+            continue  # nobody waits for it any more
         if now > request.expires:
             request.done.set_exception(
                 NoAnswer("deadline", f"waited {1000 * (now - request.came):.0f} ms for its turn")
@@ -194,7 +196,7 @@ class PolicyServer:
         return Response(generate_latest(self._metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def _model(self, request: Request) -> Response:
-        return JSONResponse(self.served.greeting())
+        return JSONResponse(self._greeting())
 
     async def _act(self, request: Request) -> Response:
         body = await _body(request, self.config.max_bytes)
@@ -224,7 +226,7 @@ class PolicyServer:
         self._sessions += 1
         self._metrics.sessions.set(self._sessions)
         try:
-            await socket.send_text(json.dumps(self.served.greeting()))
+            await socket.send_text(json.dumps(self._greeting()))
             while True:
                 await socket.send_bytes(await self._reply(session, await socket.receive_bytes()))
         except (WebSocketDisconnect, KeyError):  # KeyError: text where bytes belong; whoever sends that is not ours
@@ -243,6 +245,9 @@ class PolicyServer:
         except Exception as error:
             return wire.pack({"id": number, "error": self._refusal(error)}, {})
         return wire.pack(about, {"actions": prediction.actions})
+
+    def _greeting(self) -> dict[str, Any]:
+        return {**self.served.greeting(), "deadline_ms": self.config.deadline_ms}
 
     # ------------------------------------------------------------------------------------------------ predictions
 

@@ -59,7 +59,7 @@ class StackConfig(BaseModel):
     object_store_mb: int = Field(default=512, ge=80)
     worker_limit: int = Field(default=4, ge=3)
     """Flow runs at a time: `pretrain/full` waits for `evaluate/chains`, so one slot would be a deadlock."""
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: float = Field(default=300.0, gt=0, description="for one part to answer; a busy machine takes minutes")
     min_free_mb: int = 2048
 
     @field_validator("home")
@@ -174,6 +174,9 @@ def server_environment(config: StackConfig) -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # seconds; SQLite on a busy machine
+        # on disk: a server that is restarted and has forgotten who holds a slot never frees it, and ends every run
+        # that holds one when it asks to keep it
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(config.home / "prefect/ui"),  # else inside the installed package
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # seconds; flows/deploy.py says what follows from silence

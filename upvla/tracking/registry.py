@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow.entities import LoggedModel
+from mlflow.entities import LoggedModel, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 import upvla.rollout
-from upvla.tracking.runs import Tracker, translated
+from upvla.tracking.runs import BATCH, Tracker, translated
 from upvla.types import Checkpoint, ModelVersion
 
 CHAMPION = "champion"
@@ -89,8 +90,13 @@ class Registry:
                 model = self._client.create_logged_model(experiment_id, name, run_id, **about)
                 model = self._client.finalize_logged_model(model.model_id, "READY")
             known = {metric.key for metric in model.metrics or ()}
-            for metric in sorted(metrics.keys() - known):
-                self._client.log_metric(run_id, metric, metrics[metric], step=0, model_id=model.model_id)
+            now_ms = int(time.time() * 1000)
+            new = [
+                Metric(key, metrics[key], now_ms, 0, model_id=model.model_id, run_id=run_id)
+                for key in sorted(metrics.keys() - known)
+            ]
+            for start in range(0, len(new), BATCH):
+                self._client.log_batch(run_id, metrics=new[start : start + BATCH])
             return model
 
     def versions(self, name: str) -> list[ModelVersion]:

@@ -24,6 +24,7 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from upvla.errors import NotFound, StackError
 from upvla.types import Manifest
@@ -35,7 +36,7 @@ _FLUSH_S = 1.0
 _RETRY_S = 10.0
 _SPOOL = 200_000  # metric points kept while the server is away; the oldest go first
 _PICTURES = 100
-_BATCH = 900  # MLflow takes at most 1000 entries a request
+BATCH = 900  # MLflow takes at most 1000 entries a request
 _MAKING = threading.Lock()  # a run's sender and whoever logs to it may ask for its id at the same moment
 
 
@@ -170,7 +171,7 @@ class Run:
         """A JSON artifact."""
         self._quietly(lambda: self._client.log_dict(self.run_id, value, name))
 
-    def close(self, status: str = "FINISHED", timeout_s: float = 15.0) -> None:
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
         """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`."""
         self._closing.set()
         self._sender.join(timeout_s)
@@ -190,7 +191,7 @@ class Run:
             with translated(self._tracker.uri):
                 self._send_head()
                 while self._spool:
-                    points = [self._spool.popleft() for _ in range(min(_BATCH, len(self._spool)))]
+                    points = [self._spool.popleft() for _ in range(min(BATCH, len(self._spool)))]
                     self._send(points)
                     points = []
                 while self._pictures:  # one that arrives twice replaces itself
@@ -212,23 +213,28 @@ class Run:
         params, tags = self._head
         known = self._client.get_run(self.run_id).data.params
         new = [Param(name, str(value)[:6000]) for name, value in params.items() if name not in known]
-        self._client.update_run(self.run_id, status="RUNNING")
+        if not self._closing.is_set():  # else `close` says how it ended, and perhaps already has
+            self._client.update_run(self.run_id, status="RUNNING")
         self._client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
         for i in range(0, len(new), 100):  # MLflow takes at most 100 params a request
             self._client.log_batch(self.run_id, params=new[i : i + 100])
         self._head = None
 
     def _send(self, points: Sequence[_Point]) -> None:
-        fresh = [Metric(p.name, p.value, p.time_ms, p.step) for p in points if p.step > self._newest_step(p.name)]
+        self._ask_for_newest({point.name for point in points} - self._newest.keys())
+        fresh = [Metric(p.name, p.value, p.time_ms, p.step) for p in points if p.step > self._newest[p.name]]
         if fresh:
             self._client.log_batch(self.run_id, metrics=fresh)
         self._newest |= {metric.key: metric.step for metric in fresh}
 
-    def _newest_step(self, name: str) -> int:
-        if name not in self._newest:
-            history = self._client.get_metric_history(self.run_id, name)
+    def _ask_for_newest(self, names: set[str]) -> None:
+        """One request for metrics that the run does not have yet: an evaluation brings hundreds of them."""
+        if not names:
+            return
+        known = self._client.get_run(self.run_id).data.metrics
+        for name in names:
+            history = self._client.get_metric_history(self.run_id, name) if name in known else []
             self._newest[name] = max((point.step for point in history), default=-1)
-        return self._newest[name]
 
     def _quietly(self, send: Callable[[], object]) -> None:
         try:
@@ -260,3 +266,5 @@ def translated(uri: str) -> Iterator[None]:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise NotFound(f"MLflow at {uri}: {error.message}") from error
         raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from error
+    except RequestException as error:  # of artifacts, whose errors MLflow's client hands on as they come
+        raise StackError(f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)") from error
