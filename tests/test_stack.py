@@ -43,7 +43,8 @@ def _free_ports() -> Ports:
             return Ports(s3=base, mlflow=base + 5, prefect=base + 6, ray=base + 7, dashboard=base + 9)
 
 
-def _config(home: Path, **more: Any) -> StackConfig:
+def small_stack(home: Path, **more: Any) -> StackConfig:
+    """On ports of its own."""
     return StackConfig(home=home, ports=_free_ports(), num_cpus=2, object_store_mb=100, **more)
 
 
@@ -59,7 +60,7 @@ def _s3(environment: dict[str, str], secret: str | None = None):
 
 def _fetch(url: str, data: bytes | None = None, method: str = "GET", **headers: str) -> tuple[int, bytes]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=20) as reply:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=60) as reply:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -68,7 +69,7 @@ def _fetch(url: str, data: bytes | None = None, method: str = "GET", **headers: 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackConfig]:
     # A space, and a path far too long for Ray's sockets.
-    config = _config(tmp_path_factory.mktemp("stack") / "a home" / "with-a-rather-long-name-below-it")
+    config = small_stack(tmp_path_factory.mktemp("stack") / "a home" / "with-a-rather-long-name-below-it")
     stack.up(config)
     yield config
     stack.down(config)
@@ -106,6 +107,11 @@ def test_mlflow_keeps_artifacts_in_the_object_store(running: StackConfig) -> Non
     url = f"{environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow-artifacts/artifacts/folder/picture.png"
     assert _fetch(url, b"pixels", "PUT")[0] == 200
     assert _s3(environment).get_object(Bucket="mlflow", Key="folder/picture.png")["Body"].read() == b"pixels"
+    root = url.removesuffix("folder/picture.png")
+    for path in ("../../../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd"):
+        for method in ("GET", "PUT"):
+            code, reply = _fetch(root + path, b"x" if method == "PUT" else None, method)
+            assert code in (400, 404, 405) and b"root:" not in reply, (method, path, code)
 
 
 @pytest.mark.seam
@@ -113,7 +119,10 @@ def test_ray_wants_its_token(running: StackConfig) -> None:
     environment = stack.environment(running)
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     jobs = f"{environment['UPVLA_RAY_JOBS_URL']}/api/jobs/"
-    assert _fetch(jobs)[0] == 401
+    job, as_json = json.dumps({"entrypoint": "touch /tmp/nobody-may"}).encode(), {"Content-Type": "application/json"}
+    for key, code in (({}, 401), ({"Authorization": "Bearer wrong"}, 403)):
+        assert _fetch(jobs, **key)[0] == code
+        assert _fetch(jobs, job, "POST", **key, **as_json)[0] == code
     assert _fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
 
 
@@ -221,7 +230,7 @@ def test_down_leaves_nothing_of_ours_and_stops_nothing_else(running: StackConfig
 @pytest.mark.seam
 def test_with_passwords_nobody_gets_in_without_and_no_secret_is_written_down(tmp_path: Path) -> None:
     pytest.importorskip("flask_wtf", reason="Flask-WTF, which MLflow's passwords need, is not installed")
-    config = _config(tmp_path / "home", auth=True)
+    config = small_stack(tmp_path / "home", auth=True)
     stack.up(config)
     try:
         environment = stack.environment(config)
@@ -278,7 +287,7 @@ def test_passwords_are_drawn_once_and_only_where_others_reach_the_stack(tmp_path
 
 @pytest.mark.seam
 def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+    config = small_stack(tmp_path)
     code = (
         "import signal, sys; from upvla import stack; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs inherit it ignored
@@ -288,7 +297,7 @@ def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
     assert starting.stdout is not None
     assert starting.stdout.readline().startswith(b"s3: healthy")  # and the others are on their way
     starting.send_signal(signal.SIGINT)
-    assert starting.wait(timeout=60) != 0
+    assert starting.wait(timeout=240) != 0
     starting.stdout.close()
     assert processes.marked(tmp_path) == []
     assert not [
@@ -298,7 +307,7 @@ def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
 
 @pytest.mark.seam
 def test_a_server_that_cannot_start_is_tried_twice_then_named_with_its_log(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+    config = small_stack(tmp_path)
     (tmp_path / "s3").mkdir()
     (tmp_path / "s3/filerldb2").write_text("in the way of a folder that the server wants")
     said: list[str] = []
@@ -309,7 +318,7 @@ def test_a_server_that_cannot_start_is_tried_twice_then_named_with_its_log(tmp_p
 
 
 def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+    config = small_stack(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", config.ports.mlflow))
         taken.listen()
@@ -324,13 +333,13 @@ def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -
 
 def test_a_full_disk_is_seen_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="MB are free under"):
-        stack.up(_config(tmp_path, min_free_mb=10**12))
+        stack.up(small_stack(tmp_path, min_free_mb=10**12))
     assert processes.marked(tmp_path) == []
 
 
 def test_clients_are_sent_to_up_before_the_first_start(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="run `upvla up`"):
-        stack.environment(_config(tmp_path))
+        stack.environment(small_stack(tmp_path))
 
 
 def test_ports_come_from_the_shell_then_the_running_stack_then_the_site(
@@ -352,7 +361,7 @@ def test_ports_come_from_the_shell_then_the_running_stack_then_the_site(
         stack.load_site("moon")
 
 
-def _wait(happened: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def _wait(happened: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import shlex
 import sys
 import threading
@@ -82,6 +83,18 @@ def test_an_interrupt_stops_the_job(ray_head: RayHead) -> None:
     while jobs.cancel("interrupted") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not jobs.cancel("interrupted")
+
+
+def test_a_caller_that_its_orchestrator_lost_leaves_the_job_running(ray_head: RayHead) -> None:
+    def cancel(line: str) -> None:
+        if line == "started":
+            raise asyncio.CancelledError  # as Prefect's is
+
+    jobs = Jobs(ray_head.jobs_url)
+    code = "import time; print('started', flush=True); time.sleep(100)"
+    with pytest.raises(asyncio.CancelledError):
+        jobs.run("left", python(code), env={}, on_line=cancel)
+    assert jobs.cancel("left")
 
 
 def test_no_job_server(ray_head: RayHead) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import mlflow
 import numpy as np
 import pytest
 
 from tests.conftest import free_ports
+from tests.tracking.conftest import Server
 from upvla.checkpoint import Bundle, export
 from upvla.errors import Mismatch, StackError
 from upvla.model.config import preset
@@ -30,7 +26,7 @@ from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry, Tracker, flatten
 from upvla.types import CALVIN_RELATIVE, Checkpoint, Manifest, Observation
 
-pytestmark = pytest.mark.seam
+pytestmark = [pytest.mark.seam, pytest.mark.usefixtures("server")]  # it starts while the first tests run
 
 
 @pytest.fixture(scope="module")
@@ -203,36 +199,6 @@ def test_a_reference_whose_checkpoint_was_replaced_is_refused(
 
 
 # ------------------------------------------------------------------------------------------------- being away
-
-
-class Server(NamedTuple):
-    uri: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def wait_healthy(self) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError(self.log.read_text()[-2000:])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real server, started before the other tests of this file because it needs half a minute."""
-    (port,), folder = free_ports(1), tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
-    yield Server(f"http://127.0.0.1:{port}", process, folder / "log")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture
