@@ -1,6 +1,8 @@
-# Each target is a thin line over one real command. PYTHON names the interpreter, DEMO the size of the demo (full, ci).
+# Each target is a thin line over one real command. PYTHON names the interpreter, DEMO the size of the demo (full, ci),
+# NIGHTS how long `make soak` lasts.
 PYTHON ?= python3.11
 DEMO ?= full
+NIGHTS ?= 200
 BIN := .venv/bin
 STAMP := .venv/.complete
 
@@ -9,7 +11,7 @@ export PYTHON
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-readme faults lint up down status bench
+.PHONY: help setup demo test test-slow test-readme faults soak lint up down status bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +34,9 @@ test-slow: setup ## the long tests
 faults: setup ## faults and bad input, the long ones too: 50 kills of an ingest, 20 of a worker in every phase, with tables
 	UPVLA_KILLS=50 UPVLA_FAULT_TABLE=docs/faults-ingest.json $(BIN)/pytest tests/faults
 	$(BIN)/python -m tests.faults.kills --runs 20 --json docs/faults-training.json
+
+soak: setup ## NIGHTS nightly runs in a row at toy size, and whether anything leaks: processes, files, memory, slots, objects
+	$(BIN)/python -m tests.faults.soak --nights $(NIGHTS) --json docs/faults-soak.json
 
 test-readme: setup ## the README's code, at the demo's CI size; goes on with the stack at UPVLA_HOME where one runs
 	$(BIN)/pytest -m e2e

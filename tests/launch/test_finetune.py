@@ -7,29 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.factories import write_calvin
 from tests.rollout.test_policy import make_bundle
+from tests.toy_line import land
 from upvla.checkpoint import export
 from upvla.config import FinetuneConfig, SiteConfig, load
-from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import NotFound
 from upvla.launch.finetune import Finetuning
-from upvla.store import Store, open_store
+from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry
 
 pytestmark = pytest.mark.seam
 SOURCES = "mixture.sources=[{dataset: mine, kind: robot, weight: 0.5}, {dataset: yours, kind: robot, weight: 0.5}]"
-
-
-def land(store: Store, folder: Path, dataset: str, lengths: tuple[int, ...]) -> None:
-    """A dataset's next version, with one recording a length."""
-    seed = sum(map(ord, dataset))
-    raw = write_calvin(
-        folder / dataset, lengths, seed=seed, scenes=("calvin_scene_A",), static=(32, 32, 3), gripper=(16, 16, 3)
-    )
-    settings = {"format": "calvin", "dataset": dataset, "options": {"span_end": "exclusive"}}
-    ingest(store, IngestConfig.model_validate(settings | {"validation_fraction": 0.3}), str(raw))
 
 
 def test_a_nightly_counts_what_is_new_in_every_dataset_of_its_mixture(tmp_path: Path) -> None:

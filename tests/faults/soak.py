@@ -1,0 +1,198 @@
+"""Many nights in a row on a real stack, and what they leave behind.
+
+    python -m tests.faults.soak [--nights 200] [--json docs/faults-soak.json]
+
+In three nights of five a recording has landed: `finetune/nightly` runs through Prefect's worker, Ray and MLflow at toy
+size. In the fourth its model is made champion by hand besides, so in the fifth there is nothing new, and a skip is
+recorded. After every night processes, open files, memory, slots, scratch files and objects are counted; the exit status
+is 1 where a flow run failed, or something grew that should not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tests.conftest import ROOT
+from tests.test_stack import small_stack
+from tests.toy_line import NIGHTLY, land
+from upvla import stack
+from upvla.data.upkeep import collect_garbage
+from upvla.stack import StackConfig, processes
+from upvla.store import Store, open_store
+
+NAME = "upvla-tiny"
+LENGTHS = (20, 24, 18, 22, 26, 20, 19, 21)
+WEEK = 5
+RSS_MB_A_NIGHT = 2.0  # of all servers together; their databases' caches grow at first
+KEPT_FOR_GOOD = ("models", "runs", "evaluations", "steps", "mixtures", "registry", "datasets", "vq", "text", "reports")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nights", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder, "home")
+        config = small_stack(home)
+        os.environ["TMPDIR"] = str(home / "tmp")  # of every server and whatever it starts
+        (home / "tmp").mkdir(parents=True)
+        stack.up(config, progress=_say)
+        try:
+            rows = live(config, Path(folder), options.nights)
+        finally:
+            stack.down(config, progress=_say)
+    left = [process.pid for process in processes.marked(config.home)]
+    wrong = [*judge(rows), *([f"processes {left} outlive the stack"] if left else [])]
+    print(table(rows, wrong))
+    if options.json:
+        options.json.write_text(json.dumps({"nights": rows, "wrong": wrong}, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+def live(config: StackConfig, folder: Path, nights: int) -> list[dict[str, Any]]:
+    os.environ.update(stack.environment(config))
+    store = open_store(os.environ["UPVLA_STORE_URL"])
+    land(store, folder, "mine", LENGTHS)
+    _python("-m", "tests.toy_line")
+    _python("-m", "flows.deploy")
+    rows, landed = [], list(LENGTHS)
+    for night in range(nights):
+        began, day = time.monotonic(), night % WEEK
+        if day < WEEK - 1:
+            landed.append(18 + len(landed) % 9)
+            land(store, folder, "mine", landed)
+        parameters = {"config": "finetune/ci", "overrides": list(NIGHTLY)}
+        command = ["-m", "prefect", "deployment", "run", "finetune/nightly", "--watch", "--watch-interval", "1"]
+        ended = _python(*command, "--params", json.dumps(parameters), check=False)
+        versions = _newest_version()
+        if day == WEEK - 2:
+            _python("-m", "upvla.cli", "promote", "--to", str(versions), "--because", "the week's best")
+        rows.append(
+            {"night": night, "day": day, "failed": ended.returncode, "versions": versions, **count(config, store)}
+            | {"seconds": round(time.monotonic() - began, 1)}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def count(config: StackConfig, store: Store) -> dict[str, Any]:
+    """What a night may leave, once what it started has ended."""
+    _settle(lambda: not any("upvla.launch.train" in line or "prefect.flow_engine" in line for line in _lines(config)))
+    listed, files, rss = processes.marked(config.home), 0, 0
+    for process in listed:
+        with suppress(psutil.Error):
+            files, rss = files + process.num_fds(), rss + process.memory_info().rss
+    objects = Counter(key.partition("/")[0] for key in store.list())
+    spare = collect_garbage(store, "mine", grace_s=0, dry_run=True)
+    return {
+        "processes": len(listed),
+        "files": files,
+        "rss_mb": rss >> 20,
+        "slots": _slots(),
+        "scratch": sum(1 for path in (config.home / "tmp").rglob("*") if path.is_file()),
+        "objects": dict(sorted(objects.items())),
+        "orphans": len(spare["objects"]),
+    }
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong, in sentences. What grows night by night is looked at once the first week is over."""
+    wrong = [f"night {row['night']}: the flow run failed" for row in rows if row["failed"]]
+    wrong += [f"night {row['night']}: {row['slots']} slots are still held" for row in rows if row["slots"]]
+    wrong += [f"night {row['night']}: {row['orphans']} objects of no version" for row in rows if row["orphans"]]
+    new = [prefix for prefix in rows[-1]["objects"] if prefix not in KEPT_FOR_GOOD]
+    wrong += [f"objects under {prefix}/, which nobody knows" for prefix in new]
+    expected = sum(row["day"] < WEEK - 1 for row in rows) + 1
+    if rows[-1]["versions"] != expected:
+        wrong.append(f"{rows[-1]['versions']} versions are registered, {expected} nights had something new")
+    settled = rows[WEEK:]
+    if len(settled) >= 2 * WEEK:
+        limits = {"processes": 0.05, "files": 0.5, "scratch": 0.5, "rss_mb": RSS_MB_A_NIGHT}
+        wrong += [
+            f"{name} grow by {grown:.2f} a night"
+            for name, limit in limits.items()
+            if (grown := slope(settled, name)) > limit
+        ]
+    return wrong
+
+
+def slope(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Growth a night, by least squares."""
+    values = [float(row[name]) for row in rows]
+    return float(np.polyfit(np.arange(len(values)), values, 1)[0]) if len(values) > 1 else 0.0
+
+
+def table(rows: Sequence[dict[str, Any]], wrong: Sequence[str]) -> str:
+    settled = rows[WEEK:] or rows
+    lines = [f"{len(rows)} nights, {rows[-1]['versions']} versions, {len(wrong)} things wrong", ""]
+    lines += [f"{'what':<12}{'first':>10}{'last':>10}{'a night':>12}"]
+    for name in ("processes", "files", "rss_mb", "slots", "scratch", "orphans", "seconds"):
+        lines.append(f"{name:<12}{rows[0][name]:>10}{rows[-1][name]:>10}{slope(settled, name):>12.3f}")
+    for prefix, number in rows[-1]["objects"].items():
+        first = rows[0]["objects"].get(prefix, 0)
+        lines.append(f"{prefix + '/':<12}{first:>10}{number:>10}{(number - first) / max(1, len(rows) - 1):>12.3f}")
+    return "\n".join([*lines, "", *wrong])
+
+
+def _newest_version() -> int:
+    from upvla.tracking import Registry, Tracker
+
+    return int(Registry(Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")).versions(NAME)[0].version)
+
+
+def _slots() -> int:
+    """Held slots of all of Prefect's limits: the trainer's and the deployments'."""
+    code = """
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    print("SLOTS", sum(limit.active_slots for limit in client.read_global_concurrency_limits(limit=200, offset=0)))
+"""
+    return int(_python("-c", code).stdout.rpartition("SLOTS ")[2])
+
+
+def _python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
+    if done.returncode:
+        print(done.stdout[-3000:] + done.stderr[-3000:], file=sys.stderr)
+        if check:
+            raise RuntimeError(f"{' '.join(arguments[:4])} ended with {done.returncode}")
+    return done
+
+
+def _lines(config: StackConfig) -> list[str]:
+    found = []
+    for process in processes.marked(config.home):
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def _settle(happened: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """A process that is still there afterwards is counted: that is the point."""
+    deadline = time.monotonic() + timeout_s
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

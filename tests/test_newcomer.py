@@ -1,0 +1,135 @@
+"""docs/operations.md, "My recordings, from folder to robot", as a newcomer types it: on a real stack with passwords."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.rollout.test_policy import observation
+from tests.test_stack import small_stack
+from tests.toy_line import JUDGED, NIGHTLY, record
+from upvla import stack
+from upvla.rollout.client import TOKEN, RemotePolicy
+from upvla.stack import StackConfig
+
+pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
+CANARY = {"MY_CLOUD_TOKEN": "canary-0f3a9c51d2e84b67"}
+PATIENCE_S = 900
+
+
+class Shell:
+    """A person's shell. What is typed and what comes back is kept."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self.config, self.home = config, config.home
+        self.typed, self.shown = list[str](), ""
+        self.environment = {**os.environ, **CANARY, "UPVLA_HOME": str(config.home), "PYTHONPATH": str(ROOT)}
+        self.environment.pop(TOKEN, None)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        self.typed.append(words[0])
+        command, pipe = [sys.executable, "-m", "upvla.cli", *words], subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+    def upvla(self, *words: str) -> dict[str, Any]:
+        with self.start(*words) as running:
+            try:
+                out, errors = running.communicate(timeout=PATIENCE_S)
+            finally:
+                running.kill()
+        self.shown += out + errors
+        assert running.returncode == 0, out[-3000:] + errors[-3000:]
+        return dict(json.loads(out)) if "--json" in words else {}
+
+
+def setting(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def documented() -> list[str]:
+    text = (ROOT / "docs/operations.md").read_text().partition("### My recordings, from folder to robot")[2]
+    return re.findall(r"^upvla (\w+)", text.partition("```bash")[2].partition("```")[0], re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    config = small_stack(tmp_path_factory.mktemp("newcomer") / "home", auth=True)
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in CANARY.items():
+            patched.setenv(name, value)
+        stack.up(config)
+    yield Shell(config)
+    stack.down(config)
+
+
+def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> None:
+    judged, nightly = setting(*JUDGED), ["--config", "finetune/ci", *setting(*NIGHTLY)]
+    recordings = record(tmp_path, "mine", (20, 24, 18, 22, 26, 20, 19, 21))
+    (recordings / "episode_0000005.npz").unlink()
+
+    about = ["--source", str(recordings), "--dataset", "mine", "--option", "span_end=exclusive"]
+    found = shell.upvla("ingest", "--format", "auto", *about, "--validation-fraction", "0.3", "--json")
+    assert (found["version"], found["recordings"], found["quarantined"]) == (1, 7, {"missing_frame": 1})
+    shell.upvla("data", "report", "mine", "--out", str(tmp_path / "report.html"))
+    assert "missing_frame" in (tmp_path / "report.html").read_text()
+
+    known = {**shell.environment, **stack.environment(shell.config)}
+    command = [sys.executable, "-m", "tests.toy_line"]  # stands for the demo, which leaves a champion
+    made = subprocess.run(command, env=known, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    champion = json.loads(made.stdout.splitlines()[-1])
+    assert (champion["version"], champion["alias"]) == ("1", "champion")
+
+    tuned = shell.upvla("finetune", *nightly, "--json")
+    assert tuned["parent"].endswith("models/first/stage2") and tuned["model_id"] != champion["model_id"]
+    assert tuned["drift"] == {"drift/worst_shift": 0.0, "drift/dims_outside": 0.0}  # it knows these recordings
+    scored = shell.upvla("evaluate", tuned["url"], "--config", "pretrain/ci", *judged, "--json")
+    assert scored["model_id"] == tuned["model_id"] and scored["scores"].keys() == {"upvla-tiny", "random", "still"}
+    verdict = shell.upvla("promote", tuned["url"], *nightly, "--json")
+    assert (verdict["version"], verdict["against"]) == ("2", "1") and verdict["gains"][0]["pairs"] == 4
+    if not verdict["promoted"]:
+        assert "mine_d" in verdict["because"]
+        assert shell.upvla("promote", "--to", "2", "--because", "tried by hand", *nightly, "--json")["to"] == "2"
+
+    with shell.start("serve", "models:/upvla-tiny@champion", "--port", "0", "--deadline-ms", "120000") as server:
+        try:
+            assert server.stderr is not None
+            said = [server.stderr.readline(), server.stderr.readline()]
+            assert f"{tuned['model_id']} (version 2)" in said[1], said
+            url, token = said[1].split()[-1], (shell.home / "secrets/policy_token").read_text()
+            with RemotePolicy(url, token, deadline_s=None, timeout_s=120) as robot:
+                robot.reset("open the drawer")
+                assert robot.act(observation(0)).actions.shape == (10, 7)
+            shell.environment[TOKEN] = token
+            served = shell.upvla("evaluate", "--policy-url", url, "--config", "pretrain/ci", *judged, "--json")
+        finally:
+            server.terminate()
+            shell.shown += server.communicate(timeout=120)[1]
+    assert served["scores"] == scored["scores"]["upvla-tiny"]
+    assert (served["model_id"], served["protocols"]) == (scored["model_id"], scored["protocols"])
+    assert list(dict.fromkeys(shell.typed)) == documented()
+
+
+def test_no_secret_was_written_anywhere(shell: Shell) -> None:
+    """After all of it: logs, databases, artifacts, Parquet and models in the object store, Ray's session."""
+    secrets = {**CANARY, **json.loads((shell.home / "secrets/passwords.json").read_text())}
+    secrets |= {name: (shell.home / "secrets" / name).read_text() for name in ("ray_token", "policy_token")}
+    (keys,) = json.loads((shell.home / "secrets/s3.json").read_text())["identities"][0]["credentials"]
+    secrets["s3"] = keys["secretKey"]
+    assert all(len(value) > 16 for value in secrets.values())
+    written = [path for path in shell.home.rglob("*") if path.is_file() and path.parent.name != "secrets"]
+    assert {"s3", "mlflow", "prefect", "ray", "logs"} <= {path.relative_to(shell.home).parts[0] for path in written}
+    leaks = [
+        (name, str(path)) for path in written for name, value in secrets.items() if value.encode() in path.read_bytes()
+    ]
+    assert leaks == []
+    assert not [name for name, value in secrets.items() if value in shell.shown]
