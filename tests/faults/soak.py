@@ -98,6 +98,7 @@ def count(config: StackConfig, store: Store) -> dict[str, Any]:
         with suppress(psutil.Error):
             files, rss = files + process.num_fds(), rss + process.memory_info().rss
     objects = Counter(key.partition("/")[0] for key in store.list())
+    collect_garbage(store, "mine", grace_s=0)  # nobody is at work
     spare = collect_garbage(store, "mine", grace_s=0, dry_run=True)
     return {
         "processes": len(listed),
