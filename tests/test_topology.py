@@ -136,7 +136,7 @@ def start_postgres(topology: Topology) -> None:
 def postgres(data: Path, program: str, *arguments: str | Path, check: bool = True) -> None:
     assert POSTGRES is not None
     environment = {**os.environ, "PGPASSWORD": VALUES["POSTGRES_PASSWORD"]}
-    owner = "postgres" if os.geteuid() == 0 else None
+    owner = "postgres" if os.geteuid() == 0 and program != "psql" else None
     with (data.parent / "postgres.log").open("ab") as log:  # a pipe would stay open as long as the server runs
         command = [POSTGRES / program, *arguments]
         done = subprocess.run(

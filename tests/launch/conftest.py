@@ -130,7 +130,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     from upvla.errors import StackError
     from upvla.launch.jobs import Jobs
 
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         try:
             Jobs(url).cancel("nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from upvla.model.vq import VQTokenizer
 from upvla.rollout.policy import UPVLAPolicy
 from upvla.store import open_store
 from upvla.tracking import CHAMPION, Registry, Tracker, flatten
-from upvla.types import CALVIN_RELATIVE, Checkpoint, Manifest, Observation
+from upvla.types import CALVIN_RELATIVE, Checkpoint, Manifest, ModelVersion, Observation
 
 pytestmark = [pytest.mark.seam, pytest.mark.usefixtures("server")]  # it starts while the first tests run
 
@@ -156,6 +157,32 @@ def test_a_registered_champion_predicts_what_the_policy_does(
     policy.reset("open the drawer")
     np.testing.assert_allclose(answer["actions"][0], policy.act(seen).actions, atol=1e-6)
     assert tracker.client.get_logged_model(model.metadata.model_id).metrics[0].key == "chains/avg_len"
+
+
+def test_two_that_register_a_checkpoint_at_once_get_one_version(
+    tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
+) -> None:
+    """As one flow run in two processes does."""
+    (first, _), _ = checkpoints
+    run_id, both = tracker.run_id("k-twins", "evaluate"), threading.Barrier(2)
+
+    class AtOnce(Registry):
+        looked = False
+
+        def versions(self, name: str) -> list[ModelVersion]:
+            found = super().versions(name)
+            if not self.looked:  # both have seen that there is none
+                self.looked = True
+                both.wait(120)
+            return found
+
+    def register() -> str:
+        return AtOnce(tracker).register("upvla-twins", first, run_id, cameras=(), metrics={}, tags={}).version
+
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(register) for _ in range(2)]
+    assert [one.result() for one in made] == ["1", "1"]
+    assert [version.version for version in Registry(tracker).versions("upvla-twins")] == ["1"]
 
 
 def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(

@@ -41,7 +41,8 @@ class Registry:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> ModelVersion:
-        """A version of `name` that points at `checkpoint`; registering the same checkpoint again returns its version.
+        """A version of `name` that points at `checkpoint`; registering the same checkpoint again, or by two at once,
+        gives one version.
 
         What is registered is code (`rollout/pyfunc.py`) and a JSON reference: weights stay where they were exported,
         and are hash-checked when the model is loaded. `metrics` are attached to the logged model.
@@ -70,7 +71,12 @@ class Registry:
             made = self._client.create_model_version(
                 name, model.artifact_location, run_id, tags=dict(tags) | reference, model_id=model.model_id
             )
-            return _version(made)
+        twins = [found for found in self.versions(name) if found.checkpoint.model_id == checkpoint.model_id]
+        first = min(twins, key=lambda found: int(found.version))
+        if first.version != made.version:  # two at once: numbers are given in order, so the later one sees the earlier
+            with translated(self._uri):
+                self._client.delete_model_version(name, made.version)
+        return first
 
     def log_model(
         self, name: str, checkpoint: Checkpoint, run_id: str, *, metrics: Mapping[str, float], tags: Mapping[str, str]
@@ -81,7 +87,8 @@ class Registry:
         """
         experiment_id = self._tracker.experiment_id()
         with translated(self._uri):
-            found = self._client.search_logged_models([experiment_id], f"params.model_id = '{checkpoint.model_id}'")
+            wanted, oldest_first = f"params.model_id = '{checkpoint.model_id}'", [{"field_name": "creation_timestamp"}]
+            found = self._client.search_logged_models([experiment_id], wanted, order_by=oldest_first)
             if found:
                 model = found[0]
                 self._client.set_logged_model_tags(model.model_id, dict(tags))
