@@ -25,6 +25,7 @@ def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list
         "evaluate/chains",
         parameters={"checkpoint": model["url"], "config": config, "site": site, "overrides": overrides or []},
         idempotency_key=line.evaluation_key(model["url"]),
+        poll_interval=1,
     )
     scored = steps.evaluate(line, model)  # reads what the deployment found; judges only what it could not
     version = steps.register(line, model, scored)

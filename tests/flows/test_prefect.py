@@ -73,7 +73,10 @@ class Prefect:
 
 
 def said(process: subprocess.Popen[str]) -> Any:
-    out, errors = process.communicate(timeout=PATIENCE_S)
+    try:
+        out, errors = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
     assert process.returncode == 0, out[-2000:] + errors[-4000:]
     return json.loads(out.rpartition("SAYS ")[2].splitlines()[0])
 
