@@ -24,7 +24,7 @@ EVAL = EvalConfig.model_validate({"suites": [SUITE | {"num": 2}], "max_steps": 2
 
 def test_a_served_checkpoint_scores_as_it_does_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    url = export(open_store(str(tmp_path)), "one", make_bundle(chunk=10)).url
+    url = export(open_store(str(tmp_path)), "one", make_bundle(chunk=10, text_budget=60)).url
     with running(loader(lambda: url)) as found:
         served = evaluate_served(found.url, EVAL)
     suite = line_suite(EVAL, EVAL.suites[0])

@@ -97,12 +97,12 @@ def test_params_are_flat() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Checkpoint, Bundle]]:
-    """Two small exported policies."""
+    """Three small exported policies."""
     store = open_store(str(tmp_path_factory.mktemp("models")))
     text = TextTokenizer.train(["open the drawer", "turn on the light"], 300)
     config = preset("tiny", text_vocab_size=300, eot_id=text.eot_id)
     made = []
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         bundle = Bundle(
             config,
             UPVLA(config).eval(),
@@ -128,7 +128,7 @@ def observation() -> Observation:
 def test_a_registered_champion_predicts_what_the_policy_does(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
-    (first, bundle), (second, _) = checkpoints
+    (first, bundle), (second, _), _ = checkpoints
     registry, run_id = Registry(tracker), tracker.run_id("k-register", "evaluate")
     cameras = ("static", "gripper")
     assert registry.by_alias("upvla-test") is None
@@ -163,7 +163,7 @@ def test_two_that_register_a_checkpoint_at_once_get_one_version(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
     """As one flow run in two processes does."""
-    (first, _), _ = checkpoints
+    (first, _), *_ = checkpoints
     run_id, both = tracker.run_id("k-twins", "evaluate"), threading.Barrier(2)
 
     class AtOnce(Registry):
@@ -189,20 +189,20 @@ def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
     """Its held-out losses, its data as inputs, its card; logging all of it again changes nothing."""
-    _, (second, _) = checkpoints
+    *_, (third, _) = checkpoints
     registry, run_id = Registry(tracker), tracker.run_id("k-inputs", "stage2")
     counts = {"num_episodes": 12, "num_steps": 900, "num_spans": 40}
     about = ("playtable", 3, None, (), (), (), "stats", CALVIN_RELATIVE, ("static",))
     manifest = Manifest(*about, **counts, content_id="abcdef0123456789")
     for _ in range(2):
         tracker.log_datasets(run_id, [manifest], "s3://upvla")
-        logged = registry.log_model("upvla-card-stage2", second, run_id, metrics={"held_out/act": 0.5}, tags={"t": "1"})
+        logged = registry.log_model("upvla-card-stage2", third, run_id, metrics={"held_out/act": 0.5}, tags={"t": "1"})
     (given,) = tracker.client.get_run(run_id).inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("playtable@3", "abcdef0123456789")
     assert '"recordings": 12' in given.dataset.profile
     assert history(tracker, run_id, "held_out/act") == [(0, 0.5)]  # as scores are: bars beside each other
     version = registry.register(
-        "upvla-card", second, run_id, cameras=("static",), metrics={"chains/avg_len": 2.0}, tags={"t": "2"}
+        "upvla-card", third, run_id, cameras=("static",), metrics={"chains/avg_len": 2.0}, tags={"t": "2"}
     )
     model = tracker.client.get_logged_model(logged.model_id)
     assert {metric.key for metric in model.metrics} >= {"held_out/act", "chains/avg_len"}
@@ -216,7 +216,7 @@ def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(
 def test_a_reference_whose_checkpoint_was_replaced_is_refused(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
-    (first, _), (second, _) = checkpoints
+    (first, _), (second, _), _ = checkpoints
     moved = Checkpoint(second.url, first.model_id[::-1], 7, "a")
     run_id = tracker.run_id("k-register", "evaluate")
     version = Registry(tracker).register("upvla-moved", moved, run_id, cameras=("static",), metrics={}, tags={})
@@ -248,7 +248,7 @@ def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixtur
     run.close(timeout_s=1.0)
     messages = [record.message for record in caplog.records]
     assert sum("going on without it" in message for message in messages) == 1
-    assert any("200 metric points were never sent" in message for message in messages)
+    assert any("200 metric points and 0 pictures were never sent" in message for message in messages)
 
 
 @pytest.mark.usefixtures("impatient")
