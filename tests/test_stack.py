@@ -26,6 +26,8 @@ from upvla import stack
 from upvla.errors import ConfigError, StackError
 from upvla.stack import Ports, StackConfig, processes
 
+pytestmark = pytest.mark.timeout(1500)  # a busy machine needs minutes to start five servers
+
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:

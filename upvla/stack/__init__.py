@@ -35,7 +35,8 @@ __all__ = ["Ports", "StackConfig", "down", "environment", "load_site", "prepare"
 
 _HUNG_S = 20.0  # a process that was there before us and has not answered for so long is replaced
 _REMAINS_S = 3.0  # what a killed or hung server left behind has nothing to save
-_ATTEMPTS = 2  # Ray gives itself 30 s to start, which a machine under load does not keep
+_ATTEMPTS = 2  # of a part that ends at once
+_SLOW_S = 20.0  # one that lived for longer is tried again until `timeout_s`: Ray gives itself 30 s, too few under load
 _REMIND_S = 15.0
 
 Progress = Callable[[str], None]
@@ -98,17 +99,17 @@ def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, 
     """Drive every part to health, side by side. `attempts` counts the starts of the parts started here."""
     waiting = {part.name: part for part in listing}
     since = dict.fromkeys(waiting, time.monotonic())
-    reminded = dict(since)
+    reminded, started = dict(since), dict(since)
     while waiting:
         for part in [part for part in waiting.values() if part.needs not in waiting]:
             name, process, now = part.name, _process(config, part), time.monotonic()
-            waited, ours = now - since[name], name in attempts
+            waited, ours, slow = now - since[name], name in attempts, now - started[name] > _SLOW_S
             if process is not None and part.answers(process):
                 del waiting[name]
                 progress(f"{name}: {f'healthy after {waited:.1f} s' if ours else 'already runs'} at {part.address}")
             elif ours and waited > config.timeout_s:
                 raise StackError(f"{name} does not answer after {waited:.0f} s; its log is {part.log}")
-            elif attempts.get(name) == _ATTEMPTS and process is None:
+            elif process is None and attempts.get(name, 0) >= _ATTEMPTS and not slow:
                 raise StackError(f"{name} ended while starting: {_last_line(part.log)}; the whole log is {part.log}")
             elif process is None or (not ours and waited > _HUNG_S):
                 if process is not None:
@@ -123,7 +124,7 @@ def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, 
                 if part.before and (done := part.before()):
                     progress(f"{name}: {done}")
                 since[name] = since[name] if ours else now
-                attempts[name] = attempts.get(name, 0) + 1
+                attempts[name], started[name] = attempts.get(name, 0) + 1, now
                 processes.start(config.home, name, part.command, server_environment(config), part.log)
             elif now - reminded[name] > _REMIND_S:
                 reminded[name] = now

@@ -73,7 +73,9 @@ class Registry:
             )
         twins = [found for found in self.versions(name) if found.checkpoint.model_id == checkpoint.model_id]
         first = min(twins, key=lambda found: int(found.version))
-        if first.version != str(made.version):  # two at once: numbers are given in order, so the later one sees the earlier
+        if first.version != str(
+            made.version
+        ):  # two at once: numbers are given in order, so the later one sees the earlier
             with translated(self._uri):
                 self._client.delete_model_version(name, str(made.version))
         return first
