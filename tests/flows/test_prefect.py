@@ -187,8 +187,8 @@ with get_client(sync_client=True) as client:
     print("SAYS", json.dumps(str(client.create_flow_run(twice, parameters={{"url": {str(tmp_path)!r}}}).id)))
 """
     run_id = prefect.run(made)
-    again = prefect.environment | {"PREFECT__FLOW_ENTRYPOINT": f"{script}:twice", "PREFECT__FLOW_RUN_ID": run_id}
-    command = [sys.executable, "-m", "prefect.flow_engine"]
+    again = prefect.environment | {"PREFECT__FLOW_RUN_ID": run_id}
+    command = [sys.executable, "-m", "prefect.flow_engine", f"{script}:twice"]
     running = [subprocess.Popen(command, env=again, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
     assert 0 in [process.returncode for process in running], errors
