@@ -182,7 +182,8 @@ def work(settings: Mapping[str, Any]) -> None:
     finally:
         journal.close({"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"))
     if rank == 0 and ended.reason not in ("failed", "finished", "early"):
-        place.write_json(LEFT, {"reason": ended.reason, "step": ended.step})
+        reason, *nodes = ended.reason.split()
+        place.write_json(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
 
 
 def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, settings: Mapping[str, Any]) -> Ended:
@@ -261,7 +262,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     exported = ended.step
     if best and best.step not in (None, ended.step):
         exported = int(best.step or 0)
-        engine, _ = open_engine(exported)
+        with engine.patient():
+            engine, _ = open_engine(exported)
     weights = engine.full_weights()
     about = {"step": exported, "ended": ended.reason, "bad_steps": guard.bad_steps}
     finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)

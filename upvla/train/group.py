@@ -65,6 +65,12 @@ def together(work: Callable[[], T]) -> list[T]:
     return agree(done[0])
 
 
+def wait_at_most(timeout_s: float, *groups: Any) -> None:
+    """From now on this worker gives up one that does not answer for so long, among all workers and in `groups`."""
+    for each in (torch.distributed.group.WORLD, *groups):
+        each.set_timeout(datetime.timedelta(seconds=timeout_s))
+
+
 def side_group(timeout_s: float) -> Any:
     """A group of the same workers over gloo with a time-out of its own: for what a thread does beside training."""
     return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
