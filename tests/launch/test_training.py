@@ -28,7 +28,18 @@ from upvla.launch.encode import encode_shard
 from upvla.launch.jobs import Jobs
 from upvla.launch.line import require_explained
 from upvla.launch.tokenizers import load_vq, save_text, save_tower
-from upvla.launch.train import BAD_STEPS, FAILURE, LEFT, RESULT, SPEC, TrainSpec, main, run_training, share_done
+from upvla.launch.train import (
+    BAD_STEPS,
+    FAILURE,
+    LEFT,
+    RESULT,
+    SPEC,
+    TrainSpec,
+    main,
+    run_training,
+    share_done,
+    threads_of_worker,
+)
 from upvla.launch.weights import import_weights
 from upvla.launch.worker import open_inputs, work
 from upvla.model.config import ModelConfig
@@ -220,6 +231,15 @@ def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, A
 def test_progress_is_read_from_the_lines() -> None:
     assert share_done("stage1    240/1500   pre 3.21  lr 9.8e-05") == 240 / 1500
     assert share_done("Requesting resources: {'CPU': 1} * 2") is None
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_workers", "threads"),
+    [([2], 2, 1), ([16], 2, 8), ([4, 4, 4], 2, 4), ([2, 8], 2, 4), ([0, 16, 16], 8, 4), ([1, 1], 3, 1), ([0], 2, 1)],
+)
+def test_a_workers_threads_lie_on_one_node(cpus: list[float], num_workers: int, threads: int) -> None:
+    """Twelve CPUs on three nodes are no six for each of two workers."""
+    assert threads_of_worker(cpus, num_workers) == threads
 
 
 def test_an_error_in_the_driver_is_one_sentence(
