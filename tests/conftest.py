@@ -20,7 +20,7 @@ import pytest
 from upvla.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
-S3_START_TIMEOUT_S = 60
+S3_START_TIMEOUT_S = 240
 
 
 class S3Server(NamedTuple):

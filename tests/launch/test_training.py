@@ -144,6 +144,7 @@ def test_a_stage_starts_from_imported_weights_and_reads_features_and_description
     assert reader.shape.features == (4, 32) and set(reader.descriptions) == {"toy"}
 
 
+@pytest.mark.timeout(900)
 def test_killing_a_worker_of_the_ray_job_changes_nothing_in_the_result(
     two_workers: Workers, ray_head: RayHead, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -159,7 +160,7 @@ def test_killing_a_worker_of_the_ray_job_changes_nothing_in_the_result(
     killed: list[int] = []
 
     def kill_after_a_save() -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not latest(points) and time.monotonic() < deadline:
             time.sleep(0.02)
         victim = ray_head.training_workers()[-1]
@@ -401,5 +402,5 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
     """In a process of its own: this one may be connected already."""
     code = "from upvla.launch.cluster import connected\nwith connected(): pass"
     env = os.environ | {"RAY_ADDRESS": "127.0.0.1:9", "RAY_AUTH_MODE": "disabled"}
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200).stderr
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280).stderr
     assert "StackError: no Ray cluster at 127.0.0.1:9: `upvla up` starts one" in said
