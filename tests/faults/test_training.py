@@ -140,7 +140,7 @@ def test_a_killed_driver_is_followed_by_the_next_attempt(
 def test_a_stalled_worker_is_noticed_and_the_group_starts_again(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 15})
+    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 30})
     running = Running(store, spec, ray_head)
     saved_point(store, spec)
     victim = ray_head.training_workers()[-1]

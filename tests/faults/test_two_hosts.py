@@ -146,7 +146,7 @@ def test_when_a_host_is_cut_off_the_other_goes_on_from_the_last_resume_point(
     hosts: Hosts, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """The last test on these hosts: Ray's node on the one that was cut off gives up after a while, as it should."""
-    engine = {"num_workers": (1, 2), "stall_timeout_s": 20}
+    engine = {"num_workers": (1, 2), "stall_timeout_s": 30, "max_failures": 5}
     store, spec = stage_of(prepared, tmp_path, engine=engine)
     driver = Driver(hosts, store, spec)
     points = store.sub(f"{spec.prefix}/resume")

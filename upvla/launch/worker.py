@@ -79,10 +79,11 @@ class Inputs:
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
                 raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
-        model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
-        if spec.kind == "policy":
-            model = UPVLA(self.config) if self.parent is None else self.parent.model
-            self.bundle(model, {})
+        with torch.device("meta"):  # only shapes are looked at: a driver need not have room for a large model
+            model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
+            if spec.kind == "policy":
+                model = UPVLA(self.config) if self.parent is None else self.parent.model
+                self.bundle(model, {})
         resume.require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
 
     def world_sizes(self, spec: TrainSpec) -> list[int]:
