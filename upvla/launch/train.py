@@ -239,7 +239,7 @@ def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Se
         _work,
         train_loop_config={"spec": spec.model_dump_json(), "threads": threads, "owner": owner, "ray": True},
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
+            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
             use_gpu=spec.engine.use_gpu,
             resources_per_worker={"CPU": min(threads, (sum(cpus) or 1.0) / least)},
         ),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -362,7 +362,9 @@ def predicted_frames(inputs: Inputs, engine: Engine, batch: Batch) -> np.ndarray
     rows = slice(0, min(_PICTURED, len(batch.codes)))
     read = [torch.as_tensor(getattr(batch, name)[rows]) for name in ("images", "codes", "text_ids", "text_len")]
     with engine.evaluating():
-        _, future = engine.training_module.predict(*(tensor.to(engine.device) for tensor in read))
+        model = cast(UPVLA, engine.training_module)
+        images, codes, text_ids, text_len = (tensor.to(engine.device) for tensor in read)
+        _, future = model.predict(images, codes, text_ids, text_len)
     grid = tuple(side // inputs.config.vq.downsampling for side in inputs.config.vq.sides)
     shown = [read[1], future.cpu(), torch.as_tensor(batch.future_codes[rows])]
     with torch.no_grad():

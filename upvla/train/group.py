@@ -34,7 +34,7 @@ def agree(work: Callable[[], T], group: Any = None) -> list[T]:
         mine = (work(), None)
     except Failure as error:
         mine = (None, error)
-    answers = gather(mine, group)
+    answers: list[tuple[Any, Exception | None]] = gather(mine, group)
     for _, failure in answers:
         if failure is not None:
             raise failure
