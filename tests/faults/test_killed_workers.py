@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tests.faults.lives import PHASES, SAVE_EVERY, STALL, Kill, Life, Lives
 
 pytestmark = pytest.mark.seam
 
-_EVERY_STAGE = [stage if stage == 2 else pytest.param(stage, marks=pytest.mark.slow) for stage in ZERO_STAGES]
+
+def _slow_but(often: Sequence[object], values: Sequence[object]) -> list[object]:
+    return [each if each in often else pytest.param(each, marks=pytest.mark.slow) for each in values]
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +23,14 @@ def lives() -> Lives:
     return Lives()
 
 
-@pytest.fixture(scope="module", params=_EVERY_STAGE)
+@pytest.fixture(scope="module", params=_slow_but([2], ZERO_STAGES))
 def uninterrupted(
     request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Life]:
     return request.param, lives.live(tmp_path_factory.mktemp("whole"), request.param)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", _slow_but(["step", "snapshot", "commit"], PHASES))
 def test_a_killed_worker_changes_nothing_in_the_result(
     lives: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
 ) -> None:
@@ -36,6 +39,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(
     trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)
 
 
+@pytest.mark.slow
 def test_a_worker_that_stalls_amid_a_step_is_given_up_by_the_others(
     lives: Lives, uninterrupted: tuple[int, Life], tmp_path: Path
 ) -> None:

@@ -70,9 +70,10 @@ class Hosts:
     def node(self, host: str, address: str, *options: str) -> None:
         """Start one that lasts until the hosts are removed."""
         log = (self.folder / f"{host}.log").open("w")
+        (self.folder / host).mkdir()
         command = [*RAY, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats"]
         command += ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
-        command += [f"--temp-dir={self.folder}", *options]
+        command += [f"--temp-dir={self.folder / host}", *options]
         process = self.begin(host, *command, stdout=log, stderr=subprocess.STDOUT)
         wait_for(lambda: "Ray runtime started" in self._log(host) or process.poll() is not None)
         assert process.poll() is None, self._log(host)
