@@ -8,6 +8,7 @@ from one that has imported everything, so that a life begins in a second.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -34,12 +35,13 @@ PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "resto
 """Where a worker dies: in a step; while its shards go to the local disk; between two uploads; before and after the
 manifest is created; while older sets are deleted; and, after a death in a step, while the set is downloaded."""
 
+STALL, _STALL_TIMEOUT_S = "stall", 15
 _LIFE_TIMEOUT_S = 200
 
 
 @dataclass(frozen=True)
 class Kill:
-    """`rank` dies at the `nth` occasion of `phase` (a step: after that many)."""
+    """`rank` dies at the `nth` occasion of `phase` (a step: after that many). A `STALL` is a stop amid that step."""
 
     phase: str
     rank: int
@@ -113,7 +115,10 @@ class Lives:
         for process in processes:
             process.start()
         deadline = time.monotonic() + _LIFE_TIMEOUT_S
-        for process in processes:
+        stalled = processes[kill.rank] if kill is not None and kill.phase == STALL else None
+        for process in sorted(processes, key=lambda each: each is stalled):
+            if process is stalled:  # the others have given it up
+                process.kill()
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
@@ -148,8 +153,10 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
     Deadly.kill = mine
     where: dict[str, Any] = {"identity": {"run": "toy"}, "scratch": folder / "scratch"}
     engine, point = resume.open_engine(
-        lambda universal: _engine(zero_stage, universal), store, zero_stage=zero_stage, **where
+        lambda universal: _engine(zero_stage, universal, kill), store, zero_stage=zero_stage, **where
     )
+    if mine is not None and mine.phase == STALL:
+        _stop_amid_step(engine, mine.nth)
     start = point.step if point else 0
     _tell(out, rank, {"start": start})
     saver = resume.Saver(engine, store, **where)
@@ -184,17 +191,30 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
     os._exit(0)  # the group's own shut-down is not what is looked at
 
 
-def _engine(zero_stage: int, universal: bool) -> Engine:
+def _engine(zero_stage: int, universal: bool, kill: Kill | None) -> Engine:
     world_size = torch.distributed.get_world_size()
+    limit = {"stall_timeout_s": _STALL_TIMEOUT_S} if kill is not None and kill.phase == STALL else {}
     return build_engine(
         toy(dropout=0.2),
-        EngineConfig(num_workers=world_size, zero_stage=zero_stage),  # type: ignore[arg-type]
+        EngineConfig(num_workers=world_size, zero_stage=zero_stage, **limit),  # type: ignore[arg-type]
         OptimizerConfig(lr=1e-2, warmup_steps=2),
         total_steps=STEPS,
         micro_batch=GLOBAL_BATCH // world_size // 2,
         accumulation=2,
         universal=universal,
     )
+
+
+def _stop_amid_step(engine: Engine, step: int) -> None:
+    """Before the last backward pass of a step: the others will wait in the engine's own traffic, not in the loop's."""
+    backward, calls = engine.backward, itertools.count(1)
+
+    def stops(loss: torch.Tensor) -> None:
+        if next(calls) == engine.accumulation * step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        backward(loss)
+
+    engine.backward = stops  # type: ignore[method-assign]
 
 
 def _die_while_writing(engine: Engine, scratch: Path) -> None:

@@ -20,8 +20,8 @@ class FaultProxy:
     """Forwards to `target_url`; `rate` of the requests meet one of `faults`.
 
     "reset after" lets the server do the work and drops its reply; "cut body" ends a reply half-way, "slow body" stops
-    there for a moment. strip: request
-    headers that are taken away, as a store would that does not know them. `seen` counts what was done.
+    there for a moment. strip: request headers that are taken away, as a store would that does not know them. `seen`
+    counts what was done; `rate` may be changed while it runs.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class FaultProxy:
         seed: int = 0,
     ):
         target, self.seen, outer = urlsplit(target_url), Counter[str](), self
-        self._random, self._lock = random.Random(seed), threading.Lock()
+        self.rate, self._random, self._lock = rate, random.Random(seed), threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -45,7 +45,7 @@ class FaultProxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 fault = ""
                 with outer._lock:
-                    if self.command in methods and only in self.path and outer._random.random() < rate:
+                    if self.command in methods and only in self.path and outer._random.random() < outer.rate:
                         fault = outer._random.choice(faults)
                     outer.seen[fault or "well"] += 1
                 if fault in ("503", "500"):

@@ -1,15 +1,21 @@
-"""One seeded kill a phase and ZeRO stage; `make faults` makes twenty of each."""
+"""One seeded kill a phase and ZeRO stage, and one stall a stage; `make faults` makes twenty kills of each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.kills import ZERO_STAGES, draw, trial
-from tests.faults.lives import PHASES, Life, Lives
+from tests.faults.lives import PHASES, SAVE_EVERY, STALL, Kill, Life, Lives
 
 pytestmark = pytest.mark.seam
+
+
+def _slow_but(often: Sequence[object], values: Sequence[object]) -> list[object]:
+    return [each if each in often else pytest.param(each, marks=pytest.mark.slow) for each in values]
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +23,34 @@ def lives() -> Lives:
     return Lives()
 
 
-@pytest.fixture(scope="module", params=ZERO_STAGES)
+@pytest.fixture(scope="module", params=_slow_but([2], ZERO_STAGES))
 def uninterrupted(
     request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Life]:
     return request.param, lives.live(tmp_path_factory.mktemp("whole"), request.param)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", _slow_but(["step", "snapshot", "commit"], PHASES))
 def test_a_killed_worker_changes_nothing_in_the_result(
     lives: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
 ) -> None:
     zero_stage, whole = uninterrupted
     assert whole.exit_codes == [0, 0]
     trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)
+
+
+@pytest.mark.slow
+def test_a_worker_that_stalls_amid_a_step_is_given_up_by_the_others(
+    lives: Lives, uninterrupted: tuple[int, Life], tmp_path: Path
+) -> None:
+    """They wait in a group that DeepSpeed has made, where torch's own limit is half an hour."""
+    zero_stage, whole = uninterrupted
+    stalled_in = SAVE_EVERY + 2
+    stalled = lives.live(tmp_path, zero_stage, Kill(STALL, 1, stalled_in))
+    assert stalled.exit_codes == [1, -9], "the one that lived has raised, and the one that stood still was ended by us"
+    assert stalled.losses == {step: loss for step, loss in whole.losses.items() if step < stalled_in}
+    last = lives.live(tmp_path, zero_stage)
+    assert last.exit_codes == [0, 0] and last.start in (0, SAVE_EVERY)  # or its shards were still on their way
+    assert stalled.losses | last.losses == whole.losses
+    for name, weight in whole.weights.items():
+        assert torch.equal(last.weights[name], weight), name

@@ -44,7 +44,7 @@ class RayNode(NamedTuple):
         """As a cloud does with a spot machine: no new work, and an end in `deadline_s`."""
         command = [*RAY, "drain-node", f"--address={self.address}", f"--node-id={self.node_id}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=reclaimed"]
-        subprocess.run([*command, f"--deadline-remaining-seconds={deadline_s}"], check=True, timeout=60)
+        subprocess.run([*command, f"--deadline-remaining-seconds={deadline_s}"], check=True, timeout=240)
 
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -75,9 +75,9 @@ def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[RayNode]:
 def _node_id(head: RayHead, marker: str, process: subprocess.Popen[bytes]) -> str:
     """Asked in a process of its own: this one should not be connected to Ray."""
     code = "import json, ray; ray.init(log_to_driver=False); print('NODES', json.dumps(ray.nodes(), default=str))"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=True)
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
         nodes = json.loads(said.stdout.rpartition("NODES ")[2])
         if found := [node for node in nodes if marker in node["Resources"] and node["Alive"]]:
             return str(found[0]["NodeID"])

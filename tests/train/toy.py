@@ -139,9 +139,11 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
     from upvla.errors import UpvlaError
+    from upvla.train.group import wait_at_most
 
     while True:
         fn, args, kwargs = pipe.recv()
+        wait_at_most(_ANSWER_S)  # an engine before has left its own limit
         try:
             pipe.send(("done", fn(*args, **kwargs)))
         except UpvlaError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import ray
 from ray.exceptions import AuthenticationError, RayTaskError
 
 from upvla.errors import StackError, UpvlaError
+
+_ANSWER_S = 15.0
 
 
 @contextlib.contextmanager
@@ -32,6 +35,7 @@ def connected() -> Iterator[None]:
 def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
+        _require_answer(address)
         ray.init(address=address, log_to_driver=True)
     except AuthenticationError as error:
         raise StackError(f"Ray at {address} refuses our token: check RAY_AUTH_TOKEN_PATH (`upvla env`)") from error
@@ -39,6 +43,16 @@ def _connect() -> None:
         if "RAY_ADDRESS" in os.environ:
             raise StackError(f"no Ray cluster at {address}: `upvla up` starts one; else correct RAY_ADDRESS") from error
         ray.init(address="local", include_dashboard=False, log_to_driver=True)
+
+
+def _require_answer(address: str) -> None:
+    """Raise `ConnectionError` where nobody listens at `host:port`: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def result_of(ref: ray.ObjectRef) -> Any:

@@ -26,7 +26,10 @@ def request_stop(place: Store) -> None:
 
 
 class Notices:
-    """Inside the context, `reason()` is empty until there is one. `settings["ray"]`: whether Ray Train runs us."""
+    """Inside the context, `reason()` is empty until there is one: `stop`, or `preempted` and the ids of the nodes.
+
+    `settings["ray"]`: whether Ray Train runs us.
+    """
 
     def __init__(self, place: Store, settings: Mapping[str, Any]) -> None:
         self._place, self._ray = place, bool(settings.get("ray"))
@@ -58,7 +61,8 @@ class Notices:
             return ""
         from ray.train import get_preemption_info
 
-        return "preempted" if get_preemption_info() is not None else ""
+        info = get_preemption_info()
+        return "" if info is None else " ".join(["preempted", *info.preempted_node_ids])
 
     def _requested(self) -> str:
         try:

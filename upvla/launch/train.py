@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,14 +173,15 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         place.delete(FAILURE)
         place.delete(REQUEST)
         _check(spec, place)
-        allowed = spec.engine.worker_range
+        allowed, leaving = spec.engine.worker_range, set[str]()
         while (result := _read(place, RESULT)) is None:
             place.delete(LEFT)
-            _run_workers(spec, lease.number, allowed)
+            _run_workers(spec, lease.number, allowed, _cpus_of_nodes(leaving))
             if (failure := _read(place, FAILURE)) is not None:
                 raise JobFailed(failure["message"])
             if (left := _read(place, LEFT)) is not None:
                 allowed = _go_on_after(spec, left, allowed)
+                leaving.update(left.get("nodes", ()))
             elif not place.exists(RESULT):
                 require_owner(place, lease.number, f"training {spec.prefix}")
                 raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
@@ -213,23 +214,36 @@ def _go_on_after(spec: TrainSpec, left: Mapping[str, Any], allowed: tuple[int, i
     return int(least), int(most)
 
 
-def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int]) -> None:
-    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order."""
+def _cpus_of_nodes(leaving: Collection[str]) -> list[float]:
+    """CPUs of every node but those that are about to be taken away."""
+    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
+    return [float(node["Resources"].get("CPU", 0.0)) for node in staying]
+
+
+def threads_of_worker(cpus: Sequence[float], num_workers: int) -> int:
+    """The most threads that each of `num_workers` can have on nodes with `cpus`: a worker lies on one node."""
+    most = int(max(cpus, default=1.0))
+    return next((n for n in range(most, 1, -1) if sum(c // n for c in cpus) >= num_workers), 1)
+
+
+def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Sequence[float]) -> None:
+    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order.
+
+    One that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their group.
+    """
     least, most = allowed
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    threads = max(1, int(cpus // most))
+    threads = threads_of_worker(cpus, most)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(spec.engine.stall_timeout_s)
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec.model_dump_json(), "threads": threads, "owner": owner, "ray": True},
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
+            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
             use_gpu=spec.engine.use_gpu,
-            resources_per_worker={"CPU": min(threads, cpus / least)},
+            resources_per_worker={"CPU": min(threads, (sum(cpus) or 1.0) / least)},
         ),
-        torch_config=TorchConfig(
-            backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.stall_timeout_s
-        ),
+        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.patience_s),
         run_config=RunConfig(
             name=f"{spec.stage.name}-{os.getpid()}",
             storage_path=str(folder),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,10 +79,11 @@ class Inputs:
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
                 raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
-        model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
-        if spec.kind == "policy":
-            model = UPVLA(self.config) if self.parent is None else self.parent.model
-            self.bundle(model, {})
+        with torch.device("meta"):  # only shapes are looked at: a driver need not have room for a large model
+            model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
+            if spec.kind == "policy":
+                model = UPVLA(self.config) if self.parent is None else self.parent.model
+                self.bundle(model, {})
         resume.require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
 
     def world_sizes(self, spec: TrainSpec) -> list[int]:
@@ -182,7 +183,8 @@ def work(settings: Mapping[str, Any]) -> None:
     finally:
         journal.close({"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"))
     if rank == 0 and ended.reason not in ("failed", "finished", "early"):
-        place.write_json(LEFT, {"reason": ended.reason, "step": ended.step})
+        reason, *nodes = ended.reason.split()
+        place.write_json(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
 
 
 def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, settings: Mapping[str, Any]) -> Ended:
@@ -261,7 +263,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     exported = ended.step
     if best and best.step not in (None, ended.step):
         exported = int(best.step or 0)
-        engine, _ = open_engine(exported)
+        with engine.patient():
+            engine, _ = open_engine(exported)
     weights = engine.full_weights()
     about = {"step": exported, "ended": ended.reason, "bad_steps": guard.bad_steps}
     finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)
@@ -359,7 +362,9 @@ def predicted_frames(inputs: Inputs, engine: Engine, batch: Batch) -> np.ndarray
     rows = slice(0, min(_PICTURED, len(batch.codes)))
     read = [torch.as_tensor(getattr(batch, name)[rows]) for name in ("images", "codes", "text_ids", "text_len")]
     with engine.evaluating():
-        _, future = engine.training_module.predict(*(tensor.to(engine.device) for tensor in read))
+        model = cast(UPVLA, engine.training_module)
+        images, codes, text_ids, text_len = (tensor.to(engine.device) for tensor in read)
+        _, future = model.predict(images, codes, text_ids, text_len)
     grid = tuple(side // inputs.config.vq.downsampling for side in inputs.config.vq.sides)
     shown = [read[1], future.cpu(), torch.as_tensor(batch.future_codes[rows])]
     with torch.no_grad():

@@ -51,11 +51,22 @@ class EngineConfig(BaseModel):
     stall_timeout_s: int = Field(
         default=60, gt=0, description="a worker that says nothing for so long is given up, and the group starts again"
     )
+    start_timeout_s: int = Field(
+        default=900,
+        gt=0,
+        description="how long workers wait for one that lives and is merely slower: until the first step has been "
+        "taken (imports, compiling, weights) and while shards go to the local disk",
+    )
 
     @property
     def worker_range(self) -> tuple[int, int]:
         """(least, most) workers."""
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @property
+    def patience_s(self) -> int:
+        """The longest that one worker ever waits for another."""
+        return max(self.start_timeout_s, self.stall_timeout_s)
 
     @model_validator(mode="after")
     def _workers_and_offload(self) -> EngineConfig:

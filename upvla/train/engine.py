@@ -72,11 +72,18 @@ class Engine:
     """One worker's share of a training engine. All methods except the properties are collective: call on every rank."""
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, adamw: VetoableAdamW, accumulation: int, ema_decay: float | None = None
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        adamw: VetoableAdamW,
+        config: EngineConfig,
+        accumulation: int,
+        ema_decay: float | None = None,
     ) -> None:
-        self._engine, self._adamw = engine, adamw
+        self._engine, self._adamw, self._config = engine, adamw, config
         self._objectives = engine.module
         self._backwards = 0  # since the optimiser was last called
+        self._stepped = False
+        self._set_timeouts(config.patience_s)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
         self.zero_stage = int(engine.zero_optimization_stage())
@@ -164,6 +171,15 @@ class Engine:
         """Every worker's `value` in rank order, on every worker (small Python objects; also a barrier)."""
         return group.gather(value)
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, workers wait for each other as long as they did before the first step: for what depends on disks."""
+        self._set_timeouts(self._config.patience_s)
+        try:
+            yield
+        finally:
+            self._set_timeouts(self._config.stall_timeout_s if self._stepped else self._config.patience_s)
+
     # ---------------------------------------------------------------------------------------------------- weights
 
     @property
@@ -226,6 +242,13 @@ class Engine:
         self._adamw.vetoed, self._backwards = False, 0
         if applied and self.ema is not None:
             self.ema.update()
+        if not self._stepped:  # from here on every worker does the same as before, so one that is late has stalled
+            self._stepped = True
+            self._set_timeouts(self._config.stall_timeout_s)
+
+    def _set_timeouts(self, timeout_s: float) -> None:
+        """DeepSpeed's traffic has a group of its own, which torch would let wait for half an hour."""
+        group.wait_at_most(timeout_s, self._engine.data_parallel_group)
 
     def _on_device(self, batch: Batch) -> Batch:
         device = self._engine.device
@@ -314,7 +337,7 @@ def build_engine(
         config=deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation)
         | {"checkpoint": {"load_universal": universal}},
     )
-    return Engine(engine, adamw, accumulation, ema_decay)
+    return Engine(engine, adamw, config, accumulation, ema_decay)
 
 
 def to_universal(folder: Path, converted: Path) -> None:

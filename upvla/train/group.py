@@ -34,7 +34,7 @@ def agree(work: Callable[[], T], group: Any = None) -> list[T]:
         mine = (work(), None)
     except Failure as error:
         mine = (None, error)
-    answers = gather(mine, group)
+    answers: list[tuple[Any, Exception | None]] = gather(mine, group)
     for _, failure in answers:
         if failure is not None:
             raise failure
@@ -63,6 +63,12 @@ def together(work: Callable[[], T]) -> list[T]:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
     return agree(done[0])
+
+
+def wait_at_most(timeout_s: float, *groups: Any) -> None:
+    """From now on this worker gives up one that does not answer for so long, among all workers and in `groups`."""
+    for each in (torch.distributed.group.WORLD, *groups):
+        each.set_timeout(datetime.timedelta(seconds=timeout_s))
 
 
 def side_group(timeout_s: float) -> Any:

@@ -158,7 +158,8 @@ class Saver:
             (folder / f"random_{self._engine.rank:05d}.json").write_text(json.dumps(_random_states()))
 
         group.agree(lambda: require_space(folder, self._engine.shard_bytes))
-        self._engine.save(folder)
+        with self._engine.patient():
+            self._engine.save(folder)
         group.agree(write)
 
     def _send(self, folder: Path, opened: contextlib.ExitStack, point: ResumePoint, keep: tuple[int, ...]) -> None:

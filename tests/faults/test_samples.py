@@ -1,0 +1,69 @@
+"""One sample of a stage cannot be read. It is named, and what becomes of the run is the policy's to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.launch.conftest import two_workers
+from tests.launch.stages import model, prepared, spec_of
+from tests.train.toy import Workers
+from upvla.data.samples import SampleReader
+from upvla.errors import Corrupt
+from upvla.launch.train import FAILURE, RESULT, TrainSpec
+from upvla.launch.worker import work
+from upvla.store import Store
+
+__all__ = ["model", "prepared", "two_workers"]  # fixtures
+
+pytestmark = pytest.mark.seam
+
+POSITION, STEP = 27, 4  # of global batches of 8; the held-out batch has positions 0 to 7
+
+
+def work_on_damaged_data(settings: dict[str, Any]) -> None:
+    """The worker's own body, on a reader that meets one damaged picture."""
+    read = SampleReader.read
+
+    def reads_all_but_one(self: SampleReader, ref: Any, position: int, out: Any = None) -> Any:
+        if position == POSITION:
+            raise Corrupt(f"sample {position}: not a JPEG; take it out with `upvla data remove`")
+        return read(self, ref, position, out)
+
+    SampleReader.read = reads_all_but_one  # type: ignore[method-assign]
+    try:
+        work(settings)
+    finally:
+        SampleReader.read = read  # type: ignore[method-assign]
+
+
+def spec_with(prepared: tuple[Store, dict[str, Any]], policy: str) -> TrainSpec:
+    store, references = prepared
+    return spec_of(
+        store, references, name=f"damaged-{policy}", weights={"act": 1.0}, stage={"guard": {"on_bad_step": policy}}
+    )
+
+
+def test_a_sample_that_cannot_be_read_is_skipped_and_recorded_and_no_other(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    spec = spec_with(prepared, "skip")
+    two_workers.run(work_on_damaged_data, {"spec": spec.model_dump_json(), "threads": 1})
+    result = prepared[0].sub(spec.prefix).read_json(RESULT)
+    assert (result["step"], result["ended"]) == (spec.stage.steps, "finished")
+    (bad,) = result["bad_steps"]
+    assert (bad["step"], bad["action"]) == (STEP, "skip")
+    assert f"sample {POSITION}: not a JPEG" in bad["reason"]
+
+
+def test_without_a_policy_it_ends_the_run_by_its_name(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    spec = spec_with(prepared, "stop")
+    two_workers.run(work_on_damaged_data, {"spec": spec.model_dump_json(), "threads": 1})
+    place = prepared[0].sub(spec.prefix)
+    failure = place.read_json(FAILURE)
+    assert failure["code"] == "bad_step" and f"step {STEP}: " in failure["message"]
+    assert f"sample {POSITION}: not a JPEG" in failure["message"]
+    assert not place.exists(RESULT)

@@ -1,0 +1,146 @@
+"""MLflow, or Prefect's server, is away while a stage trains: training does not notice, and nothing comes twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, free_ports
+from tests.faults.proxy import FaultProxy
+from tests.faults.test_training import saved_point, wait_for
+from tests.launch.conftest import RayHead, ray_head, two_workers
+from tests.launch.stages import model, prepared, run_stage, spec_of
+from tests.tracking.test_tracking import Server, server
+from tests.train.toy import Workers
+from upvla.launch.train import FAILURE, RESULT, SPEC
+from upvla.launch.worker import work
+from upvla.store import Store
+from upvla.train.resume import latest
+
+__all__ = ["model", "prepared", "ray_head", "server", "two_workers"]  # fixtures
+
+pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS, WEIGHTS = 24, {"act": 1.0}
+Prepared = tuple[Store, dict[str, Any]]
+
+
+def work_with_short_pauses(settings: dict[str, Any]) -> None:
+    """The worker's own body; an MLflow that was away is asked again after half a second."""
+    from upvla.tracking import runs
+
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    runs._RETRY_S = 0.5
+    work(settings)
+
+
+@pytest.mark.parametrize("fault", ["reset before", "500", "slow body"])
+def test_what_mlflow_missed_is_sent_once_when_it_is_back(
+    two_workers: Workers, prepared: Prepared, server: Server, fault: str
+) -> None:
+    from upvla.tracking import Tracker
+
+    store, references = prepared
+    stage = {"steps": STEPS}
+    calm = run_stage(two_workers, spec_of(store, references, name="calm", weights=WEIGHTS, stage=stage))
+    server.wait_healthy()
+    experiment = f"away-{fault.replace(' ', '-')}"
+    with FaultProxy(server.uri, rate=1.0, faults=(fault,)) as proxy:
+        tracking = {"uri": proxy.url, "experiment": experiment}
+        spec = spec_of(store, references, name=experiment, weights=WEIGHTS, stage=stage, tracking=tracking)
+        points = store.sub(f"{spec.prefix}/resume")
+
+        def come_back() -> None:
+            wait_for(lambda: (point := latest(points)) is not None and point.step >= 6)
+            proxy.rate = 0.0
+
+        back = threading.Thread(target=come_back)
+        back.start()
+        two_workers.run(work_with_short_pauses, {"spec": spec.model_dump_json(), "threads": 1})
+        back.join()
+    assert proxy.seen[fault] > 0 and proxy.seen["well"] > 0
+    assert store.sub(spec.prefix).read_json(RESULT)["losses"] == calm["losses"]
+    tracker = Tracker(server.uri, experiment)
+    (run,) = tracker.client.search_runs([tracker.experiment_id()])
+    assert run.info.status == "FINISHED"
+    for name, steps in (("loss/total", range(1, STEPS + 1)), ("val_loss/act", range(0, STEPS + 1, 4))):
+        found = [point.step for point in tracker.client.get_metric_history(run.info.run_id, name)]
+        assert found == list(steps), f"{name}: every point once, none left out"
+
+
+class PrefectServer:
+    """A real server on a database of its own, which outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self._url, self._folder = f"http://127.0.0.1:{port}/api", folder
+        self._command = [sys.executable, "-m", "prefect", "server", "start", "--host=127.0.0.1", f"--port={port}"]
+        own = {"PREFECT_HOME": str(folder), "PREFECT_API_URL": self._url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        self.env = os.environ | own | {"PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui")}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._is_ready)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+        return False
+
+
+@pytest.fixture
+def prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
+    (tmp_path / "prefect").mkdir()
+    made = PrefectServer(tmp_path / "prefect")
+    made.start()
+    yield made
+    made.kill()
+
+
+def test_training_goes_on_without_prefect_and_the_next_flow_run_finds_it(
+    ray_head: RayHead, two_workers: Workers, prepared: Prepared, prefect_server: PrefectServer
+) -> None:
+    store, references = prepared
+    stage = {"steps": STEPS}
+    calm = run_stage(two_workers, spec_of(store, references, name="calm", weights=WEIGHTS, stage=stage))
+    spec = spec_of(store, references, name="orphaned", weights=WEIGHTS, stage=stage)
+    place = store.sub(spec.prefix)
+    place.write_json(SPEC, spec.model_dump(mode="json"))
+    command = [sys.executable, "-m", "tests.faults.one_stage", f"{place.url}/{SPEC}", ray_head.jobs_url]
+    flow_runs = [subprocess.Popen(command, cwd=ROOT, env=prefect_server.env)]
+    try:
+        saved_point(store, spec)
+        prefect_server.kill()
+        killed = time.monotonic()
+        wait_for(lambda: place.exists(RESULT) or place.exists(FAILURE))
+        print(f"Prefect's server was killed; the stage was finished {time.monotonic() - killed:.1f} s later")
+        assert place.read_json(RESULT)["losses"] == calm["losses"]
+        prefect_server.start()
+        flow_runs.append(subprocess.Popen(command, cwd=ROOT, env=prefect_server.env))
+        assert flow_runs[-1].wait(400) == 0
+        assert len(place.list("owner-")) == 1, "nobody trained this a second time"
+    finally:
+        for each in flow_runs:
+            each.kill()
+            each.wait()
