@@ -26,7 +26,6 @@ BLOCK_ORDER = {
 """In which order the scene state lists the blocks (calvin_env, conf/scene/*.yaml: it is not the same everywhere). In a
 scene that is not listed nobody knows which block is which, and none is asked about."""
 _WHETHER_EVERY = 6  # one question in so many is answered yes or no: nothing is learnt from it before words are
-_FACTS_A_STEP = 4  # that a step yields on average, once true and false are paired
 _SCENE_DIMS = 24  # of CALVIN's scene state; other simulators' are not understood here
 _MIN_DISTANCE_M = 0.05  # one block's width: closer than that nobody could tell
 _TABLE_Z_M = 0.43  # lower lies in the drawer, out of sight
@@ -113,17 +112,17 @@ def questions(scenes: Sequence[tuple[str, np.ndarray, str]], per_episode: int) -
     """(episode id, scene state f32[T,Q], scene's name) of a set of recordings -> at most `per_episode` facts each on
     average, every fact asked once in a wording for training and once in a held-out one. A function of its arguments.
 
-    All topics look at the same few steps of a recording, so that one picture is asked about many times.
+    All topics look at the same few steps of a recording: a conversation about one picture goes through most of them,
+    and a picture seen again is what a small model learns to see from.
     """
     topics: dict[str, list[_Fact]] = {}
     for episode_id, scene, name in scenes:
         if scene.shape[1] != _SCENE_DIMS:
             continue
-        blocks = _blocks(scene, name)
-        steps = sorted(range(len(scene)), key=lambda step: _digest(episode_id, step))[
-            : -(-per_episode // _FACTS_A_STEP)
-        ]
-        for topic, truth in _truths(scene, blocks, DRAWER_HANDLE_X.get(name)):
+        truths = list(_truths(scene, _blocks(scene, name), DRAWER_HANDLE_X.get(name)))
+        drawn = sorted(range(len(scene)), key=lambda step: _digest(episode_id, step))
+        steps = drawn[: -(-per_episode // len(truths))]
+        for topic, truth in truths:
             facts = [_Fact(episode_id, step, bool(truth[step])) for step in steps if truth[step] >= 0]
             topics.setdefault(topic, []).extend(facts)
     rows = []
