@@ -66,6 +66,8 @@ def ensure_zombie_automation(silence_s: float = SILENCE_S) -> Automation:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
+                name=None,
+                force=False,
                 message="no sign of life: its process is gone. Run it again, finished stages are kept.",
             )
         ],

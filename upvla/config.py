@@ -53,7 +53,9 @@ class SiteConfig(Section):
     )
     use_gpu: bool = False
     rollout: Layout = Layout()
-    stack: Mapping[str, Any] | None = Field(None, description="the local stack's own settings, read by `upvla.stack`")
+    stack: Mapping[str, Any] | None = Field(
+        default=None, description="the local stack's own settings, read by `upvla.stack`"
+    )
 
     @property
     def most_workers(self) -> int:
@@ -114,7 +116,7 @@ class FinetuneConfig(LineConfig):
 
     model_name: str
     stage: StageConfig
-    min_new_recordings: int = Field(1, gt=0)
+    min_new_recordings: int = Field(default=1, gt=0)
     gate: GateConfig = GateConfig()
 
 

@@ -326,8 +326,11 @@ class Prediction(NamedTuple):
 class Policy(Protocol):
     """`reset` once an instruction; `act` whenever the last chunk is spent."""
 
-    name: str
-    action_space: ActionSpace
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def action_space(self) -> ActionSpace: ...
 
     def reset(self, instruction: str) -> None: ...
 

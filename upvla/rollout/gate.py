@@ -21,9 +21,13 @@ class GateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_gain: float = Field(0.0, ge=0, description="tasks a chain that the interval's lower bound must lie above")
-    min_chains: int = Field(20, gt=0, description="pairs; with fewer the champion stays")
-    max_unjudged: float = Field(0.1, ge=0, lt=1, description="share of pairs that may lack a record without an error")
+    min_gain: float = Field(
+        default=0.0, ge=0, description="tasks a chain that the interval's lower bound must lie above"
+    )
+    min_chains: int = Field(default=20, gt=0, description="pairs; with fewer the champion stays")
+    max_unjudged: float = Field(
+        default=0.1, ge=0, lt=1, description="share of pairs that may lack a record without an error"
+    )
 
 
 class Gain(NamedTuple):

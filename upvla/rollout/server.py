@@ -58,14 +58,16 @@ class ServerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
-    port: int = Field(8600, ge=0, le=65535, description="0: any free one")
-    max_bytes: int = Field(wire.MAX_BYTES, gt=0, description="of one request")
-    max_side: int = Field(2048, gt=0, description="pixels of a camera picture's longer side")
-    max_state: int = Field(256, gt=0, description="dimensions of the state")
-    max_instruction: int = Field(500, gt=0, description="characters")
-    max_sessions: int = Field(16, gt=0)
-    deadline_ms: float = Field(2000.0, gt=0, description="where a request names none; also the longest it may name")
-    reload_every_s: float = Field(5.0, gt=0, description="how often the registry is asked for another model")
+    port: int = Field(default=8600, ge=0, le=65535, description="0: any free one")
+    max_bytes: int = Field(default=wire.MAX_BYTES, gt=0, description="of one request")
+    max_side: int = Field(default=2048, gt=0, description="pixels of a camera picture's longer side")
+    max_state: int = Field(default=256, gt=0, description="dimensions of the state")
+    max_instruction: int = Field(default=500, gt=0, description="characters")
+    max_sessions: int = Field(default=16, gt=0)
+    deadline_ms: float = Field(
+        default=2000.0, gt=0, description="where a request names none; also the longest it may name"
+    )
+    reload_every_s: float = Field(default=5.0, gt=0, description="how often the registry is asked for another model")
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,10 @@ class StackConfig(BaseModel):
 
     home: Path = Field(default_factory=lambda: Path(os.environ.get("UPVLA_HOME") or ".upvla"), validate_default=True)
     ports: Ports = Ports()
-    host: str = Field("127.0.0.1", description="the one address that servers listen on and clients call")
-    auth: bool | None = Field(None, description="passwords for MLflow and Prefect; default: wherever others reach them")
+    host: str = Field(default="127.0.0.1", description="the one address that servers listen on and clients call")
+    auth: bool | None = Field(
+        default=None, description="passwords for MLflow and Prefect; default: wherever others reach them"
+    )
     num_cpus: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), gt=0)
     """What Ray may hand out; at least two, so that two training workers find a place on one core too."""
     object_store_mb: int = Field(default=512, ge=80)
