@@ -12,7 +12,7 @@ from upvla.launch.pretrain import Pretraining
 
 
 def test_what_lands_is_imported_once_and_halves_are_left_alone(tmp_path: Path) -> None:
-    site = SiteConfig(home=tmp_path, store_url=str(tmp_path / "store"))
+    site = SiteConfig(home=tmp_path, store_url=str(tmp_path / "store"), tracking_url="")
     line = Pretraining(site, load("pretrain/ci", RunConfig, ["data.ingest.options.span_end=exclusive"]))
     assert line.watch()["skipped"] == "nothing there yet"
     inbox = site.raw_folder / "inbox"

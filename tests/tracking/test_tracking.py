@@ -38,6 +38,13 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     return made
 
 
+@pytest.fixture
+def as_default(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLflow's own functions ask. They keep it in the environment, where tests of other rooms would find it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    mlflow.set_tracking_uri(tracker.uri)
+
+
 def history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in tracker.client.get_metric_history(run_id, name)]
 
@@ -125,6 +132,7 @@ def observation() -> Observation:
     return Observation(images, np.zeros(15, np.float32))
 
 
+@pytest.mark.usefixtures("as_default")
 def test_a_registered_champion_predicts_what_the_policy_does(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
@@ -146,7 +154,6 @@ def test_a_registered_champion_predicts_what_the_policy_does(
     assert champion is not None
     assert (champion.version, champion.alias, champion.checkpoint) == ("1", CHAMPION, first)
 
-    mlflow.set_tracking_uri(tracker.uri)
     model = mlflow.pyfunc.load_model("models:/upvla-test@champion")
     seen = observation()
     answer = model.predict(
@@ -213,6 +220,7 @@ def test_a_checkpoint_is_a_model_of_its_run_before_it_is_registered(
     assert (found.description, found.tags["gate"]) == ("# card", "better")
 
 
+@pytest.mark.usefixtures("as_default")
 def test_a_reference_whose_checkpoint_was_replaced_is_refused(
     tracker: Tracker, checkpoints: list[tuple[Checkpoint, Bundle]]
 ) -> None:
@@ -220,7 +228,6 @@ def test_a_reference_whose_checkpoint_was_replaced_is_refused(
     moved = Checkpoint(second.url, first.model_id[::-1], 7, "a")
     run_id = tracker.run_id("k-register", "evaluate")
     version = Registry(tracker).register("upvla-moved", moved, run_id, cameras=("static",), metrics={}, tags={})
-    mlflow.set_tracking_uri(tracker.uri)
     with pytest.raises(Mismatch, match="register the new checkpoint as a version of its own"):
         mlflow.pyfunc.load_model(f"models:/upvla-moved/{version.version}")
 
