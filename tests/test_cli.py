@@ -114,6 +114,18 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "there is: calvin, lerobot" in str(wrong.exception)
 
 
+def test_a_benchmark_needs_no_stack_nor_looks_for_one_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    left_behind = {"identities": [{"credentials": [{"accessKey": "a", "secretKey": "b"}]}]}
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/s3.json").write_text(json.dumps(left_behind))
+    assert _run("evaluate", "still", "--suite", "playtable-a", "--chains", "1", "--json")["average_length"] == 0
+    assert "RAY_ADDRESS" not in os.environ
+
+
 def test_a_benchmark_is_judged_by_command_and_compared_under_one_protocol_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

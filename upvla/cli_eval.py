@@ -120,15 +120,19 @@ def _uses_gpu(site: str) -> bool:
 
 
 def _running_tracker(site: str) -> Any:
-    """MLflow, where the site's stack runs, else None: a benchmark needs neither."""
+    """MLflow, where the site's stack runs, else None: a benchmark needs neither. A RAY_ADDRESS that is set stays."""
     from upvla import stack
     from upvla.config import SiteConfig, load
 
-    try:
-        if load(f"site/{site}", SiteConfig).stack is not None:
-            os.environ.update(stack.environment(stack.load_site(site)))
-    except StackError:
-        return None
+    if load(f"site/{site}", SiteConfig).stack is not None:
+        servers = stack.load_site(site)
+        try:
+            known = stack.environment(servers)
+        except StackError:  # there never was one
+            return None
+        if not all(part["healthy"] for part in stack.status(servers)):
+            return None
+        os.environ.update(known | {"RAY_ADDRESS": os.environ.get("RAY_ADDRESS", known["RAY_ADDRESS"])})
     from upvla.tracking import Tracker
 
     found = load(f"site/{site}", SiteConfig)
