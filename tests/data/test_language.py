@@ -93,6 +93,16 @@ def test_held_out_wordings_are_never_trained_on() -> None:
     assert Counter(row.split for row in rows)["train"] == len(rows) / 2
 
 
+def test_a_picture_is_asked_about_in_most_topics_and_few_pictures_are() -> None:
+    scenes = [scene for scene in _scenes() if scene[2].startswith("playtable")]
+    asked: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+    for question in questions(scenes, 39):  # thirteen topics, three pictures
+        asked[question.episode_id, question.step].add(question.topic)
+    pictures = Counter(episode for episode, _ in asked)
+    assert set(pictures.values()) == {3}
+    assert np.mean([len(topics) for topics in asked.values()]) > 5
+
+
 def test_the_same_scenes_give_the_same_questions() -> None:
     scenes = _scenes(6)
     assert questions(scenes, 8) == questions(scenes, 8)
