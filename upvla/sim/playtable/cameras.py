@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -31,10 +33,27 @@ def load_mujoco() -> ModuleType:
 
 
 class Cameras:
-    """Renders without shadows, reflections or multisampling, which cost more than all the rest."""
+    """Renders without shadows, reflections or multisampling, which cost more than all the rest.
+
+    A GL context and what is uploaded into it take 0.2 s, mostly shaders that the renderer compiles, so the worlds of a
+    scene share one in each thread (a context belongs to a thread): `share`, and `close` once for every `share`.
+    """
+
+    _threads = threading.local()  # .scenes: {scene: cameras} of a thread
+
+    @classmethod
+    def share(cls, mj: ModuleType, model: Any, scene: str) -> Cameras:
+        """This thread's cameras of the scene, whose models are all alike. Raises `ConfigError` without a renderer."""
+        scenes: dict[str, Cameras] = cls._threads.__dict__.setdefault("scenes", {})
+        if scene not in scenes:
+            scenes[scene] = cls(mj, model)
+            scenes[scene]._forget = lambda: scenes.pop(scene)
+        scenes[scene]._holders += 1
+        return scenes[scene]
 
     def __init__(self, mj: ModuleType, model: Any) -> None:
-        self._mj, self._model = mj, model
+        self._mj, self._holders = mj, 0
+        self._forget: Callable[[], object] = lambda: None
         try:
             self._gl = mj.GLContext(s.STATIC_SIZE, s.STATIC_SIZE)
             self._gl.make_current()
@@ -53,23 +72,23 @@ class Cameras:
             camera.type, camera.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
             self._cameras[name] = (camera, mj.MjrRect(0, 0, size, size))
 
-    def frames(self, data: Any) -> dict[str, np.ndarray]:
+    def frames(self, model: Any, data: Any) -> dict[str, np.ndarray]:
         mj, frames = self._mj, {}
         self._gl.make_current()
         for name, (camera, rect) in self._cameras.items():
-            mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
+            mj.mjv_updateScene(model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
             mj.mjr_render(rect, self._scene, self._context)
             frame = np.empty((rect.height, rect.width, 3), np.uint8)
             mj.mjr_readPixels(frame, None, rect, self._context)
             frames[name] = np.ascontiguousarray(frame[::-1])
         return frames
 
-    def geoms(self, data: Any) -> np.ndarray:
+    def geoms(self, model: Any, data: Any) -> np.ndarray:
         """i64[200,200]: which geom (MuJoCo id, -1 for none) every pixel of the static camera shows."""
         mj, flags = self._mj, (self._mj.mjtRndFlag.mjRND_SEGMENT, self._mj.mjtRndFlag.mjRND_IDCOLOR)
         self._gl.make_current()
         camera, rect = self._cameras["static"]
-        mj.mjv_updateScene(self._model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
+        mj.mjv_updateScene(model, data, self._option, None, camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
         for flag in flags:
             self._scene.flags[flag] = 1
         mj.mjr_render(rect, self._scene, self._context)
@@ -91,6 +110,11 @@ class Cameras:
         return " ".join(GL.glGetString(part).decode() for part in (GL.GL_RENDERER, GL.GL_VERSION))
 
     def close(self) -> None:
+        """A world lets go of them; the last one frees them."""
+        self._holders -= 1
+        if self._holders:
+            return
+        self._forget()
         self._gl.make_current()  # else what is freed belongs to whichever world was looked at last
         self._context.free()
         self._gl.free()

@@ -203,7 +203,7 @@ class PlaytableEnv:
 
     def observe(self) -> Observation:
         """Render both cameras: {"static": u8[200,200,3], "gripper": u8[84,84,3]}."""
-        images = self._eyes().frames(self.data) if self._sees else {}
+        images = self._eyes().frames(self.model, self.data) if self._sees else {}
         return Observation(images, self.state(), self.scene_state().astype(np.float32))
 
     def state(self) -> np.ndarray:
@@ -215,12 +215,12 @@ class PlaytableEnv:
 
     def _eyes(self) -> Cameras:
         if self._cameras is None:
-            self._cameras = Cameras(self._mj, self.model)
+            self._cameras = Cameras.share(self._mj, self.model, self.scene)
         return self._cameras
 
     def visible(self) -> dict[str, np.ndarray]:
         """Which pixels of the static camera show what, bool[200,200] each: `lightbulb`, `led`, `gripper`, `blocks`."""
-        geoms = self._eyes().geoms(self.data)
+        geoms = self._eyes().geoms(self.model, self.data)
         names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         bodies = [self.model.body(body).name for body in self.model.geom_bodyid]
         hand = ("hand", "finger_left", "finger_right")
