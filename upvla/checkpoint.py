@@ -19,19 +19,21 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import safetensors.torch
-import torch
 from pydantic import ValidationError
 
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound
 from upvla.model.config import ModelConfig
-from upvla.model.text import TextTokenizer
-from upvla.model.upvla import UPVLA
-from upvla.model.vq import VQTokenizer
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionSpace, Checkpoint
+
+if TYPE_CHECKING:  # seconds of imports, which nobody needs who reads no weights
+    import torch
+
+    from upvla.model.text import TextTokenizer
+    from upvla.model.upvla import UPVLA
+    from upvla.model.vq import VQTokenizer
 
 MARKER = "CHECKPOINT.json"
 _FORMAT = 1
@@ -133,31 +135,68 @@ def load_bundle(url: str) -> Bundle:
     Raises `NotFound` where there is no finished checkpoint, `Corrupt` naming the file whose bytes are not what the
     marker says, `Mismatch` naming the weight or part that does not fit its config.
     """
-    store = open_store(url)
-    marker = _marker(store)
-    data = {name: _verified(store, file) for name, file in marker["files"].items()}
+    import safetensors.torch
 
-    def part(name: str, parse: Callable[[bytes], _Value]) -> _Value:
-        if name not in data:
-            raise Corrupt(f"{url}: its marker names no {name}")
-        try:
-            return parse(data[name])
-        except (ValueError, KeyError, TypeError, ValidationError, safetensors.SafetensorError) as error:
-            raise Mismatch(f"{url}/{name}: this version cannot read it: {error}") from error
+    from upvla.model.text import TextTokenizer
+    from upvla.model.upvla import UPVLA
+    from upvla.model.vq import VQTokenizer
 
-    config = part("config.json", ModelConfig.model_validate_json)
-    model, vq = UPVLA(config), VQTokenizer(config.vq)
+    parts = _Parts(open_store(url))
+    facts = _facts(parts)
+    model, vq = UPVLA(facts.config), VQTokenizer(facts.config.vq)
     for module, name in ((model, "model.safetensors"), (vq, "vq.safetensors")):
-        _fill(module, part(name, safetensors.torch.load), f"{url}/{name}")
+        _fill(module, parts.parsed(name, safetensors.torch.load, safetensors.SafetensorError), f"{url}/{name}")
     return Bundle(
-        config=config,
+        config=facts.config,
         model=model.eval(),
         vq=vq.eval(),
-        text=part("text.json", lambda raw: TextTokenizer.from_json(raw.decode())),
-        action_space=part("action_space.json", lambda raw: ActionSpace.from_json(json.loads(raw))),
-        stats=part("stats.json", json.loads),
-        meta=part("meta.json", json.loads),
+        text=parts.parsed("text.json", lambda raw: TextTokenizer.from_json(raw.decode())),
+        action_space=facts.action_space,
+        stats=facts.stats,
+        meta=parts.parsed("meta.json", json.loads),
     )
+
+
+class Facts(NamedTuple):
+    """What a checkpoint says of its model."""
+
+    model_id: str
+    config: ModelConfig
+    action_space: ActionSpace
+    stats: Mapping[str, Any]
+
+
+def read_facts(url: str) -> Facts:
+    """Of the checkpoint at `url`, without its weights and all that they need. Raises what `load_bundle` does."""
+    return _facts(_Parts(open_store(url)))
+
+
+def _facts(parts: _Parts) -> Facts:
+    return Facts(
+        parts.model_id,
+        parts.parsed("config.json", ModelConfig.model_validate_json),
+        parts.parsed("action_space.json", lambda raw: ActionSpace.from_json(json.loads(raw))),
+        parts.parsed("stats.json", json.loads),
+    )
+
+
+class _Parts:
+    """The files that a checkpoint's marker names."""
+
+    def __init__(self, store: Store) -> None:
+        marker = _marker(store)
+        self.model_id: str = marker["model_id"]
+        self._store, self._files = store, marker["files"]
+
+    def parsed(self, name: str, parse: Callable[[bytes], _Value], *errors: type[Exception]) -> _Value:
+        """Its hash is verified first. `errors`: what else `parse` raises at bytes that it cannot read."""
+        if name not in self._files:
+            raise Corrupt(f"{self._store.url}: its marker names no {name}")
+        data = _verified(self._store, self._files[name])
+        try:
+            return parse(data)
+        except (ValueError, KeyError, TypeError, ValidationError, *errors) as error:
+            raise Mismatch(f"{self._store.url}/{name}: this version cannot read it: {error}") from error
 
 
 def _marker(store: Store) -> dict[str, Any]:
@@ -197,6 +236,8 @@ def _fill(module: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
 
 
 def _tensors(module: torch.nn.Module) -> bytes:
+    import safetensors.torch
+
     return safetensors.torch.save({name: value.cpu().contiguous() for name, value in module.state_dict().items()})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from upvla.rollout.protocol import identity, protocol, self_test
 from upvla.sim import contract as c
 from upvla.sim.libero import ACTIONS as LIBERO_ACTIONS
 from upvla.sim.playtable.suite import PlaytableSuite
+from upvla.store import open_store
 from upvla.types import ChainRecord
 
 
@@ -150,21 +153,33 @@ def test_worlds_and_policies_of_different_robots_are_refused_by_the_dimension() 
         protocol(suite, suite.chains(1), Control())
 
 
-def test_a_camera_and_statistics_that_do_not_fit_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import upvla.rollout.protocol
+def test_a_camera_and_statistics_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     from tests.rollout.test_policy import make_bundle
-    from upvla.rollout.policy import UPVLAPolicy
+    from upvla.checkpoint import export
 
-    policy = UPVLAPolicy(make_bundle(), "abc")
-    monkeypatch.setattr(upvla.rollout.protocol, "load_policy", lambda name, suite, slots: policy)
+    saved = export(open_store(str(tmp_path)), "x", make_bundle())
     both: dict[str, Any] = {"static": [200, 200], "gripper": [84, 84]}
-    found = identity("models/x", LineSuite(), both)
-    assert found["name"] == "abc" and found["cameras"] == ["static", "gripper"] and found["slots"] == 1
-    with pytest.raises(Mismatch, match="camera: model models/x looks through 'gripper', suite line has static"):
-        identity("models/x", LineSuite(), {"static": [200, 200]})
-    assert identity("models/x", LineSuite(), both, expected={"stats_id": found["stats_id"], "name": ""}) == found
-    with pytest.raises(Mismatch, match=r"stats_id: models/x has .*, registered was 0123"):
-        identity("models/x", LineSuite(), both, expected={"stats_id": "0123"})
+    found = identity(saved.url, LineSuite(), both)
+    assert found["name"] == saved.model_id and found["cameras"] == ["static", "gripper"] and found["slots"] == 1
+    with pytest.raises(Mismatch, match=r"camera: model .*/x looks through 'gripper', suite line has static"):
+        identity(saved.url, LineSuite(), {"static": [200, 200]})
+    assert identity(saved.url, LineSuite(), both, expected={"stats_id": found["stats_id"], "name": ""}) == found
+    with pytest.raises(Mismatch, match=r"stats_id: .*/x has .*, registered was 0123"):
+        identity(saved.url, LineSuite(), both, expected={"stats_id": "0123"})
+    suite = LineSuite()
+    suite.action_space = LIBERO_ACTIONS  # type: ignore[misc]
+    with pytest.raises(Mismatch, match=r"dimension 0 \(dx\) differs in 'scale'"):
+        identity(saved.url, suite, both)
+
+
+def test_nothing_of_a_model_is_imported_to_say_who_is_judged_or_to_simulate() -> None:
+    """Each of these would cost every process of simulators a second or more."""
+    code = "import sys, upvla.launch.scores, upvla.rollout.judge, upvla.rollout.protocol\n"
+    code += "from upvla.sim.playtable.suite import playtable\nplaytable('playtable-d').open('D').observe()\n"
+    code += "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'pyarrow', 'pandas', 'scipy', 'prefect'}\n"
+    code += "print(sorted(heavy & sys.modules.keys()))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    assert said.stdout.strip() == "[]"
 
 
 # --------------------------------------------------------------------------------------------------- comparing

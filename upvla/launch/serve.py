@@ -45,7 +45,7 @@ def loader(newest: Newest) -> Load:
         if model_id == known:
             return None
         bundle = load_bundle(url)
-        cameras = tuple(dict.fromkeys((*bundle.config.vision_cameras, *bundle.config.code_cameras)))
+        cameras = bundle.config.cameras
         policy = UPVLAPolicy(bundle, model_id)
         blank = {camera: np.zeros((_WARM_PX, _WARM_PX, 3), np.uint8) for camera in cameras}
         policy.reset("warm up")  # the first prediction builds what later ones reuse

@@ -278,6 +278,11 @@ class ModelConfig(_Section):
     # -- lengths
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """What an observation must hold."""
+        return tuple(dict.fromkeys((*self.vision_cameras, *self.code_cameras)))
+
+    @property
     def num_views(self) -> int:
         return len(self.code_cameras)
 

@@ -80,6 +80,11 @@ def inspect(what: str, path: str) -> list[Finding]:
     return calvin.inspect(path) if what == "calvin" else libero.inspect(path)
 
 
+def is_checkpoint(policy: str) -> bool:
+    """Whether it is a model that some process of ours must load."""
+    return "/" in policy and not policy.startswith(SERVED)
+
+
 def load_policy(
     name: str, suite: Suite, *, slots: int = 1, device: str = "cpu"
 ) -> UPVLAPolicy | RandomPolicy | StillPolicy | RemotePolicy:
@@ -92,7 +97,7 @@ def load_policy(
         remote = RemotePolicy(name, deadline_s=None)
         suite.action_space.require_equal(remote.action_space, ours=f"suite {suite.name}", theirs=f"server {name}")
         return remote
-    if "/" not in name:
+    if not is_checkpoint(name):
         raise ConfigError(f"no policy {name!r}: name one of {', '.join(BUILT_IN)}, or the URL of a checkpoint")
     from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without
     from upvla.rollout.policy import UPVLAPolicy

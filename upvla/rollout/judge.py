@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from upvla.errors import SimulatorError
-from upvla.rollout.benchmarks import BLIND, SCRIPTED, load_policy
+from upvla.rollout.benchmarks import BLIND, SCRIPTED, is_checkpoint, load_policy
 from upvla.rollout.evaluate import Control
 from upvla.rollout.film import Film
 from upvla.rollout.play import Answer, Ask, BatchPolicy, Play, Rules, Script, answers, drive, play
@@ -89,6 +89,15 @@ class Measured:
 
     def close(self) -> None:
         self.world.close()
+
+
+def load_alone(name: str, suite: Suite, slots: int, device: str = "cpu") -> Policy | BatchPolicy:
+    """`load_policy`, thinking in one thread: equal threads everywhere, so the same sums in the same order."""
+    if is_checkpoint(name):
+        import torch  # seconds, which nobody else needs
+
+        torch.set_num_threads(1)
+    return load_policy(name, suite, slots=slots, device=device)
 
 
 @dataclass
@@ -214,11 +223,7 @@ class SuiteJudge:
             return self.policy
         if self.policy in SCRIPTED:
             return None
-        if self.policy not in BLIND:
-            import torch  # seconds, which nobody else needs
-
-            torch.set_num_threads(1)  # equal threads everywhere: the same sums in the same order
-        return load_policy(self.policy, self.suite, slots=self.slots)
+        return load_alone(self.policy, self.suite, self.slots)
 
     def _answer(self, policy: Policy | BatchPolicy | None) -> tuple[Answer, int]:
         if policy is None:

@@ -14,7 +14,6 @@ from upvla.errors import Mismatch
 from upvla.images import resize
 from upvla.model.sequence import conditioned, text_room
 from upvla.rollout.play import Ask
-from upvla.store import content_hash
 from upvla.types import ActionSpace, Observation, Prediction
 
 _SHORTEST = 16  # tokens: rooms for text are this, four times this, ...
@@ -41,11 +40,6 @@ class UPVLAPolicy:
         self._memory: dict[str, Any] = {}
 
     @property
-    def cameras(self) -> tuple[str, ...]:
-        """What the observations must hold."""
-        return tuple(dict.fromkeys((*self._bundle.config.vision_cameras, *self._bundle.config.code_cameras)))
-
-    @property
     def instruction(self) -> str:
         return self._told or ""
 
@@ -53,20 +47,6 @@ class UPVLAPolicy:
     def description(self) -> str:
         """What the model said of the scene since `reset`, where its configuration asks for it."""
         return str(self._memory.get("description", ""))
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers, beside its weights: stored with every score."""
-        config, bundle = self._bundle.config, self._bundle
-        return {
-            "stats_id": content_hash(bundle.stats),
-            "actions": content_hash(bundle.action_space.to_json()),
-            "chunk": config.chunk,
-            "cameras": list(self.cameras),
-            "vision_resize": config.vision_resize.model_dump(mode="json"),
-            "code_resize": config.vq_resize.model_dump(mode="json"),
-            "slots": self.slots,
-            "torch": str(torch.__version__),
-        }
 
     def reset(self, instruction: str) -> None:
         self._told, self._memory = instruction, {}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from upvla.checkpoint import read_facts
 from upvla.errors import Mismatch
-from upvla.rollout.benchmarks import SCRIPTED, load_policy
+from upvla.rollout.benchmarks import SCRIPTED, is_checkpoint, load_policy
 from upvla.rollout.evaluate import Control
 from upvla.sim.contract import MAX_STEPS
 from upvla.sim.suite import Suite, World, chains_id, code_id
@@ -62,17 +64,37 @@ def identity(
     if policy in SCRIPTED:
         folder = Path(inspect.getfile(type(suite))).parent  # experts are no part of the world's own code
         return {"name": policy, "code": code_id(*folder.glob("*.py"))}
-    loaded = load_policy(policy, suite, slots=slots)
-    missing = [camera for camera in loaded.cameras if camera not in cameras]
+    cameras_of, found = _about(policy, suite, slots)
+    missing = [camera for camera in cameras_of if camera not in cameras]
     if missing:
         raise Mismatch(
             f"camera: model {policy} looks through {missing[0]!r}, suite {suite.name} has {', '.join(cameras)}"
         )
-    found = {"name": loaded.name, **loaded.identity()}
     for name, value in (expected or {}).items():
         if value and found.get(name) != value:
             raise Mismatch(f"{name}: {policy} has {found.get(name)}, registered was {value}: register it anew")
     return found
+
+
+def _about(policy: str, suite: Suite, slots: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(the cameras that it needs, what decides its answers). Of a checkpoint nothing is loaded: processes will do that
+    which judge it, and it would take this one seconds."""
+    if not is_checkpoint(policy):
+        loaded = load_policy(policy, suite, slots=slots)
+        return loaded.cameras, {"name": loaded.name, **loaded.identity()}
+    model_id, config, action_space, stats = read_facts(policy)
+    suite.action_space.require_equal(action_space, ours=f"suite {suite.name}", theirs=f"model {policy}")
+    return config.cameras, {
+        "name": model_id,
+        "stats_id": content_hash(stats),
+        "actions": content_hash(action_space.to_json()),
+        "chunk": config.chunk,
+        "cameras": list(config.cameras),
+        "vision_resize": config.vision_resize.model_dump(mode="json"),
+        "code_resize": config.vq_resize.model_dump(mode="json"),
+        "slots": slots,
+        "torch": version("torch"),
+    }
 
 
 def self_test(suite: Suite, chains: Sequence[Chain]) -> dict[str, Any]:
