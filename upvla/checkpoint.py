@@ -193,9 +193,10 @@ class _Parts:
         if name not in self._files:
             raise Corrupt(f"{self._store.url}: its marker names no {name}")
         data = _verified(self._store, self._files[name])
+        unreadable: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, ValidationError, *errors)
         try:
             return parse(data)
-        except (ValueError, KeyError, TypeError, ValidationError, *errors) as error:
+        except unreadable as error:
             raise Mismatch(f"{self._store.url}/{name}: this version cannot read it: {error}") from error
 
 

@@ -7,33 +7,29 @@ to blame is found. If that happens to it a second time, its record says so, and 
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
-from typing import Any, NamedTuple, cast
+from types import TracebackType
+from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from upvla.errors import JobFailed, SimulatorError
-from upvla.rollout.benchmarks import BLIND, SERVED, load_policy
+from upvla.launch.simulators import REPORT_S, Model, Numbered, Report, SharedPolicy, Simulators
+from upvla.rollout.benchmarks import is_checkpoint
 from upvla.rollout.evaluate import Layout
 from upvla.rollout.judge import Cost, SuiteJudge
-from upvla.rollout.play import Ask, BatchPolicy
 from upvla.sim.suite import Suite
-from upvla.types import ActionSpace, Chain, ChainRecord, Prediction
+from upvla.types import Chain, ChainRecord
 
-_REPORT_S = 1.0
 _STOP_S = 10.0
 _STILLBORN = 3  # processes in a row
 _AHEAD = 1  # chains that a process has waiting beside those that it plays
 
-Numbered = tuple[int, Chain]
+Keep = Callable[[Sequence[ChainRecord]], None]
 
 
 def judge_chains(
@@ -41,15 +37,13 @@ def judge_chains(
     chains: Sequence[Numbered],
     num_workers: int,
     layout: Layout,
-    keep: Callable[[Sequence[ChainRecord]], None],
+    keep: Keep,
     *,
     use_gpu: bool = False,
 ) -> Cost:
-    """Hands the records of all `chains` to `keep` as they come; what they took. Ray must be connected.
-
-    Raises what keeps every chain from being judged: a world that cannot open, a policy that cannot be loaded.
-    """
-    return _Crew(judge, deque(chains), num_workers, layout, use_gpu).run(keep) if chains else Cost()
+    """One evaluation by a `Crew` of its own. Ray must be connected."""
+    with Crew(judge.suite, min(num_workers, len(chains)), layout, judge.slots, use_gpu=use_gpu) as crew:
+        return crew.judge(judge, chains, keep)
 
 
 # ---------------------------------------------------------------------------------------------------- the driver's side
@@ -67,43 +61,109 @@ class _Member:
     cost: Cost = field(default_factory=Cost)
     heard: float | None = None  # when it spoke last; a process that has not started yet may take its time
 
+    def begin(self, judge: SuiteJudge) -> None:
+        self.cost, self.heard = Cost(), self.heard and time.monotonic()
+        self.running = self.actor.run.remote(judge)
+        self.report = self.actor.report.remote()
+
     def give(self, given: Numbered) -> None:
         self.held[given[0]] = given[1]
         self.actor.feed.remote(given)
 
 
-class _Crew:
-    def __init__(
-        self, judge: SuiteJudge, todo: deque[Numbered], num_workers: int, layout: Layout, use_gpu: bool
-    ) -> None:
-        self._todo, self._layout = todo, layout
-        self._suspects: deque[Numbered] = deque()
-        self._cost = Cost()
-        self._model = None
-        self._stillborn = 0
-        if layout.model == "one" and isinstance(judge.policy, str) and _is_loaded(judge.policy):
-            self._model = _start_model(judge, judge.policy, use_gpu)
-            judge = replace(judge, policy=SharedPolicy(judge.policy, judge.suite.action_space, self._model))
-        self._judge = judge
-        self._members = [self._start() for _ in range(min(num_workers, len(todo)))]
+class Crew:
+    """Processes that judge policies on a suite, one policy after the other: they start once. Ray must be connected.
 
-    def run(self, keep: Callable[[Sequence[ChainRecord]], None]) -> Cost:
+    with Crew(suite, 2, layout, slots) as crew:
+        crew.prepare(url)  # the model loads while we do something else
+        cost = crew.judge(judge, chains, keep)
+    """
+
+    def __init__(self, suite: Suite, num_workers: int, layout: Layout, slots: int, *, use_gpu: bool = False) -> None:
+        self._suite, self._layout, self._slots, self._use_gpu = suite, layout, slots, use_gpu
+        self._num_workers = num_workers
+        self._model: tuple[str, Any] | None = None  # where one process has the policy
+        self._members: list[_Member] = []
+        self._todo: deque[Numbered] = deque()
+        self._suspects: deque[Numbered] = deque()
+        self._cost, self._stillborn = Cost(), 0
+        self._judge: SuiteJudge
+
+    def __enter__(self) -> Self:
+        self._man()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._dismiss()
+
+    def prepare(self, policy: str) -> None:
+        """Begin to load a policy that will be judged, and return. What goes wrong is raised by `judge`."""
+        if not is_checkpoint(policy):
+            return
+        if self._layout.model == "one":
+            self._model_of(policy)
+            return
+        for member in self._members:
+            member.actor.prepare.remote(policy)
+
+    def judge(self, judge: SuiteJudge, chains: Sequence[Numbered], keep: Keep) -> Cost:
+        """Hands the records of all `chains` to `keep` as they come; what they took.
+
+        Raises what keeps every chain from being judged: a world that cannot open, a policy that cannot be loaded.
+        """
+        self._todo, self._cost, self._stillborn = deque(chains), Cost(), 0
+        if not chains:
+            return self._cost
         try:
-            while self._todo or self._suspects or any(member.held for member in self._members):
+            self._man()
+            self._judge = self._asking(judge)
+            for member in self._members:
+                member.begin(self._judge)
+            while self._todo or any(member.held for member in self._members) or self._suspects:
                 reports = [member.report for member in self._members]
-                ray.wait(reports, timeout=_REPORT_S)
+                ray.wait(reports, timeout=REPORT_S)
                 ready, _ = ray.wait(reports, num_returns=len(reports), timeout=0)
                 for member in list(self._members):
                     why = self._listen(member, keep) if member.report in ready else self._silent(member)
                     if why:
                         keep(self._replace(member, why))
             self._let_go()
-        finally:
-            for actor in (*(member.actor for member in self._members), *([self._model] if self._model else [])):
-                ray.kill(actor)
-        return reduce(add, (member.cost for member in self._members), self._cost)
+        except BaseException:
+            self._dismiss()
+            raise
+        return self._cost
 
-    def _listen(self, member: _Member, keep: Callable[[Sequence[ChainRecord]], None]) -> str:
+    def _man(self) -> None:
+        self._members += [self._start() for _ in range(self._num_workers - len(self._members))]
+
+    def _start(self, alone: bool = False) -> _Member:
+        options = {"num_cpus": 1, "max_concurrency": 4}
+        return _Member(ray.remote(Simulators).options(**options).remote(self._suite, self._slots), alone)
+
+    def _asking(self, judge: SuiteJudge) -> SuiteJudge:
+        """The judge, asking the model of another process where one has it."""
+        if self._layout.model == "each" or not isinstance(judge.policy, str) or not is_checkpoint(judge.policy):
+            return judge
+        model = self._model_of(judge.policy)
+        try:
+            ray.get(model.ready.remote())
+        except RayActorError as error:
+            raise JobFailed(f"the process that holds {judge.policy} cannot start: {error}") from error
+        return replace(judge, policy=SharedPolicy(judge.policy, judge.suite.action_space, model))
+
+    def _model_of(self, policy: str) -> Any:
+        """It answers the same question the same way, so Ray may start it again and repeat what was asked."""
+        if self._model and self._model[0] != policy:
+            ray.kill(self._model[1])
+            self._model = None
+        if not self._model:
+            gpus = 1 if self._use_gpu else 0
+            actor: Any = ray.remote(Model)
+            actor = actor.options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+            self._model = policy, actor.remote(policy, self._suite, self._slots, "cuda" if self._use_gpu else "cpu")
+        return self._model[1]
+
+    def _listen(self, member: _Member, keep: Keep) -> str:
         """Take in what a process says, and feed it; why it is lost, or nothing."""
         try:
             said: Report = ray.get(member.report)
@@ -132,7 +192,9 @@ class _Crew:
             if not member.held and self._suspects:
                 member.give(self._suspects.popleft())
             member.alone = bool(member.held or self._suspects)
-        while not member.alone and self._todo and len(member.held) < self._judge.lanes + _AHEAD:
+        left = len(self._todo) + sum(len(each.held) for each in self._members)
+        share = -(-left // len(self._members))  # of the last chains, nobody gets more than another
+        while not member.alone and self._todo and len(member.held) < min(share, self._judge.lanes + _AHEAD):
             member.give(self._todo.popleft())
 
     def _replace(self, member: _Member, why: str) -> list[ChainRecord]:
@@ -154,127 +216,24 @@ class _Crew:
         else:
             self._suspects.extend(member.held.items())
         self._members.append(self._start(alone=True))
+        self._members[-1].begin(self._judge)
         return condemned
 
-    def _start(self, alone: bool = False) -> _Member:
-        member = _Member(ray.remote(_Simulators).options(num_cpus=1, max_concurrency=3).remote(self._judge), alone)
-        member.running = member.actor.run.remote()
-        member.report = member.actor.report.remote()
-        return member
-
     def _let_go(self) -> None:
-        """Let every process close its worlds, which may have processes of their own."""
+        """Let every process close its worlds, which may have processes of their own; who does not makes room."""
         for member in self._members:
             member.actor.feed.remote(None)
-        ray.wait([member.running for member in self._members], num_returns=len(self._members), timeout=_STOP_S)
+        ended = [each for member in self._members if member.heard for each in (member.running, member.report)]
+        ready, _ = ray.wait(ended, num_returns=len(ended), timeout=_STOP_S)
+        for member in list(self._members):
+            self._cost += member.cost
+            if not {member.running, member.report} <= set(ready):
+                ray.kill(member.actor)
+                self._members.remove(member)
 
-
-def _is_loaded(policy: str) -> bool:
-    """Whether the policy is a model that some process of ours must have."""
-    return policy not in BLIND and not policy.startswith(SERVED)
-
-
-def _start_model(judge: SuiteJudge, policy: str, use_gpu: bool) -> Any:
-    """It answers the same question the same way, so Ray may start it again and repeat what was asked."""
-    options = {"num_cpus": 0, "num_gpus": 1 if use_gpu else 0, "max_restarts": -1, "max_task_retries": -1}
-    actor: Any = ray.remote(_Model)
-    model = actor.options(**options).remote(policy, judge.suite, judge.slots, "cuda" if use_gpu else "cpu")
-    try:
-        ray.get(model.ready.remote())
-    except RayActorError as error:
-        raise JobFailed(f"the process that holds {policy} cannot start: {error}") from error
-    return model
-
-
-# ------------------------------------------------------------------------------------------------ in other processes
-
-
-class Report(NamedTuple):
-    """What a process of simulators says of itself. `still_s`: for how long nothing moved while chains are played."""
-
-    records: list[ChainRecord]
-    cost: Cost
-    still_s: float
-    failure: Exception | None
-
-
-class _Simulators:
-    """`run` keeps one thread for its whole life, as a GL context belongs to a thread; the rest answer from others."""
-
-    def __init__(self, judge: SuiteJudge) -> None:
-        self._judge = judge
-        self._given: queue.SimpleQueue[Numbered | None] = queue.SimpleQueue()
-        self._found: list[ChainRecord] = []
-        self._failure: Exception | None = None
-        self._news = threading.Condition()
-        self._seen, self._moved = (0, 0), time.monotonic()
-
-    def run(self) -> None:
-        try:
-            for record in self._judge.run(self._chains()):
-                with self._news:
-                    self._found.append(record)
-                    self._news.notify()
-        except Exception as error:
-            with self._news:
-                self._failure = error
-                self._news.notify()
-
-    def _chains(self) -> Iterator[Numbered | None]:
-        """What was fed, until None was; None where nothing waits while worlds are busy."""
-        while True:
-            try:
-                given = self._given.get(block=self._judge.busy == 0)
-            except queue.Empty:
-                yield None
-                continue
-            if given is None:
-                return
-            yield given
-
-    def feed(self, given: Numbered | None) -> None:
-        self._given.put(given)
-
-    def report(self) -> Report:
-        """Returns when there is news, or after a second."""
-        with self._news:
-            self._news.wait_for(lambda: self._found or self._failure, _REPORT_S)
-            found, self._found = self._found, []
-            cost, now = replace(self._judge.cost), time.monotonic()
-            moved = (cost.env_steps, cost.chunks) != self._seen
-            if found or moved or not self._judge.playing:
-                self._seen, self._moved = (cost.env_steps, cost.chunks), now
-            return Report(found, cost, now - self._moved, self._failure)
-
-
-class _Model:
-    """The one process that has the policy."""
-
-    def __init__(self, policy: str, suite: Suite, slots: int, device: str) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._policy = cast(BatchPolicy, load_policy(policy, suite, slots=slots, device=device))
-
-    def ready(self) -> None:
-        """Returns once the policy is loaded."""
-
-    def act_many(self, asks: Sequence[Ask]) -> list[tuple[Prediction, dict[str, Any]]]:
-        """Answers, and what is to be remembered."""
-        return list(zip(self._policy.act_many(asks), (ask.memory for ask in asks), strict=True))
-
-
-class SharedPolicy:
-    """The policy of another process, for as many worlds as ask."""
-
-    def __init__(self, name: str, action_space: ActionSpace, model: Any) -> None:
-        self.name, self.action_space, self._model = name, action_space, model
-
-    def act_many(self, asks: Sequence[Ask]) -> list[Prediction]:
-        try:
-            replies = ray.get(self._model.act_many.remote(list(asks)))
-        except RayTaskError as error:
-            raise error.cause or error from None
-        for ask, (_, memory) in zip(asks, replies, strict=True):
-            ask.memory.update(memory)
-        return [prediction for prediction, _ in replies]
+    def _dismiss(self) -> None:
+        for actor in (*(member.actor for member in self._members), *(self._model or ())[1:]):
+            ray.kill(actor)
+        self._members.clear()
+        self._suspects.clear()
+        self._model = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,11 @@ import ray
 
 from upvla.errors import ConfigError
 from upvla.launch.cluster import connected, result_of
-from upvla.launch.evaluate import judge_chains
-from upvla.launch.steps import once
-from upvla.rollout.benchmarks import BLIND
+from upvla.launch.evaluate import Crew
+from upvla.launch.steps import finished, once
+from upvla.rollout.benchmarks import BLIND, is_checkpoint
 from upvla.rollout.evaluate import Control, Layout, record_from_json, report_from_json, report_to_json, summarise
-from upvla.rollout.judge import Cost, Recorded, SuiteJudge
+from upvla.rollout.judge import Recorded, SuiteJudge
 from upvla.rollout.protocol import identity, protocol, self_test
 from upvla.sim.suite import Suite
 from upvla.store import Store, content_hash
@@ -81,21 +82,38 @@ def judge(
             raise ConfigError(
                 f"replan is {exam.control.replan}, {name} predicts {its['chunk']} at a time: ask for at most that"
             )
+    keys = {name: {"who": its, "protocol": content_hash(asked)} for name, its in who.items()}
     test = {"protocol": content_hash(asked), "expert": identity("expert", exam.suite, cameras)}
-    tested = once(store, "self-test", test, lambda: self_test(exam.suite, exam.chains))
     found = {}
-    for name, its in who.items():
-        key = {"who": its, "protocol": content_hash(asked)}
-        place, told = store.sub(f"evaluations/{content_hash(key)}"), progress(name) if progress else None
-        actions = recording.actions if recording else ()
-        result = once(store, "judge", key, partial(_judge, place, exam, name, asked, its, actions, told))
-        found[name] = Judged(report_from_json(result["report"]), result["figures"], tested)
+    with _processes(exam, [name for name, key in keys.items() if finished(store, "judge", key) is None]) as crew:
+        tested = once(store, "self-test", test, lambda: self_test(exam.suite, exam.chains))
+        for name, key in keys.items():
+            place, told = store.sub(f"evaluations/{content_hash(key)}"), progress(name) if progress else None
+            actions = recording.actions if recording else ()
+            work = partial(_judge, place, exam, crew, name, asked, who[name], actions, told)
+            result = once(store, "judge", key, work)
+            found[name] = Judged(report_from_json(result["report"]), result["figures"], tested)
     return found
+
+
+@contextlib.contextmanager
+def _processes(exam: Exam, policies: Sequence[str]) -> Iterator[Crew | None]:
+    """Those on Ray that judge the policies, which begin to load the first model that they need. One worker is this
+    process itself, which nothing watches."""
+    if not policies or (exam.num_workers == 1 and exam.layout.model == "each"):
+        yield None
+        return
+    num = min(exam.num_workers, len(exam.chains))
+    with connected(), Crew(exam.suite, num, exam.layout, SLOTS, use_gpu=exam.use_gpu) as crew:
+        for model in [name for name in policies if is_checkpoint(name)][:1]:
+            crew.prepare(model)
+        yield crew
 
 
 def _judge(
     place: Store,
     exam: Exam,
+    crew: Crew | None,
     policy: str,
     asked: Mapping[str, Any],
     who: Mapping[str, Any],
@@ -122,26 +140,19 @@ def _judge(
         if progress:
             progress(len(records), len(exam.chains))
 
+    todo = [(i, exam.chains[i]) for i in range(len(exam.chains)) if i not in records]
     try:
-        cost = _spread(work, exam, [i for i in range(len(exam.chains)) if i not in records], keep)
+        if crew:
+            cost = crew.judge(work, todo, keep)
+        else:
+            for record in work.run(iter(todo)):
+                keep([record])
+            cost = work.cost
     finally:
         save()
     name = policy if policy in BLIND else str(who["name"])
     report = summarise(name, exam.suite.name, asked, who, records.values())
     return {"report": report_to_json(report), "figures": cost.figures(time.monotonic() - began, exam.num_workers)}
-
-
-def _spread(
-    work: SuiteJudge, exam: Exam, numbers: Sequence[int], keep: Callable[[Sequence[ChainRecord]], None]
-) -> Cost:
-    """One worker is this process itself, which nothing watches; more run on Ray."""
-    todo = [(number, exam.chains[number]) for number in numbers]
-    if exam.num_workers > 1 or exam.layout.model == "one":
-        with connected():
-            return judge_chains(work, todo, exam.num_workers, exam.layout, keep, use_gpu=exam.use_gpu)
-    for record in work.run(iter(todo)):
-        keep([record])
-    return work.cost
 
 
 def film(exam: Exam, policy: str, num: int) -> dict[str, bytes]:

@@ -88,7 +88,20 @@ def is_checkpoint(policy: str) -> bool:
 def load_policy(
     name: str, suite: Suite, *, slots: int = 1, device: str = "cpu"
 ) -> UPVLAPolicy | RandomPolicy | StillPolicy | RemotePolicy:
-    """`random`, `still`, the URL of an exported checkpoint, or ws://HOST:PORT of a server, for the suite's robot."""
+    """The model of an exported checkpoint's URL, or what `without_model` knows, for the suite's robot."""
+    if not is_checkpoint(name):
+        return without_model(name, suite)
+    from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without
+    from upvla.rollout.policy import UPVLAPolicy
+
+    model_id = read_marker(open_store(name)).model_id
+    policy = UPVLAPolicy(load_bundle(name), model_id, slots=slots, device=device)
+    suite.action_space.require_equal(policy.action_space, ours=f"suite {suite.name}", theirs=f"model {name}")
+    return policy
+
+
+def without_model(name: str, suite: Suite) -> RandomPolicy | StillPolicy | RemotePolicy:
+    """`random`, `still`, or ws://HOST:PORT of a server."""
     if name == "random":
         return RandomPolicy(suite.action_space)
     if name == "still":
@@ -97,12 +110,4 @@ def load_policy(
         remote = RemotePolicy(name, deadline_s=None)
         suite.action_space.require_equal(remote.action_space, ours=f"suite {suite.name}", theirs=f"server {name}")
         return remote
-    if not is_checkpoint(name):
-        raise ConfigError(f"no policy {name!r}: name one of {', '.join(BUILT_IN)}, or the URL of a checkpoint")
-    from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without
-    from upvla.rollout.policy import UPVLAPolicy
-
-    model_id = read_marker(open_store(name)).model_id
-    policy = UPVLAPolicy(load_bundle(name), model_id, slots=slots, device=device)
-    suite.action_space.require_equal(policy.action_space, ours=f"suite {suite.name}", theirs=f"model {name}")
-    return policy
+    raise ConfigError(f"no policy {name!r}: name one of {', '.join(BUILT_IN)}, or the URL of a checkpoint")

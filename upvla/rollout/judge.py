@@ -55,6 +55,7 @@ class Cost:
             "frames_per_s": rate(self.frames, seconds),
             "policy_ms_per_chunk": rate(1000 * self.policy_s, self.chunks),
             "simulator_ms_per_step": rate(1000 * self.simulator_s, self.env_steps),
+            "simulator_ms_per_chunk": rate(1000 * self.simulator_s, self.chunks),
             "simulator_s": round(self.simulator_s, 3),
             "policy_s": round(self.policy_s, 3),
             "seconds": round(seconds, 3),
@@ -91,12 +92,17 @@ class Measured:
         self.world.close()
 
 
-def load_alone(name: str, suite: Suite, slots: int, device: str = "cpu") -> Policy | BatchPolicy:
-    """`load_policy`, thinking in one thread: equal threads everywhere, so the same sums in the same order."""
-    if is_checkpoint(name):
-        import torch  # seconds, which nobody else needs
+def one_thread() -> None:
+    """Let torch work in the calling thread alone: equal threads everywhere, so the same sums in the same order."""
+    import torch  # seconds, which only those spend who have a model
 
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
+
+
+def load_alone(name: str, suite: Suite, slots: int, device: str = "cpu") -> Policy | BatchPolicy:
+    """`load_policy`, and what it loads thinks in one thread."""
+    if is_checkpoint(name):
+        one_thread()
     return load_policy(name, suite, slots=slots, device=device)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from upvla.checkpoint import read_facts
 from upvla.errors import Mismatch
-from upvla.rollout.benchmarks import SCRIPTED, is_checkpoint, load_policy
+from upvla.rollout.benchmarks import SCRIPTED, is_checkpoint, without_model
 from upvla.rollout.evaluate import Control
 from upvla.sim.contract import MAX_STEPS
 from upvla.sim.suite import Suite, World, chains_id, code_id
@@ -80,7 +80,7 @@ def _about(policy: str, suite: Suite, slots: int) -> tuple[tuple[str, ...], dict
     """(the cameras that it needs, what decides its answers). Of a checkpoint nothing is loaded: processes will do that
     which judge it, and it would take this one seconds."""
     if not is_checkpoint(policy):
-        loaded = load_policy(policy, suite, slots=slots)
+        loaded = without_model(policy, suite)
         return loaded.cameras, {"name": loaded.name, **loaded.identity()}
     model_id, config, action_space, stats = read_facts(policy)
     suite.action_space.require_equal(action_space, ours=f"suite {suite.name}", theirs=f"model {policy}")
