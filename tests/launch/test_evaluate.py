@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,13 +16,14 @@ from tests.rollout.test_policy import make_bundle
 from upvla.checkpoint import export
 from upvla.errors import JobFailed, NotFound
 from upvla.launch.cluster import connected
-from upvla.launch.evaluate import judge_chains
+from upvla.launch.evaluate import Crew, judge_chains
 from upvla.launch.scores import Exam, judge
 from upvla.rollout.evaluate import Control, Layout
-from upvla.rollout.judge import SuiteJudge
+from upvla.rollout.judge import Cost, SuiteJudge
+from upvla.rollout.play import Ask
 from upvla.sim.playtable.suite import PlaytableSuite
 from upvla.store import open_store
-from upvla.types import ChainRecord
+from upvla.types import ChainRecord, Prediction
 
 pytestmark = pytest.mark.seam
 
@@ -52,6 +57,43 @@ def test_a_chain_that_always_kills_its_process_is_an_error_and_the_only_one(ray_
     assert found[4].error == "SimulatorError: the process that judged it died, twice" and found[4].failure == "error"
     assert [r for r in found if r.number != 4] == [r for r in clean() if r.number != 4]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Signing(Stepper):
+    """Leaves the id of the process that it acts in, and waits for that of another."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def act_many(self, asks: Sequence[Ask]) -> list[Prediction]:
+        (self.folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 240
+        while len(list(self.folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return super().act_many(asks)
+
+
+def test_policy_after_policy_is_judged_by_the_same_processes(ray_head: RayHead, tmp_path: Path) -> None:
+    """And by another where one was lost; between two, a process has nothing to say that the next could mistake."""
+    suite = LineSuite()
+    chains = list(enumerate(suite.chains(NUM)))
+    told: list[set[str]] = []
+    with connected(), Crew(suite, 2, Layout(lanes=3, patience_s=600), slots=1) as crew:
+        for policy in (Signing(tmp_path / "a"), "expert", Signing(tmp_path / "b"), Signing(tmp_path / "c")):
+            found: list[ChainRecord] = []
+            if isinstance(policy, Signing):
+                policy.folder.mkdir()
+            cost = crew.judge(SuiteJudge(suite, policy, Control(replan=2), lanes=3), chains, found.extend)
+            alone = SuiteJudge(suite, Stepper() if policy != "expert" else policy, Control(replan=2))
+            assert sorted(found) == sorted(alone(chains)) and cost.env_steps == alone.cost.env_steps
+            if isinstance(policy, Signing):
+                told.append({path.name for path in policy.folder.iterdir()})
+                if policy.folder.name == "b":
+                    os.kill(int(min(told[-1])), signal.SIGKILL)
+        assert crew.judge(SuiteJudge(suite, "expert"), [], print) == Cost()
+    assert told[0] == told[1] and len(told[1] & told[2]) == 1
+    assert [len(pids) for pids in told] == [2, 2, 2]
 
 
 def test_what_keeps_every_chain_from_being_judged_is_raised(ray_head: RayHead, tmp_path: Path) -> None:

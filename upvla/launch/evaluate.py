@@ -119,6 +119,8 @@ class Crew:
             self._judge = self._asking(judge)
             for member in self._members:
                 member.begin(self._judge)
+                if member.heard:
+                    self._feed(member)  # others when they stand: a cluster may never have room for them
             while self._todo or any(member.held for member in self._members) or self._suspects:
                 reports = [member.report for member in self._members]
                 ray.wait(reports, timeout=REPORT_S)

@@ -43,7 +43,7 @@ class Simulators:
         self._given: queue.SimpleQueue[Numbered | None] = queue.SimpleQueue()
         self._found: list[ChainRecord] = []
         self._failure: Exception | None = None
-        self._ended = False
+        self._ended = self._stands = False
         self._news = threading.Condition()
         self._seen, self._moved = (0, 0), time.monotonic()
 
@@ -94,10 +94,10 @@ class Simulators:
         self._given.put(given)
 
     def report(self) -> Report:
-        """Returns when there is news, or after a second."""
+        """Returns when there is news, or after a second. The first time, that it stands is the news."""
         with self._news:
-            self._news.wait_for(lambda: self._found or self._failure or self._ended, REPORT_S)
-            found, self._found = self._found, []
+            self._news.wait_for(lambda: self._found or self._failure or self._ended or not self._stands, REPORT_S)
+            found, self._found, self._stands = self._found, [], True
             if self._judge is None:  # the policy is being loaded
                 return Report(found, Cost(), 0.0, self._failure)
             cost, now = replace(self._judge.cost), time.monotonic()
