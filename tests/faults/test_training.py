@@ -21,10 +21,9 @@ import pytest
 from tests.launch.conftest import RayHead, ray_head, ray_node, two_workers
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
-from upvla.errors import JobFailed
+from upvla.errors import JobFailed, NotFound
 from upvla.launch.jobs import Jobs
-from upvla.launch.notices import request_stop
-from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, run_training
+from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, run_training, stop_training
 from upvla.store import Store, open_store
 from upvla.train.resume import latest
 
@@ -193,7 +192,10 @@ def test_an_operator_stops_a_run_and_starts_it_again(
     store, spec = stage_of(prepared, tmp_path, stage={"save_every": 1000})
     running = Running(store, spec, ray_head)
     wait_for(lambda: [line for _, line in running.lines if " lr " in line])
-    request_stop(store.sub(spec.prefix))
+    jobs, ours = Jobs(ray_head.jobs_url), f"{spec.stage.name}-{spec.key}-1"
+    with pytest.raises(NotFound, match=rf"no training stage runs as vq-0-1; what trains now: .*{ours}"):
+        stop_training(store, jobs, "vq-0-1")
+    assert stop_training(store, jobs, ours) == [ours]
     with pytest.raises(JobFailed, match=r"stopped after step \d+ as asked; start it again to go on"):
         running.join()
     point = saved_point(store, spec)
