@@ -36,13 +36,11 @@ def finetune(
 
     Example: upvla finetune --set stage.steps=500
     """
-    from upvla.checkpoint import load_bundle
-
     line = _finetuning(config, site, set_)
     champion = line.champion()
     plan = line.mix()
     drift = line.drift(plan, champion)
-    line.encode(plan, champion, load_bundle(champion["url"]).config)
+    line.encode(plan, champion)
     model = line.train(plan, champion)
     show({**model, "parent": champion["url"], "drift": drift["metrics"]}, as_json)
 
