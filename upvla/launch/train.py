@@ -250,7 +250,6 @@ def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Se
     least, most = allowed
     threads = threads_of_worker(cpus, most)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(spec.engine.stall_timeout_s)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.engine.patience_s)
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
         _work,
