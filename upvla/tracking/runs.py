@@ -47,6 +47,7 @@ class Tracker:
     def __init__(self, uri: str, experiment: str) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is `--json`'s
         self.uri = uri
         self.experiment = experiment
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
