@@ -191,14 +191,14 @@ def run(home: Path, pictures: Path, overrides: Sequence[str], say: Any = print) 
     plan = line.mix()
     text = line.train_text(plan)
     vq = timed("vq", lambda: line.train_vq(plan))
-    timed("encode", lambda: line.encode(plan, vq, line.config.model))
+    timed("encode", lambda: line.encode(plan, vq))
     first = timed("stage1", lambda: line.train_stage("stage1", plan, text, vq))
     model = timed("stage2", lambda: line.train_stage("stage2", plan, text, vq, first))
 
     own = timed("collect 20", small.collect)
     small.ingest(own["source_url"])
     own_plan = small.mix()
-    small.encode(own_plan, vq, line.config.model)
+    small.encode(own_plan, vq)
     fitted = timed("stage2 on 20", lambda: small.train_stage("stage2", own_plan, text, vq, first))
 
     config = line.config.eval

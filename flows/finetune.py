@@ -7,7 +7,6 @@ from typing import Any
 from prefect import flow
 
 from flows import steps
-from upvla.checkpoint import load_bundle
 
 
 @flow(name="finetune", **steps.RESULTS)
@@ -20,7 +19,7 @@ def finetune(
         return steps.skip(line, champion)
     plan = steps.mix(line)
     steps.drift(line, plan, champion)
-    steps.encode(line, plan, champion, load_bundle(champion["url"]).config)
+    steps.encode(line, plan, champion)
     model = steps.train_finetune(line, plan, champion)
     scored = steps.evaluate(line, model)
     return steps.promote(line, model, champion, scored)

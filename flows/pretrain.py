@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from prefect.deployments import run_deployment
 
 from flows import steps
+from flows.evaluate import evaluate
 
 
 @flow(name="pretrain", **steps.RESULTS)
@@ -18,16 +18,10 @@ def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list
     plan = steps.mix(line, data)
     text = steps.train_text(line, plan)
     vq = steps.train_vq(line, plan)
-    codes = steps.encode(line, plan, vq, line.config.model)
+    codes = steps.encode(line, plan, vq)
     first = steps.train_stage1(line, plan, text, vq, codes)
     model = steps.train_stage2(line, plan, text, vq, first)
-    run_deployment(
-        "evaluate/chains",
-        parameters={"checkpoint": model["url"], "config": config, "site": site, "overrides": overrides or []},
-        idempotency_key=line.evaluation_key(model["url"]),
-        poll_interval=1,
-    )
-    scored = steps.evaluate(line, model)  # reads what the deployment found; judges only what it could not
+    scored = evaluate(model["url"], config, site, overrides)  # a flow run of its own, as `evaluate/chains` makes one
     version = steps.register(line, model, scored)
     stages = {"collect": recorded, "ingest": data, "mix": plan, "text": text, "vq": vq, "encode": codes}
     stages |= {"stage1": first, "stage2": model, "evaluate": scored, "register": version}

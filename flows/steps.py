@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import httpx
@@ -23,10 +23,11 @@ from prefect.states import State
 
 from flows.deploy import TRAINER, ensure_trainer_slot
 from upvla.errors import OutcomeUnknown, StackError, StoreError
-from upvla.launch.finetune import Finetuning, open_finetuning
-from upvla.launch.line import Line, Result
-from upvla.launch.pretrain import Pretraining, open_pretraining
-from upvla.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from upvla.launch.finetune import Finetuning
+    from upvla.launch.line import Line, Result
+    from upvla.launch.pretrain import Pretraining
 
 _PROGRESS_S = 5.0  # between two updates of a progress artifact
 _RETRY_S = (10, 60)  # a server that restarts is back within the first pause, a machine within the second
@@ -67,7 +68,7 @@ def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result
 
         settings: dict[str, Any] = {"retry_condition_fn": _may_pass, "cache_policy": NO_CACHE, "persist_result": False}
         made = task(name=name, retries=len(_RETRY_S), retry_delay_seconds=list(_RETRY_S), **settings)(run)
-        return cast(Callable[..., Result], made)
+        return cast("Callable[..., Result]", made)
 
     return decorate
 
@@ -111,6 +112,18 @@ class _Progress:
                     update_progress_artifact(self._artifact, progress=100 * share, description=what)
 
 
+def open_pretraining(config: str, site: str, overrides: list[str]) -> Pretraining:
+    from upvla.launch.pretrain import open_pretraining  # late: deploying a flow loads this module, and no engine
+
+    return open_pretraining(config, site, overrides)
+
+
+def open_finetuning(config: str, site: str, overrides: list[str]) -> Finetuning:
+    from upvla.launch.finetune import open_finetuning
+
+    return open_finetuning(config, site, overrides)
+
+
 @_stage("collect")
 def collect(line: Pretraining) -> Result:
     return line.collect()
@@ -142,8 +155,8 @@ def train_vq(line: Pretraining, plan: Result) -> Result:
 
 
 @_stage("encode")
-def encode(line: Line, plan: Result, vq: Result, model: ModelConfig) -> Result:
-    return line.encode(plan, vq, model)
+def encode(line: Line, plan: Result, vq: Result) -> Result:
+    return line.encode(plan, vq)
 
 
 @_stage("stage1", trains=True)
@@ -184,9 +197,6 @@ def promote(line: Finetuning, model: Result, champion: Result, scored: Result) -
 @_stage("skip")
 def skip(line: Finetuning, champion: Result) -> Result:
     return line.skip(champion)
-
-
-__all__ = ["open_finetuning", "open_pretraining"]
 
 
 def _markdown(stage: str, result: Result) -> str:

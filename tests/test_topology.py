@@ -44,12 +44,11 @@ class Topology:
         names = ("8333", "5000", "4200", "6379", "8265", "52365", "5432")
         master, volume, filer, admin, client, agent, *ports = free_ports(6 + len(names))
         self.ports = dict(zip(names, map(str, ports), strict=True))
+        node = "--node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 --object-store-memory=100000000"
         self._more = {
             "s3": f"-master.port={master} -volume.port={volume} -filer.port={filer} -admin.port={admin}",
-            "ray-head": f"--node-ip-address=127.0.0.1 --ray-client-server-port={client} --temp-dir={folder}/ray"
-            " --object-store-memory=100000000",
-            "ray-worker": f"--node-ip-address=127.0.0.1 --dashboard-agent-listen-port={agent}"
-            " --object-store-memory=100000000",
+            "ray-head": f"{node} --ray-client-server-port={client} --temp-dir={folder}/ray",
+            "ray-worker": f"{node} --dashboard-agent-listen-port={agent}",
         }
         whole = compose.load(VALUES)
         self.services = {name: service for name, service in whole["services"].items() if name not in OTHERS}
@@ -83,7 +82,8 @@ class Topology:
                     done.add(name)
                     del waiting[name]
                 elif name in started:
-                    assert time.monotonic() - started[name] < PATIENCE_S, self.log(name)
+                    lives = not service.get("healthcheck") or processes.marked(self.folder, name)
+                    assert lives and time.monotonic() - started[name] < PATIENCE_S, f"{name}: {self.log(name)}"
             time.sleep(0.5)
 
     def _start(self, name: str, command: str) -> None:

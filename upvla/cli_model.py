@@ -1,4 +1,4 @@
-"""The verbs of a trained model's life: `finetune export predict promote serve`, and `deploy` for its flows."""
+"""The verbs of a model's life: `finetune stop export predict promote serve`, and `deploy` for its flows."""
 
 from __future__ import annotations
 
@@ -36,15 +36,32 @@ def finetune(
 
     Example: upvla finetune --set stage.steps=500
     """
-    from upvla.checkpoint import load_bundle
-
     line = _finetuning(config, site, set_)
     champion = line.champion()
     plan = line.mix()
     drift = line.drift(plan, champion)
-    line.encode(plan, champion, load_bundle(champion["url"]).config)
+    line.encode(plan, champion)
     model = line.train(plan, champion)
     show({**model, "parent": champion["url"], "drift": drift["metrics"]}, as_json)
+
+
+@model_app.command()
+def stop(
+    job: Annotated[str, typer.Argument(help="Job id as the log names it, STAGE-KEY-ATTEMPT; default: all.")] = "",
+    site: SiteName = "local",
+    as_json: Json = False,
+) -> None:
+    """Ask what trains to save and leave after its present step; started again, it goes on there.
+
+    Example: upvla stop stage2-3f2c9a01b7d4e586-1
+    """
+    line = open_line("pretrain/full", site, None)
+    from upvla.launch.jobs import Jobs
+    from upvla.launch.train import stop_training
+
+    if not line.site.ray_jobs_url:
+        raise ConfigError(f"site {site!r} has no Ray job server: what trains in a terminal is stopped there, by Ctrl-C")
+    show({"asked": stop_training(line.store, Jobs(line.site.ray_jobs_url), job)}, as_json)
 
 
 @model_app.command()

@@ -7,7 +7,7 @@ from one that has imported everything, so that a life begins in a second.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import itertools
 import json
 import multiprocessing as mp
@@ -177,7 +177,7 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
 
     def save(step: int) -> None:
         if mine is not None and mine.phase == "snapshot" and step == mine.nth:
-            _die_while_writing(engine, folder / "scratch")
+            _die_amid_a_shard(engine)
         saver.save(step, {})
 
     stage = StageConfig(name="t", steps=STEPS, weights={"act": 1, "mmu": 0.1}, micro_batch=1, log_every=1,
@@ -217,16 +217,21 @@ def _stop_amid_step(engine: Engine, step: int) -> None:
     engine.backward = stops  # type: ignore[method-assign]
 
 
-def _die_while_writing(engine: Engine, scratch: Path) -> None:
-    """A second process of ours kills us as soon as the first shard appears."""
-    ours = os.getpid()
-    if os.fork() == 0:
-        before = set(scratch.rglob("*.pt"))
-        while not set(scratch.rglob("*.pt")) - before:
-            time.sleep(0.0005)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(ours, signal.SIGKILL)
-        os._exit(0)
+def _die_amid_a_shard(engine: Engine) -> None:
+    """At the next one, of which half lies on the disk then; a worker that has none to write dies among the others."""
+    save, whole = engine.save, torch.save
+
+    def half(value: Any, path: str | Path, *_: Any, **__: Any) -> None:
+        written = io.BytesIO()
+        whole(value, written)
+        Path(path).write_bytes(written.getvalue()[: written.tell() // 2])
+        die()
+
+    def without_shards(folder: Path) -> None:
+        save(folder)
+        die()
+
+    torch.save, engine.save = half, without_shards  # type: ignore[method-assign]
 
 
 def _tell(out: Path, rank: int, value: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from tests.faults.proxy import FaultProxy
 from tests.faults.test_training import saved_point, wait_for
 from tests.launch.conftest import RayHead, ray_head, two_workers
 from tests.launch.stages import model, prepared, run_stage, spec_of
-from tests.tracking.test_tracking import Server, server
+from tests.tracking.conftest import Server, server
 from tests.train.toy import Workers
 from upvla.launch.train import FAILURE, RESULT, SPEC
 from upvla.launch.worker import work

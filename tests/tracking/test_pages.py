@@ -42,7 +42,7 @@ def page() -> Iterator[Any]:
         pytest.skip("no Chromium here: apt-get install -y chromium")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page(viewport={"width": 1400, "height": 900})
+        opened = browser.new_page(viewport={"width": 1900, "height": 1000})
         opened.set_default_timeout(WAIT_MS)
         yield opened
         browser.close()
@@ -99,9 +99,10 @@ def test_a_person_compares_runs_and_reads_a_models_card(page: Any, server: Serve
     page.screenshot(path=pages / "curves.png")
 
     page.goto(f"{tracker.uri}/#/experiments/{experiment}/runs?compareRunsMode=TABLE")
-    page.locator(".ag-row input[type=checkbox]").first.wait_for(state="attached")
+    rows = page.get_by_role("checkbox", name=re.compile("toggle row selection"))
+    rows.nth(1).wait_for(state="attached")
     for index in range(2):
-        page.locator(".ag-row input[type=checkbox]").nth(index).check(force=True)
+        rows.nth(index).check(force=True)
     page.get_by_test_id("runs-compare-button").click()
     page.wait_for_url(re.compile("compare-runs"))
     for text in ("stage2", "reference random", "chains_d/avg_len_low", "chains_d/avg_len_high"):

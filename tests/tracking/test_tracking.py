@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -76,6 +77,26 @@ def test_attaching_again_continues_curves_without_doubles(tracker: Tracker) -> N
     assert history(tracker, first.run_id, "loss/pre") == [(step, float(step)) for step in range(1, 9)]
     assert len(history(tracker, first.run_id, "loss/act")) == 5
     assert tracker.client.get_run(first.run_id).data.params == {"a": "1", "b": "2"}
+
+
+def test_what_a_killed_process_had_not_sent_comes_with_its_resume_point(tracker: Tracker) -> None:
+    """The first life ends with steps 3 and 4 unsent (its server is away) and step 2 sent after the point was saved."""
+    cut_off = Tracker("http://127.0.0.1:9", "tests").start("k-cut", "stage1")
+    for step in (2, 3, 4):
+        cut_off.log({"loss/pre": float(step)}, step)
+    saved = json.loads(json.dumps(cut_off.unsent()))
+    assert [point[:3] for point in saved] == [["loss/pre", float(step), step] for step in (2, 3, 4)]
+    sent = tracker.start("k-cut", "stage1")
+    for step in (1, 2):
+        sent.log({"loss/pre": float(step)}, step)
+    sent.close()
+    assert sent.unsent() == []
+    resumed = tracker.start("k-cut", "stage1")
+    resumed.replay(saved)
+    resumed.log({"loss/pre": 5.0}, 5)
+    resumed.close()
+    assert history(tracker, resumed.run_id, "loss/pre") == [(step, float(step)) for step in range(1, 6)]
+    cut_off.close(timeout_s=0)
 
 
 def test_artifacts_and_pictures(tracker: Tracker, tmp_path: Path) -> None:

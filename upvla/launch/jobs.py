@@ -73,6 +73,11 @@ class Jobs:
             self._client.stop_job(job_id)
         return bool(running)
 
+    def running(self) -> list[str]:
+        """Ids of the jobs that have not ended."""
+        listed = self._client.list_jobs()
+        return sorted(job.submission_id for job in listed if job.submission_id and not job.status.is_terminal())
+
     def _attempts(self, key: str) -> list[tuple[int, JobDetails]]:
         """Known attempts in order. Ids are asked for one by one: a listing of a long-lived cluster has thousands."""
         found: list[tuple[int, JobDetails]] = []

@@ -38,9 +38,15 @@ class Journal:
     def begin(self, start: int, meta: Mapping[str, Any]) -> None:
         self._start = start
         self.validation = {step: dict(means) for step, means in meta.get("validation", {}).items()}
+        if self._run is not None:
+            self._run.replay(meta.get("unsent", ()))
         if self._speaks:
             print(f"{self._spec.stage.name}: from step {start} of {self._spec.stage.steps}", flush=True)
         self._training_since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """For the resume point: what `begin` wants back."""
+        return {"validation": self.validation, "unsent": self._run.unsent() if self._run is not None else []}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         held_out = {

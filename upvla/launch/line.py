@@ -68,11 +68,12 @@ class Line:
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    def encode(self, plan: Result, vq: Result, model: ModelConfig) -> Result:
+    def encode(self, plan: Result, vq: Result) -> Result:
         """What frozen networks say of every frame, once: sidecars of the shards, keyed by tokenizer and tower."""
         tower_id = self.tower_id(vq)
 
         def work() -> Result:
+            model = self.model_config(vq)
             counts = [
                 encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"), tower_id)
                 for name, version in plan["versions"].items()
@@ -81,6 +82,10 @@ class Line:
 
         key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
         return once(self.store, "encode", key, work)
+
+    def model_config(self, source: Result) -> ModelConfig:
+        """Of the model that trains on what is encoded: that of the checkpoint `source`."""
+        return load_bundle(source["url"]).config
 
     def tower_id(self, source: Result) -> str:
         """Id of the frozen understanding encoder whose features are kept; empty where it learns with the rest."""

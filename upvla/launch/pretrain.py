@@ -15,6 +15,7 @@ from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
 from upvla.launch.tokenizers import save_text, save_tower, save_vq
 from upvla.launch.weights import load_weights, start_from, weights_id, weights_kind
+from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.vision import VisionEncoder
 from upvla.model.vq import VQTokenizer
@@ -107,6 +108,9 @@ class Pretraining(Line):
             return once(self.store, "vq", {"weights": weights_id(self.config.init.vq)}, work)
         return self._train(self._spec("vq", self.config.vq, plan, model=self.config.model))
 
+    def model_config(self, source: Result) -> ModelConfig:
+        return self.config.model
+
     def tower_id(self, source: Result) -> str:
         """A frozen tower is the one that `init.weights` brings; there is no use for one with random weights."""
         vision = self.config.model.vision
@@ -162,7 +166,7 @@ class Pretraining(Line):
         """Mixture, tokenizers and both stages; the exported checkpoint of the last."""
         plan = self.mix()
         text, vq = self.train_text(plan), self.train_vq(plan)
-        self.encode(plan, vq, self.config.model)
+        self.encode(plan, vq)
         return self.train_stage("stage2", plan, text, vq, self.train_stage("stage1", plan, text, vq))
 
     def conclude(self, stages: Mapping[str, Result]) -> Result:

@@ -30,7 +30,7 @@ from upvla.errors import AlreadyOwned, ConfigError, JobFailed, NotFound, StoreEr
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
 from upvla.launch.lease import Lease, require_owner
-from upvla.launch.notices import REQUEST
+from upvla.launch.notices import REQUEST, request_stop
 from upvla.model.config import ModelConfig
 from upvla.store import Store, content_hash, open_store
 from upvla.train.config import EngineConfig, StageConfig
@@ -41,6 +41,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none)."""
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
+_JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
 
 
 class TrackingSpec(BaseModel):
@@ -132,6 +133,21 @@ def run_training(
     if result is None:
         raise JobFailed(f"the job of {spec.prefix} ended well but left no {RESULT} under {place.url}: run it again")
     return result
+
+
+def stop_training(store: Store, jobs: Jobs, job_id: str = "") -> list[str]:
+    """Ask the stage that trains as `job_id`, by default every one, to save and leave; the jobs that were asked.
+
+    They do so after their present step. Raises `NotFound` where no such stage trains.
+    """
+    running = [found for each in jobs.running() if (found := _JOB.fullmatch(each))]
+    asked = [found for found in running if job_id in ("", found[0])]
+    if not asked:
+        names = ", ".join(found[0] for found in running) or "nothing"
+        raise NotFound(f"no training stage runs as {job_id or 'a job of this cluster'}; what trains now: {names}")
+    for found in asked:
+        request_stop(store.sub(f"runs/{found['key']}/{found['stage']}"))
+    return [found[0] for found in asked]
 
 
 def share_done(line: str) -> float | None:

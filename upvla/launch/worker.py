@@ -227,7 +227,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     )
 
     def save(step: int) -> None:
-        told = {"validation": journal.validation, "meter": meter.state(), "guard": guard.state()}
+        told = {**journal.state(), "meter": meter.state(), "guard": guard.state()}
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
     def log(metrics: Mapping[str, float], step: int) -> None:

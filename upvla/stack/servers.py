@@ -59,8 +59,7 @@ class StackConfig(BaseModel):
     num_cpus: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), gt=0)
     """What Ray may hand out; at least two, so that two training workers find a place on one core too."""
     object_store_mb: int = Field(default=512, ge=80)
-    worker_limit: int = Field(default=4, ge=3)
-    """Flow runs at a time: `pretrain/full` waits for `evaluate/chains`, so one slot would be a deadlock."""
+    worker_limit: int = Field(default=4, gt=0, description="flow runs at a time; training ones take turns anyway")
     timeout_s: float = Field(default=300.0, gt=0, description="for one part to answer; a busy machine takes minutes")
     min_free_mb: int = 2048
 

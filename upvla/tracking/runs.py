@@ -3,7 +3,8 @@
 Runs are found by a deterministic key (a tag), so that logging a run twice attaches to it instead of making a second
 one. Metrics are sent by a thread: training never waits for MLflow, and a server that is down costs one warning; what
 was measured meanwhile is kept (up to a limit) and sent once when it is back. A metric point is its (name, step):
-points that the server already has are not sent again, so a resumed run continues its curves without doubles.
+points that the server already has are not sent again, so a resumed run, which brings along what was unsent when it was
+saved (`unsent`, `replay`), continues its curves without doubles and gaps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Tracker:
     def __init__(self, uri: str, experiment: str) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is `--json`'s
         self.uri = uri
         self.experiment = experiment
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -116,7 +118,7 @@ class Tracker:
         return [str(run.info.run_id) for run in runs]
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     name: str
     value: float
     step: int
@@ -138,7 +140,9 @@ class Run:
         self._tracker, self._client = tracker, tracker.client
         self._identity = (key, name, parent)
         self._head: tuple[dict[str, Any], Mapping[str, str]] | None = (flatten(params), tags)
-        self._spool: deque[_Point] = deque(maxlen=_SPOOL)
+        self._spool: deque[Point] = deque(maxlen=_SPOOL)
+        self._on_the_way: list[Point] = []
+        self._taking = threading.Lock()
         self._pictures: deque[tuple[np.ndarray, str]] = deque(maxlen=_PICTURES)
         self._newest: dict[str, int] = {}  # metric -> newest step that the server has
         self._run_id: str | None = None
@@ -157,7 +161,17 @@ class Run:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Queue points; never blocks. Values that are not finite are left out: MLflow cannot draw them."""
         now_ms = int(time.time() * 1000)
-        self._spool.extend(_Point(n, float(v), step, now_ms) for n, v in metrics.items() if math.isfinite(v))
+        self.replay([Point(n, float(v), step, now_ms) for n, v in metrics.items() if math.isfinite(v)])
+
+    def unsent(self) -> list[Point]:
+        """Points that the server has not said to have: what is lost with this process, if nobody keeps it."""
+        with self._taking:
+            return [*self._on_the_way, *self._spool]
+
+    def replay(self, points: Iterable[Sequence[Any]]) -> None:
+        """Queue what `unsent` gave, here or in a process before this one. What has arrived since is not sent again."""
+        with self._taking:
+            self._spool.extend(Point(*point) for point in points)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file: a video, a picture, a report."""
@@ -175,8 +189,8 @@ class Run:
         """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`."""
         self._closing.set()
         self._sender.join(timeout_s)
-        if self._spool or self._pictures:
-            unsent = len(self._spool), len(self._pictures)
+        if (points := self.unsent()) or self._pictures:
+            unsent = len(points), len(self._pictures)
             log.warning("MLflow at %s: %d metric points and %d pictures were never sent", self._tracker.uri, *unsent)
         self._quietly(lambda: self._client.set_terminated(self.run_id, status))
 
@@ -186,19 +200,16 @@ class Run:
         self._send_all()
 
     def _send_all(self) -> bool:
-        points: list[_Point] = []
         try:
             with translated(self._tracker.uri):
                 self._send_head()
-                while self._spool:
-                    points = [self._spool.popleft() for _ in range(min(BATCH, len(self._spool)))]
-                    self._send(points)
-                    points = []
+                while self._take():
+                    self._send(self._on_the_way)
+                    self._on_the_way = []
                 while self._pictures:  # one that arrives twice replaces itself
                     self._client.log_image(self.run_id, *self._pictures[0])
                     self._pictures.popleft()
         except StackError as error:
-            self._spool.extendleft(reversed(points))
             self._newest.clear()  # whether the last batch arrived is unknown: ask before sending it again
             self._warn_once(error)
             return False
@@ -206,6 +217,13 @@ class Run:
             log.warning("MLflow at %s is back; what was measured meanwhile has been sent", self._tracker.uri)
         self._warned = False
         return True
+
+    def _take(self) -> list[Point]:
+        """The next points to send: those of a request that failed, or the oldest of the spool."""
+        with self._taking:
+            if not self._on_the_way:
+                self._on_the_way = [self._spool.popleft() for _ in range(min(BATCH, len(self._spool)))]
+            return self._on_the_way
 
     def _send_head(self) -> None:
         if self._head is None:
@@ -220,7 +238,7 @@ class Run:
             self._client.log_batch(self.run_id, params=new[i : i + 100])
         self._head = None
 
-    def _send(self, points: Sequence[_Point]) -> None:
+    def _send(self, points: Sequence[Point]) -> None:
         self._ask_for_newest({point.name for point in points} - self._newest.keys())
         fresh = [Metric(p.name, p.value, p.time_ms, p.step) for p in points if p.step > self._newest[p.name]]
         if fresh:
