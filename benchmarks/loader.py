@@ -5,7 +5,7 @@
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
 The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
 once. Sides take turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
-The memory figures are of a process of its own; `--recordings 4000 --epochs 5 --no-s3` takes them over more than 4 GB.
+The memory figures are of a process of its own; over more than 4 GB: `--only-memory --recordings 4000 --epochs 5`.
 
 `npz_per_frame` reads the same recordings as UP-VLA's published code does, in one process. There
 (`DataProvider.get_raw_items` in `training/future_view_prediction_w_action_dataset.py`) a row is the frame at t and the
@@ -23,6 +23,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -199,6 +200,7 @@ def memory_over_epochs(store: Store, epochs: int, pool_mb: int) -> dict[str, Any
                     distinct.append(len({mixture.sample_at(p).episode for p in positions}))
                     rss[epoch] = max(rss[epoch], process.memory_info().rss / 2**20)
             per_epoch.append(sum(reads.values()))
+            print(f"epoch {epoch + 1} of {epochs}: {rss[epoch]:.0f} MB at most", file=sys.stderr, flush=True)
         groups = sum(
             len(store.sub("datasets/bench").parquet(s.key).metadata.to_dict()["row_groups"])
             for s in mixture.datasets["bench"].manifest.shards
@@ -247,9 +249,43 @@ def stored_frames(store: Store, limit: int = 1024) -> list[tuple[bytes, ...]]:
     return rows
 
 
-def rounds(sides: dict[str, Callable[[], float]], count: int) -> Iterator[dict[str, float]]:
-    for _ in range(count):
-        yield {name: side() for name, side in sides.items()}
+def in_turns(sides: dict[str, Callable[[], float]], count: int) -> list[dict[str, float]]:
+    return [{name: side() for name, side in sides.items()} for _ in range(count)]
+
+
+def ratio(over: str, under: str, found: Sequence[dict[str, float]]) -> float:
+    return round(statistics.median(row[over] / row[under] for row in found), 3)
+
+
+def speeds(store: Store, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One thread and two against their limits, and one against the published loader."""
+    frames, raw, batches = stored_frames(store), write_npz(folder, min(options.recordings, 4)), options.batches
+    with open_loader(store, 1, options.pool_mb) as one, open_loader(store, 2, options.pool_mb) as two:
+        sides: dict[str, Callable[[], float]] = {
+            "limit": lambda: rate_of_limit(frames, batches),
+            "one_thread": lambda: rate_of_loader(one, batches),
+            "limit_two_cores": lambda: rate_of_two_limits(frames, batches),
+            "two_threads": lambda: rate_of_loader(two, batches),
+            "npz": lambda: rate_of_npz(raw, 2 * BATCH, later=True),
+            "npz_current_frame_only": lambda: rate_of_npz(raw, 2 * BATCH, later=False),
+        }
+        found = in_turns(sides, options.rounds)
+    return {
+        "ratio_one_process": ratio("one_thread", "limit", found),
+        "ratio_two_threads": ratio("two_threads", "limit_two_cores", found),
+        "ratio_vs_npz_per_frame": ratio("one_thread", "npz", found),
+        "ratio_vs_npz_current_frame_only": ratio("one_thread", "npz_current_frame_only", found),
+        "windows_per_s": {name: round(statistics.median(row[name] for row in found), 1) for name in sides},
+    }
+
+
+def speed_from_s3(store: Store, options: argparse.Namespace) -> dict[str, float]:
+    with s3_bucket() as url:
+        build(open_store(url), options.recordings)
+        with open_loader(store, 1, options.pool_mb) as near, open_loader(open_store(url), 1, options.pool_mb) as far:
+            pair = {"local": lambda: rate_of_loader(near, options.batches)}
+            found = in_turns(pair | {"s3": lambda: rate_of_loader(far, options.batches)}, options.rounds)
+    return {"ratio_s3_pool": ratio("s3", "local", found)}
 
 
 def main() -> None:
@@ -257,46 +293,16 @@ def main() -> None:
     for name, default in (("recordings", 60), ("batches", 12), ("rounds", 4), ("epochs", 2), ("pool-mb", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-s3", action="store_true")
+    parser.add_argument("--only-memory", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
         store = open_store(f"{folder}/store")
         build(store, options.recordings)
-        frames = stored_frames(store)
-        raw = write_npz(Path(folder), min(options.recordings, 4))
-        batches, sides = options.batches, {}
-        one, two = open_loader(store, 1, options.pool_mb), open_loader(store, 2, options.pool_mb)
-        sides["limit"] = lambda: rate_of_limit(frames, batches)
-        sides["one_thread"] = lambda: rate_of_loader(one, batches)
-        sides["limit_two_cores"] = lambda: rate_of_two_limits(frames, batches)
-        sides["two_threads"] = lambda: rate_of_loader(two, batches)
-        sides["npz"] = lambda: rate_of_npz(raw, 2 * BATCH, later=True)
-        sides["npz_current_frame_only"] = lambda: rate_of_npz(raw, 2 * BATCH, later=False)
-        found = list(rounds(sides, options.rounds))
-        one.close()
-        two.close()
-
-        def ratio(a: str, b: str, of: list[dict[str, float]]) -> float:
-            return round(statistics.median(row[a] / row[b] for row in of), 3)
-
-        result: dict[str, Any] = {
-            "ratio_one_process": ratio("one_thread", "limit", found),
-            "ratio_two_threads": ratio("two_threads", "limit_two_cores", found),
-            "ratio_vs_npz_per_frame": ratio("one_thread", "npz", found),
-            "ratio_vs_npz_current_frame_only": ratio("one_thread", "npz_current_frame_only", found),
-            "windows_per_s": {name: round(statistics.median(row[name] for row in found), 1) for name in sides},
-            "plans": [plan(17_870), plan(16_000_000)],
-            **in_a_fresh_process(memory_over_epochs, store, options.epochs, options.pool_mb),
-        }
-        if not options.no_s3:
-            with s3_bucket() as url:
-                remote = open_store(url)
-                build(remote, options.recordings)
-                near, far = open_loader(store, 1, options.pool_mb), open_loader(remote, 1, options.pool_mb)
-                pair = {"local": lambda: rate_of_loader(near, batches), "s3": lambda: rate_of_loader(far, batches)}
-                result["ratio_s3_pool"] = ratio("s3", "local", list(rounds(pair, options.rounds)))
-                near.close()
-                far.close()
+        result: dict[str, Any] = {}
+        if not options.only_memory:
+            result |= speeds(store, Path(folder), options) | speed_from_s3(store, options)
+            result["plans"] = [plan(17_870), plan(16_000_000)]
+        result |= in_a_fresh_process(memory_over_epochs, store, options.epochs, options.pool_mb)
     print(json.dumps(result, indent=2))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
