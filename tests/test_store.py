@@ -30,7 +30,9 @@ def test_objects_come_back_as_they_were_put(store: Store, tmp_path: Path) -> Non
     (tmp_path / "file").write_bytes(b"x" * 100)
     store.upload(tmp_path / "file", "up/file")
     store.download("up/file", tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == b"x" * 100
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes() == b"x" * 100
+    store.adopt(tmp_path / "back", "up/moved")
+    assert store.read("up/moved") == b"x" * 100
     store.delete("ab")
     store.delete("ab")
     assert not store.exists("ab")

@@ -135,6 +135,10 @@ class Store(ABC):
     def upload(self, path: str | Path, key: str) -> None:
         raise self._read_only(key)
 
+    def adopt(self, path: str | Path, key: str) -> None:
+        """`upload` of a file that nobody needs afterwards: on one file system it is moved, not copied."""
+        self.upload(path, key)
+
     def delete(self, key: str) -> None:
         """Deleting what is not there is no error."""
         raise self._read_only(key)
@@ -215,6 +219,12 @@ class LocalStore(Store):
     def upload(self, path: str | Path, key: str) -> None:
         with self._translated(key), self._temporary(key) as temporary:
             shutil.copyfile(path, temporary)
+            _write_synced(temporary, b"")
+            temporary.replace(self._path(key))
+
+    def adopt(self, path: str | Path, key: str) -> None:
+        with self._translated(key), self._temporary(key) as temporary:
+            shutil.move(path, temporary)
             _write_synced(temporary, b"")
             temporary.replace(self._path(key))
 

@@ -106,7 +106,7 @@ def _die_at(call: int, before: bool, url: str, source: str) -> None:
 
         return called
 
-    for name in ("write", "create", "upload"):
+    for name in ("write", "create", "upload", "adopt"):
         setattr(LocalStore, name, deadly(getattr(LocalStore, name)))
     ingest(open_store(url), CONFIG, source)
 

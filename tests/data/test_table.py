@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from upvla.data import shards
 from upvla.data.commit import commit
 from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.table import Dataset, load_manifest
@@ -88,6 +89,13 @@ def test_long_recordings_span_row_groups_and_shards_roll_between_recordings(tmp_
         original = make_episode(int(episode.source_key[4:]))
         assert np.array_equal(dataset.read(row, range(12), ["action"])["action"], original.actions)
     assert manifest.content_id == put(open_store(str(tmp_path / "other")), range(6)).content_id  # packing is no content
+
+
+def test_pictures_beyond_one_array_are_written_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    episodes = [make_episode(number) for number in range(3)]
+    whole = staged_of(open_store(str(tmp_path / "whole")), episodes)
+    monkeypatch.setattr(shards, "_ARRAY_BYTES", 1)  # as if a recording's pictures were 2 GB
+    assert staged_of(open_store(str(tmp_path / "apart")), episodes) == whole
 
 
 def test_committing_again_changes_nothing_and_new_recordings_make_a_version(store: Store) -> None:

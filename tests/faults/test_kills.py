@@ -37,6 +37,23 @@ def _ingest(url: str, source: str, started: Any) -> None:
     ingest(store, CONFIG, source)
 
 
+def _killed_after(moment: float | None, url: str, few: str, more: str) -> float:
+    """Ingest the few undisturbed, then more in a process of its own that is killed so many seconds after it began;
+    None lets it end. Seconds that it ran. What is unreferenced afterwards is of the second ingest."""
+    store, spawn = open_store(url), multiprocessing.get_context("spawn")
+    ingest(store, CONFIG, few)
+    collect_garbage(store, "d", grace_s=0)
+    started = spawn.Event()
+    child = spawn.Process(target=_ingest, args=(url, more, started))
+    child.start()
+    assert started.wait(600)
+    began = time.monotonic()
+    child.join(moment)
+    child.kill()
+    child.join()
+    return time.monotonic() - began
+
+
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(a few recordings, the same and more)"""
@@ -50,29 +67,19 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.seam
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_killed_at_random_times_it_ends_the_same(
     s3_server: S3Server, recordings: tuple[Path, Path], tmp_path: Path
 ) -> None:
     few, more = map(str, recordings)
     calm = open_store(str(tmp_path / "calm"))
-    old = ingest(calm, CONFIG, few)["content_id"]
-    began = time.monotonic()
-    new = ingest(calm, CONFIG, more)["content_id"]
-    clean_s = time.monotonic() - began
-    spawn, rng = multiprocessing.get_context("spawn"), np.random.Generator(np.random.Philox(6))
-    rows: list[dict[str, Any]] = []
+    old, new = ingest(calm, CONFIG, few)["content_id"], ingest(calm, CONFIG, more)["content_id"]
+    rng, rows = np.random.Generator(np.random.Philox(6)), list[dict[str, Any]]()
+    clean_s = _killed_after(None, s3_server.url(), few, more)
     for _ in range(KILLS):
-        url = s3_server.url()
+        url, moment = s3_server.url(), float(rng.uniform(0, 1.2 * clean_s))
         store = open_store(url)
-        ingest(store, CONFIG, few)
-        started, moment = spawn.Event(), float(rng.uniform(0, 1.5 * clean_s))
-        child = spawn.Process(target=_ingest, args=(url, more, started))
-        child.start()
-        assert started.wait(120)
-        time.sleep(moment)
-        child.kill()
-        child.join()
+        _killed_after(moment, url, few, more)
         seen = load_manifest(store, "d")
         assert (seen.version, seen.content_id) in ((1, old), (2, new)) and verify(store, seen) == []
         left = collect_garbage(store, "d", grace_s=0, dry_run=True)["objects"]

@@ -63,11 +63,12 @@ def read_table(root: Store, key: str) -> pa.Table:
 
 
 def put_file(root: Store, folder: str, path: Path, rows: int) -> ShardRef:
+    """Under the name that its content gives; the file itself may be gone afterwards."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
     if not root.exists(ref.key):
-        root.upload(path, ref.key)
+        root.adopt(path, ref.key)
     return ref
 
 

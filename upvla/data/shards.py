@@ -25,6 +25,7 @@ from upvla.store import Store, content_hash
 from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
 _FEATURES = ("action", "state")  # whose statistics are kept
+_ARRAY_BYTES = 1 << 31  # an Arrow array of binary values holds less
 
 QA_SCHEMA = pa.schema(
     [
@@ -88,8 +89,10 @@ class Staged:
         )
 
 
-def episode_id(episode: Episode) -> str:
-    """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from."""
+def episode_id(episode: Episode, encoded: Mapping[str, bytes]) -> str:
+    """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from.
+
+    `encoded` has the frames of each camera, end to end."""
     spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
     head = [episode.embodiment, episode.scene, _space_json(episode.action_space), episode.rate_hz, spans]
     head += [[talk.step, talk.topic, talk.turns] for talk in episode.talks]
@@ -99,8 +102,7 @@ def episode_id(episode: Episode) -> str:
         digest.update(np.ascontiguousarray(values).tobytes())
     for camera, frames in sorted(episode.images.items()):
         digest.update(f"{camera}{len(frames)}".encode())
-        for frame in frames:
-            digest.update(frame)
+        digest.update(encoded[camera])
     return digest.hexdigest()
 
 
@@ -125,8 +127,9 @@ def stage(
             for camera, frames in episode.images.items()
         }
         episode = replace(episode, images=images)
-        identity = episode_id(episode)
-        writer.add(episode, identity, token)
+        encoded = {camera: b"".join(frames) for camera, frames in images.items()}
+        identity = episode_id(episode, encoded)
+        writer.add(episode, encoded, identity, token)
         asked += [_asked(identity, talk) for talk in episode.talks]
         if episode.scene_state is not None:
             scenes.append((identity, episode.scene_state, episode.scene))
@@ -162,9 +165,9 @@ class _ShardWriter:
         self._index_rows: list[dict[str, Any]] = []
         self._summaries: dict[str, dict[str, Summary]] = {}
 
-    def add(self, episode: Episode, identity: str, token: str) -> None:
-        table = self._table(episode, identity)
-        size = sum(sum(map(len, frames)) for frames in episode.images.values())
+    def add(self, episode: Episode, encoded: Mapping[str, bytes], identity: str, token: str) -> None:
+        table = self._table(episode, encoded, identity)
+        size = sum(map(len, encoded.values()))
         numbers = _numbers(episode)
         size += sum(values.nbytes for values in numbers.values())
         if self._pending_bytes + size > self._layout.max_row_group_bytes:
@@ -203,7 +206,7 @@ class _ShardWriter:
             self._finish_shard()
         self._folder.cleanup()
 
-    def _table(self, episode: Episode, identity: str) -> pa.Table:
+    def _table(self, episode: Episode, encoded: Mapping[str, bytes], identity: str) -> pa.Table:
         numbers, steps = _numbers(episode), len(episode)
         columns = {name: int(values.shape[1]) for name, values in numbers.items()}
         if self.action_space is None:
@@ -224,9 +227,9 @@ class _ShardWriter:
             kind = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
             arrays[name] = pa.FixedSizeListArray.from_arrays(flat, type=kind)
         for camera, frames in episode.images.items():
-            arrays[f"image_{camera}"] = pa.array(list(frames), pa.binary())
+            arrays[f"image_{camera}"] = _binary(frames, encoded[camera])
         fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
-        metadata = {"action_space": json.dumps(_space_json(episode.action_space), sort_keys=True)}
+        metadata = {"action_space": _space_text(episode.action_space)}
         return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, metadata))
 
     def _flush(self) -> None:
@@ -253,6 +256,11 @@ def _space_json(space: ActionSpace) -> dict[str, Any]:
     return space.to_json()
 
 
+@functools.lru_cache(maxsize=16)
+def _space_text(space: ActionSpace) -> str:
+    return json.dumps(_space_json(space), sort_keys=True)
+
+
 def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """Images plain and uncompressed (they are compressed), numbers byte-split and zstd, statistics only of scalars."""
     names = schema.names
@@ -273,6 +281,14 @@ def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         write_statistics=scalars,
         store_schema=True,
     )
+
+
+def _binary(values: Sequence[bytes], joined: bytes) -> pa.Array:
+    """`values` over the memory of `joined`, which is all of them end to end; copied if too much for one array."""
+    if len(joined) >= _ARRAY_BYTES:
+        return pa.array(list(values), pa.binary())
+    edges = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(edges), pa.py_buffer(joined)])
 
 
 def _numbers(episode: Episode) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -114,7 +114,7 @@ class Statistics:
         return content_hash(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: asdict(feature) for name, feature in sorted(self.features.items())}
+        return {name: dict(vars(feature)) for name, feature in sorted(self.features.items())}
 
     def require_equal(self, other: Statistics, *, ours: str, theirs: str) -> None:
         """Raise `Mismatch`, naming the first feature, dimension and figure that differ."""
