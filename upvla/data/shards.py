@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -227,7 +227,7 @@ class _ShardWriter:
             kind = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
             arrays[name] = pa.FixedSizeListArray.from_arrays(flat, type=kind)
         for camera, frames in episode.images.items():
-            arrays[f"image_{camera}"] = _binary(frames, encoded[camera])
+            arrays[f"image_{camera}"] = _binary(cast("Sequence[bytes]", frames), encoded[camera])
         fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
         metadata = {"action_space": _space_text(episode.action_space)}
         return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, metadata))
