@@ -41,7 +41,9 @@ def page() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("no Chromium here: apt-get install -y chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
         opened = browser.new_page(viewport={"width": 1900, "height": 1000})
         opened.set_default_timeout(WAIT_MS)
         yield opened
