@@ -48,8 +48,8 @@ def test_an_error_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_that_nothing_is_lost() -> None:
-    code = "import upvla.cli as c; c.app.command('stop')(lambda: (_ for _ in ()).throw(KeyboardInterrupt)); c.main()"
-    done = subprocess.run([sys.executable, "-c", code, "stop"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    code = "import upvla.cli as c; c.app.command('wait')(lambda: (_ for _ in ()).throw(KeyboardInterrupt)); c.main()"
+    done = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 130
     assert done.stderr.strip().endswith("run the same command again to go on")
 
