@@ -18,7 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from upvla.errors import JobFailed, StackError
 
 _OVERRIDE = "RAY_API_SERVER_ADDRESS"
-_POLL_S = 1.0
+_POLL_S = 0.25
 _TAIL_LINES = 30
 _PREFIX = re.compile(r"\x1b\[[0-9;]*m|^\((?:RayTrainWorker|TrainController|pid=)[^)]*\) ?")
 
