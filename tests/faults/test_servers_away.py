@@ -45,15 +45,21 @@ def work_with_short_pauses(settings: dict[str, Any]) -> None:
     work(settings)
 
 
+@pytest.fixture(scope="module")
+def calm(two_workers: Workers, prepared: Prepared) -> dict[str, Any]:
+    """The stage's result when every server is there."""
+    store, references = prepared
+    return run_stage(two_workers, spec_of(store, references, name="calm", weights=WEIGHTS, stage={"steps": STEPS}))
+
+
 @pytest.mark.parametrize("fault", ["reset before", "500", "slow body"])
 def test_what_mlflow_missed_is_sent_once_when_it_is_back(
-    two_workers: Workers, prepared: Prepared, server: Server, fault: str
+    two_workers: Workers, prepared: Prepared, calm: dict[str, Any], server: Server, fault: str
 ) -> None:
     from upvla.tracking import Tracker
 
     store, references = prepared
     stage = {"steps": STEPS}
-    calm = run_stage(two_workers, spec_of(store, references, name="calm", weights=WEIGHTS, stage=stage))
     server.wait_healthy()
     experiment = f"away-{fault.replace(' ', '-')}"
     with FaultProxy(server.uri, rate=1.0, faults=(fault,)) as proxy:
@@ -122,12 +128,10 @@ def prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
 
 
 def test_training_goes_on_without_prefect_and_the_next_flow_run_finds_it(
-    ray_head: RayHead, two_workers: Workers, prepared: Prepared, prefect_server: PrefectServer
+    ray_head: RayHead, prepared: Prepared, calm: dict[str, Any], prefect_server: PrefectServer
 ) -> None:
     store, references = prepared
-    stage = {"steps": STEPS}
-    calm = run_stage(two_workers, spec_of(store, references, name="calm", weights=WEIGHTS, stage=stage))
-    spec = spec_of(store, references, name="orphaned", weights=WEIGHTS, stage=stage)
+    spec = spec_of(store, references, name="orphaned", weights=WEIGHTS, stage={"steps": STEPS})
     place = store.sub(spec.prefix)
     place.write_json(SPEC, spec.model_dump(mode="json"))
     command = [sys.executable, "-m", "tests.faults.one_stage", f"{place.url}/{SPEC}", ray_head.jobs_url]
