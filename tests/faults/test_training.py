@@ -194,7 +194,8 @@ def test_an_operator_stops_a_run_and_starts_it_again(
     store, spec = stage_of(prepared, tmp_path, stage=UNHURRIED)
     running = Running(store, spec, ray_head)
     wait_for(lambda: [line for _, line in running.lines if " lr " in line])
-    jobs, ours = Jobs(ray_head.jobs_url), f"{spec.stage.name}-{spec.key}-1"
+    jobs = Jobs(ray_head.jobs_url)
+    (ours,) = (job for job in jobs.running() if job.startswith(f"{spec.stage.name}-{spec.key}-"))
     with pytest.raises(NotFound, match=rf"no training stage runs as vq-0-1; what trains now: .*{ours}"):
         stop_training(store, jobs, "vq-0-1")
     assert stop_training(store, jobs, ours) == [ours]
