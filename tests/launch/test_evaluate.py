@@ -31,11 +31,11 @@ NUM = 12
 IMPATIENT = Layout(lanes=3, patience_s=15.0)
 
 
-def run(suite: LineSuite) -> list[ChainRecord]:
+def run(suite: LineSuite, num_workers: int = 2) -> list[ChainRecord]:
     found: list[ChainRecord] = []
     work = SuiteJudge(suite, Stepper(), Control(replan=2), IMPATIENT.lanes)
     with connected():
-        cost = judge_chains(work, list(enumerate(suite.chains(NUM))), 2, IMPATIENT, found.extend)
+        cost = judge_chains(work, list(enumerate(suite.chains(NUM))), num_workers, IMPATIENT, found.extend)
     assert cost.env_steps >= sum(sum(record.steps) for record in found if not record.error)
     return sorted(found, key=lambda record: record.number)
 
@@ -56,7 +56,12 @@ def test_a_chain_that_always_kills_its_process_is_an_error_and_the_only_one(ray_
     found = run(LineSuite(harms={4: "crash"}, times=tmp_path, most=99))
     assert found[4].error == "SimulatorError: the process that judged it died, twice" and found[4].failure == "error"
     assert [r for r in found if r.number != 4] == [r for r in clean() if r.number != 4]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3  # among others, and twice alone
+
+
+def test_a_chain_that_was_beside_a_culprit_may_lose_a_process_of_its_own(ray_head: RayHead, tmp_path: Path) -> None:
+    assert run(LineSuite(harms={0: "crash", 1: "crash"}, times=tmp_path), num_workers=1) == clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-0", "1-0"]
 
 
 class Signing(Stepper):

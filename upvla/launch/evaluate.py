@@ -2,13 +2,13 @@
 
 Every process says every second what it has finished and whether anything moves in it. One that dies, hangs or stops
 answering is killed; the chains that it held are judged again, one at a time in a new process, so that the one that is
-to blame is found. If that happens to it a second time, its record says so, and no other chain is touched.
+to blame is found. When two processes were lost that judged nothing else, its record says so; no other chain is touched.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -87,6 +87,7 @@ class Crew:
         self._todo: deque[Numbered] = deque()
         self._suspects: deque[Numbered] = deque()
         self._cost, self._stillborn = Cost(), 0
+        self._blamed: Counter[int] = Counter()  # chains, by the processes that were lost alone with them
         self._judge: SuiteJudge
 
     def __enter__(self) -> Self:
@@ -111,7 +112,7 @@ class Crew:
 
         Raises what keeps every chain from being judged: a world that cannot open, a policy that cannot be loaded.
         """
-        self._todo, self._cost, self._stillborn = deque(chains), Cost(), 0
+        self._todo, self._cost, self._stillborn, self._blamed = deque(chains), Cost(), 0, Counter()
         if not chains:
             return self._cost
         try:
@@ -200,7 +201,7 @@ class Crew:
             member.give(self._todo.popleft())
 
     def _replace(self, member: _Member, why: str) -> list[ChainRecord]:
-        """Kill it and start another for what it held; the record of a chain that was alone with it both times."""
+        """Kill it and start another for what it held; the record of the chain that two judged alone and were lost."""
         ray.kill(member.actor)
         self._members.remove(member)
         self._cost += member.cost
@@ -211,12 +212,13 @@ class Crew:
                 f"simulators of {self._judge.suite.name}: their processes judge nothing; the last {why}. "
                 "Do the cluster's workers run this code? RAY_ADDRESS=local starts a cluster of your own"
             )
-        if member.alone and len(member.held) == 1:
-            ((number, chain),) = member.held.items()
+        alone = member.held if member.alone and len(member.held) == 1 else {}
+        self._blamed.update(alone.keys())
+        guilty = [each for each in alone.items() if self._blamed[each[0]] == 2]
+        for number, chain in guilty:
             error = f"{SimulatorError.__name__}: the process that judged it {why}, twice"
             condemned.append(ChainRecord(number, chain.scene, chain.tasks, 0, (0,), error, "error"))
-        else:
-            self._suspects.extend(member.held.items())
+        self._suspects.extend(each for each in member.held.items() if each not in guilty)
         self._members.append(self._start(alone=True))
         self._members[-1].begin(self._judge)
         return condemned
