@@ -25,6 +25,7 @@ from upvla.data.mixture import make_plan, plan_from_json
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
+from upvla.launch.inputs import open_inputs
 from upvla.launch.jobs import Jobs
 from upvla.launch.line import require_explained
 from upvla.launch.tokenizers import load_vq, save_text, save_tower
@@ -41,7 +42,7 @@ from upvla.launch.train import (
     threads_of_worker,
 )
 from upvla.launch.weights import import_weights
-from upvla.launch.worker import open_inputs, work
+from upvla.launch.worker import work
 from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA

@@ -99,6 +99,16 @@ class TrainSpec(BaseModel):
         return f"runs/{self.key}/{self.stage.name}"
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Ray's settings for the whole job."""
+        return {
+            # workers' lines reach the log as they are printed: once each, none taken for a repetition of another
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(self.engine.stall_timeout_s),
+        }
+
+    @property
     def scratch_folder(self) -> Path:
         """One for all workers of a machine."""
         return Path(self.scratch or tempfile.gettempdir(), "upvla-resume")
@@ -121,8 +131,7 @@ def run_training(
         return result
     place.write_json(SPEC, spec.model_dump(mode="json"))
     entrypoint = f"{python} -m upvla.launch.train {place.url}/{SPEC}"
-    # workers' lines reach the job's log as they are printed: once each, and none taken for a repetition of another
-    env = {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"} | ALLOCATOR
+    env = spec.environment | ALLOCATOR
     try:
         jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env=env, on_line=on_line)
     except JobFailed as error:
@@ -206,7 +215,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
 
 def _check(spec: TrainSpec, place: Store) -> None:
     """Everything that can be known to be wrong without a worker."""
-    from upvla.launch.worker import open_inputs
+    from upvla.launch.inputs import open_inputs
 
     open_inputs(spec).check(spec)
     least, gpus = spec.engine.worker_range[0], ray.cluster_resources().get("GPU", 0)
@@ -249,7 +258,7 @@ def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Se
     """
     least, most = allowed
     threads = threads_of_worker(cpus, most)
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(spec.engine.stall_timeout_s)
+    os.environ |= spec.environment
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
         _work,

@@ -1,0 +1,136 @@
+"""What a training stage is made from, opened and checked: model configuration, mixtures, tokenizers, the parent.
+
+The driver opens it before it asks for workers, so that what is wrong fails there; every worker opens it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from upvla.checkpoint import Bundle, load_bundle
+from upvla.data.derived import CodeTable
+from upvla.data.descriptions import DescriptionTable
+from upvla.data.features import FeatureTable
+from upvla.data.mixture import Mixture, plan_from_json
+from upvla.data.samples import SampleReader
+from upvla.data.table import Dataset, load_manifest
+from upvla.errors import ConfigError, Mismatch
+from upvla.launch.tokenizers import load_text, load_vq
+from upvla.launch.train import TrainSpec
+from upvla.launch.weights import weights_id
+from upvla.model.config import ModelConfig
+from upvla.model.text import TextTokenizer
+from upvla.model.upvla import UPVLA
+from upvla.model.vq import VQTokenizer, VQTraining
+from upvla.store import Store, open_store
+from upvla.train.config import world_sizes
+from upvla.train.resume import require_space
+
+_SAVED_BYTES = 16  # a parameter takes in a resume point: weight, master copy and two moments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is made from, opened: cheap to make, nothing is decoded yet."""
+
+    store: Store
+    config: ModelConfig
+    train: Mixture
+    validation: Mixture
+    parent: Bundle | None
+    text: TextTokenizer | None
+    vq: VQTokenizer | None
+    description_id: str = ""
+    tower_id: str = ""
+
+    def check(self, spec: TrainSpec) -> None:
+        """Raise what would make every worker fail."""
+        self.world_sizes(spec)
+        if spec.stage.picture_every and (spec.engine.zero_stage == 3 or spec.kind != "policy"):
+            raise ConfigError(f"{spec.stage.name}: picture_every needs a policy with whole weights (zero_stage <= 2)")
+        for mixture in (self.train, self.validation):
+            self.reader(mixture)
+            if self.parent is not None:
+                self.parent.action_space.require_equal(
+                    mixture.action_space, ours=spec.parent_url, theirs=f"mixture {mixture.plan.plan_id}"
+                )
+        self.train.stats.require_usable(f"mixture {self.train.plan.plan_id}")
+        for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
+            if weights_id(url) != expected:
+                raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
+        with torch.device("meta"):  # only shapes are looked at: a driver need not have room for a large model
+            model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
+            if spec.kind == "policy":
+                model = UPVLA(self.config) if self.parent is None else self.parent.model
+                self.bundle(model, {})
+        require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
+
+    def world_sizes(self, spec: TrainSpec) -> list[int]:
+        """Numbers of workers that this run may have."""
+        plan = self.train.plan
+        lanes = math.gcd(plan.lanes, self.validation.plan.lanes)
+        return world_sizes(plan.global_batch, lanes, spec.stage.micro_batch, spec.engine)
+
+    def reader(self, mixture: Mixture) -> SampleReader:
+        """Samples with codes, or for the tokenizer's own training frames at the size it sees."""
+        config = self.config
+        if self.vq is None:
+            return SampleReader(mixture, chunk=config.chunk, cameras=config.code_cameras, resize=config.vq_resize)
+        return SampleReader(
+            mixture,
+            chunk=config.chunk,
+            cameras=config.vision_cameras,
+            resize=config.vision_resize,
+            codes={name: CodeTable(dataset, self.vq.id) for name, dataset in mixture.datasets.items()},
+            code_cameras=config.code_cameras,
+            descriptions=self.descriptions(mixture),
+            features={name: FeatureTable(dataset, self.tower_id) for name, dataset in mixture.datasets.items()}
+            if self.tower_id
+            else None,
+        )
+
+    def descriptions(self, mixture: Mixture) -> dict[str, DescriptionTable]:
+        """What the stage's describer said of the datasets; none where the prompt is not conditioned on it."""
+        if self.config.description is None or not self.description_id:
+            return {}
+        every = self.config.description.every_steps
+        return {name: DescriptionTable(d, self.description_id, every) for name, d in mixture.datasets.items()}
+
+    def bundle(self, model: UPVLA, meta: Mapping[str, Any]) -> Bundle:
+        """The model with all it needs. A fine-tune keeps the statistics that its parent's weights were trained with."""
+        assert self.vq is not None
+        assert self.text is not None
+        stats = self.train.stats.to_json() if self.parent is None else self.parent.stats
+        return Bundle(self.config, model, self.vq, self.text, self.train.action_space, stats, meta)
+
+
+def open_inputs(spec: TrainSpec) -> Inputs:
+    """Raises `NotFound`, `Corrupt` or `Mismatch` naming the reference that is wrong."""
+    store = open_store(spec.store_url)
+    parent = load_bundle(spec.parent_url) if spec.parent_url else None
+    config = parent.config if parent is not None else spec.model
+    if config is None:
+        raise ConfigError(f"{spec.stage.name}: neither a model configuration nor a checkpoint to start from")
+    if parent is not None and spec.model is not None and spec.model != parent.config:
+        raise Mismatch(f"{spec.stage.name}: {spec.parent_url} is another model than the run's; leave `model` out")
+    text: TextTokenizer | None = None
+    vq: VQTokenizer | None = None
+    if spec.kind == "policy":
+        text = parent.text if parent is not None else load_text(store, spec.text_id)
+        vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
+    mixtures = [_open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
+    return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
+
+
+def _open_mixture(store: Store, plan_id: str) -> Mixture:
+    plan = plan_from_json(store.read_json(f"mixtures/{plan_id}.json"))
+    pinned = {source.dataset: source.version for source in plan.sources}
+    return Mixture(
+        plan, {name: Dataset(store, load_manifest(store, name, version)) for name, version in pinned.items()}
+    )
