@@ -308,6 +308,20 @@ def test_an_interrupted_up_leaves_nothing_half_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.seam
+def test_what_a_background_shell_starts_can_still_be_interrupted(tmp_path: Path) -> None:
+    """`make demo &` in a script ignores SIGINT; a Prefect that had inherited that would not end when it is told to."""
+    log = tmp_path / "log"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        show = "import signal, pathlib; print('ignores' if signal.getsignal(2) is signal.SIG_IGN else 'listens')"
+        processes.start(tmp_path, "child", [sys.executable, "-c", show], dict(os.environ), log)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _wait(lambda: log.read_text().endswith("s\n"))
+    assert log.read_text().splitlines()[-1] == "listens"
+
+
 def test_a_server_that_cannot_start_is_tried_twice_then_named_with_its_log(tmp_path: Path) -> None:
     config = small_stack(tmp_path)
     (tmp_path / "s3").mkdir()

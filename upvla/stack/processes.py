@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -35,15 +37,31 @@ def start(home: Path, name: str, command: Sequence[str], environment: Mapping[st
     with log.open("ab") as output:
         output.write(f"\n--- {datetime.now().astimezone().isoformat(timespec='seconds')} {name} starts\n".encode())
         output.flush()
-        subprocess.Popen(
-            command,
-            env={**environment, **marks},
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with _interruptible():
+            subprocess.Popen(
+                command,
+                env={**environment, **marks},
+                cwd=home,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so does all that it starts; but Prefect's servers, told to end by
+    SIGTERM, interrupt themselves. A handler of ours, unlike being ignored, is not inherited by a new program."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def marked(home: Path, name: str | None = None) -> list[psutil.Process]:
