@@ -43,6 +43,7 @@ INDEX_SCHEMA = pa.schema(
         ("summary", pa.string()),
     ]
 )
+_ROW = [name for name in INDEX_SCHEMA.names if name != "summary"]  # which is most of an index
 _Summaries = dict[str, dict[str, Summary]]  # recording's id -> feature -> what it contributes to the statistics
 
 
@@ -53,11 +54,11 @@ def put_table(root: Store, folder: str, table: pa.Table) -> ShardRef:
         return put_file(root, folder, path, len(table))
 
 
-def read_table(root: Store, key: str) -> pa.Table:
-    """A small table: one request instead of an open file's three."""
+def read_table(root: Store, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A small table, by default with all columns: one request instead of an open file's three."""
     data = root.read(key)
     try:
-        return pq.read_table(pa.BufferReader(data))
+        return pq.ParquetFile(pa.BufferReader(data)).read(columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise Corrupt(f"{root.url}/{key}: {error}; use the version before") from error
 
@@ -131,7 +132,7 @@ def put_index(root: Store, rows: Sequence[Mapping[str, Any]], summaries: _Summar
 def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
     """Rows of one index object, without their summaries."""
     found = _rows.get(root, ref.key)
-    return _rows_of(root, ref, read_table(root, ref.key)) if found is None else found
+    return _rows_of(root, ref, read_table(root, ref.key, _ROW)) if found is None else found
 
 
 def read_summaries(root: Store, ref: ShardRef) -> _Summaries:
@@ -150,5 +151,5 @@ def read_summaries(root: Store, ref: ShardRef) -> _Summaries:
 
 
 def _rows_of(root: Store, ref: ShardRef, table: pa.Table) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.drop_columns(["summary"]).to_pylist()
+    rows: list[dict[str, Any]] = table.select(_ROW).to_pylist()
     return _rows.put(root, ref.key, rows, len(rows))

@@ -128,7 +128,7 @@ def _decoded(column: pa.ChunkedArray) -> _Column:
     """Numbers and binary values over the memory that they were read into."""
     array = column.combine_chunks()
     if pa.types.is_fixed_size_list(array.type):
-        return np.asarray(array.flatten().to_numpy().reshape(len(array), array.type.list_size))
+        return _numbers(array.flatten()).reshape(len(array), array.type.list_size)
     if pa.types.is_fixed_size_binary(array.type):
         width, first = array.type.byte_width, array.offset
         return _Binary(memoryview(array.buffers()[1]), [width * (first + i) for i in range(len(array) + 1)])
@@ -136,7 +136,14 @@ def _decoded(column: pa.ChunkedArray) -> _Column:
         _, offsets, data = array.buffers()
         edges = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
         return _Binary(memoryview(data), edges.tolist())
-    return np.asarray(array.to_numpy())
+    return _numbers(array)
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """Arrow's own way would load pandas, 45 MB in every process that reads; bits it cannot hand over otherwise."""
+    return (
+        np.asarray(array.to_numpy(zero_copy_only=False)) if pa.types.is_boolean(array.type) else np.from_dlpack(array)
+    )
 
 
 def _values(column: _Column, rows: Sequence[int], first: int) -> Any:
