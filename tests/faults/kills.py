@@ -44,7 +44,7 @@ def trial(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) 
     """Kill, live on, compare with the uninterrupted run. Raises `AssertionError` where they differ."""
     killed = []
     if kill.phase == "restore":  # something must be there to be restored
-        killed.append(lives.live(folder, zero_stage, Kill("step", 1, SAVE_EVERY + 2)))
+        killed.append(lives.live(folder, zero_stage, Kill("committed", 0, 1)))
     killed.append(lives.live(folder, zero_stage, kill))
     assert -9 in killed[-1].exit_codes, f"{kill}: nobody was killed, exit codes {killed[-1].exit_codes}"
     last = lives.live(folder, zero_stage)
@@ -103,7 +103,7 @@ def main() -> int:
             f"first step after {max(took, default=0.0):.1f} s at most"
         )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return 1 if failed else 0
 
 

@@ -33,7 +33,7 @@ from upvla.train.loop import fit
 STEPS, SAVE_EVERY = 12, 3
 PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "restore")
 """Where a worker dies: in a step; while its shards go to the local disk; between two uploads; before and after the
-manifest is created; while older sets are deleted; and, after a death in a step, while the set is downloaded."""
+manifest is created; while older sets are deleted; and, after a death that left one set, while that is downloaded."""
 
 STALL, _STALL_TIMEOUT_S = "stall", 15
 _LIFE_TIMEOUT_S = 200
