@@ -1,22 +1,27 @@
 """What Ray, DeepSpeed and our loop cost on top of a bare PyTorch loop, a step.
 
-    python benchmarks/overhead.py [--rows 64] [--steps 8] [--stages 0 1 2 3] [--json FILE]
+    python benchmarks/overhead.py [--rows 64] [--steps 8] [--stages 0 1 2 3] [--no-pair] [--json FILE]
 
 The same `tiny` policy, the same batch, the same AdamW, one thread each. The bare loop is what one would write by
 hand: forward, backward, clip, step. Ours is `upvla.train.loop.fit` on the DeepSpeed engine in a Ray Train worker. Both
 live in processes of their own and take turns, one step at a time, so that the machine's noise falls on both; the ratio
 is of medians of one run. ZeRO 0 to 3 with one worker: nothing is exchanged, all of it is overhead.
 CPU seconds of the step's own thread are shown beside the wall clock: other work on the machine does not change those.
+
+Then two workers, who exchange gradients, take turns with two bare loops, each pinned to a core of its own, which know
+nothing of each other: the ratio of rows a second is what training together costs (`--no-pair` leaves it out).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,11 +97,11 @@ def ours(settings: dict[str, Any]) -> None:
     from upvla.train.loop import fit
 
     torch.set_num_threads(1)
-    rows, steps = settings["rows"], settings["steps"]
+    rows, steps, workers = settings["rows"], settings["steps"], torch.distributed.get_world_size()
     model, batch = data(rows)
-    turns = Turns(settings["folder"], f"zero{settings['zero_stage']}")
+    turns = Turns(settings["folder"], f"ours{torch.distributed.get_rank()}")
     stage = StageConfig(name="t", steps=steps, weights=WEIGHTS, micro_batch=rows, log_every=1, eval_every=steps)
-    config = EngineConfig(zero_stage=settings["zero_stage"], gradient_clipping=CLIP)
+    config = EngineConfig(num_workers=workers, zero_stage=settings["zero_stage"], gradient_clipping=CLIP)
     engine = build_engine(model, config, OptimizerConfig(lr=LR), total_steps=steps, micro_batch=rows)
     began = [0.0, 0.0]
 
@@ -113,30 +118,69 @@ def ours(settings: dict[str, Any]) -> None:
     fit(engine, batches(), stage, start_step=0, validation=[], log=log, save=lambda step: None)
 
 
+@contextmanager
+def training(folder: str, zero_stage: int, rows: int, steps: int, num_workers: int) -> Iterator[None]:
+    """Inside, workers under Ray Train take a step when it is their turn."""
+    trainer = TorchTrainer(
+        ours,
+        train_loop_config={"folder": folder, "zero_stage": zero_stage, "rows": rows, "steps": steps},
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 1}),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(name="overhead", storage_path=folder),
+    )
+    task = ray.remote(num_cpus=0)(_fit).remote(trainer)
+    yield
+    ray.get(task)
+
+
 def compare(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
+    hand, loop = [], []
     with tempfile.TemporaryDirectory(prefix="upvla-overhead-") as folder:
-        settings = {"folder": folder, "zero_stage": zero_stage, "rows": rows, "steps": steps + 1}
-        side, turns, by_hand = f"zero{zero_stage}", Turns(folder, "bare"), bare(rows)
-        trainer = TorchTrainer(
-            ours,
-            train_loop_config=settings,
-            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-            torch_config=TorchConfig(backend="gloo"),
-            run_config=RunConfig(name="overhead", storage_path=folder),
-        )
-        task = ray.remote(num_cpus=0)(_fit).remote(trainer)
-        hand, loop = [], []
-        for number in range(steps + 1):  # the first of each is warm-up
-            turns.give(side, number)
-            loop.append(turns.answer(side, number))
-            hand.append(next(by_hand))
-        ray.get(task)
+        turns, by_hand = Turns(folder, "bare"), bare(rows)
+        with training(folder, zero_stage, rows, steps + 1, num_workers=1):
+            for number in range(steps + 1):  # the first of each is warm-up
+                turns.give("ours0", number)
+                loop.append(turns.answer("ours0", number))
+                hand.append(next(by_hand))
     found = {}
     for name, index in (("wall", 0), ("cpu", 1)):
         ours_s, bare_s = (median(step[index] for step in steps_[1:]) for steps_ in (loop, hand))
         found |= {f"bare_{name}_ms": 1e3 * bare_s, f"ours_{name}_ms": 1e3 * ours_s}
         found[f"overhead_{name}_pct"] = 100.0 * (ours_s / bare_s - 1.0)
     return found
+
+
+def alone(folder: str, core: int, number: int, rows: int, steps: int) -> None:
+    """A process of its own on a core of its own: bare steps, each when it is its turn."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    turns, by_hand = Turns(folder, f"alone{number}"), bare(rows)
+    for step in range(steps):
+        turns.wait(step)
+        turns.done(step, *next(by_hand))
+
+
+def pair(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
+    """Rows a second of two workers together, over those of two pinned processes that share nothing."""
+    cores, shares = sorted(os.sched_getaffinity(0))[:2], []
+    rates: dict[str, list[float]] = {"alone": [], "ours": []}
+    with tempfile.TemporaryDirectory(prefix="upvla-overhead-") as folder:
+        work = [(folder, core, number, rows, steps + 1) for number, core in enumerate(cores)]
+        singles = [multiprocessing.get_context("spawn").Process(target=alone, args=each) for each in work]
+        for process in singles:
+            process.start()
+        turns = Turns(folder, "judge")
+        with training(folder, zero_stage, rows, steps + 1, num_workers=2):
+            for number in range(steps + 1):
+                for kind in rates:
+                    for side in range(2):
+                        turns.give(f"{kind}{side}", number)
+                    walls = [turns.answer(f"{kind}{side}", number)[0] for side in range(2)]
+                    rates[kind].append(sum(rows / wall for wall in walls) if kind == "alone" else 2 * rows / max(walls))
+                shares.append(rates["ours"][-1] / rates["alone"][-1])
+        for process in singles:
+            process.join()
+    return {f"{kind}_rows_per_s": median(found[1:]) for kind, found in rates.items()} | {"ratio": median(shares[1:])}
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -148,6 +192,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of the global batch; a step should take a second or more")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--no-pair", dest="pair", action="store_false")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,6 +209,9 @@ def main() -> None:
             for n in ("wall", "cpu")
         )
         print(f"ZeRO {zero_stage:<3} {wall}   {cpu}", flush=True)
+    if options.pair:
+        found["two_workers"] = pair(2, options.rows, options.steps)
+        print("two workers (ZeRO 2) over two pinned processes: {ratio:.3f}".format(**found["two_workers"]))
     print(f"{options.rows} rows, one thread, load {os.getloadavg()[0]:.1f}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
