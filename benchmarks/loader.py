@@ -1,6 +1,6 @@
 """How near the loader comes to what decoding and resizing cost anyway.
 
-    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 4] [--epochs 2] [--pool-mb 64] [--json FILE]
+    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 4] [--epochs 2] [--pool-mb 56] [--json FILE]
 
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
 The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
@@ -290,7 +290,7 @@ def speed_from_s3(store: Store, options: argparse.Namespace) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("recordings", 60), ("batches", 12), ("rounds", 4), ("epochs", 2), ("pool-mb", 64)):
+    for name, default in (("recordings", 60), ("batches", 12), ("rounds", 4), ("epochs", 2), ("pool-mb", 56)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only-memory", action="store_true")

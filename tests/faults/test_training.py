@@ -147,7 +147,7 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
 ) -> None:
     """One is stopped. Of the group after it one gets no more address space: at its next save it cannot go on."""
     slow_steps = {"picture_every": 1}
-    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 30, "max_failures": 3}, stage=slow_steps)
+    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 15, "max_failures": 3}, stage=slow_steps)
     running = Running(store, spec, ray_head)
     saved_point(store, spec)
     stalled = ray_head.training_workers()[-1]
