@@ -1,6 +1,6 @@
 """What Ray, DeepSpeed and our loop cost on top of a bare PyTorch loop, a step.
 
-    python benchmarks/overhead.py [--rows 64] [--steps 8] [--stages 0 1 2 3] [--no-pair] [--json FILE]
+    python benchmarks/overhead.py [--rows 128] [--steps 8] [--stages 0 1 2 3] [--no-pair] [--json FILE]
 
 The same `tiny` policy, the same batch, the same AdamW, one thread each. The bare loop is what one would write by
 hand: forward, backward, clip, step. Ours is `upvla.train.loop.fit` on the DeepSpeed engine in a Ray Train worker. Both
@@ -189,7 +189,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="of the global batch; a step should take a second or more")
+    parser.add_argument("--rows", type=int, default=128, help="of the global batch; a step should take a second or more")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--no-pair", dest="pair", action="store_false")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.launch.conftest import two_workers
 from tests.launch.stages import model, prepared, spec_of
 from tests.train.toy import Workers
 from upvla.data.samples import SampleReader
@@ -15,7 +14,7 @@ from upvla.launch.train import FAILURE, RESULT, TrainSpec
 from upvla.launch.worker import work
 from upvla.store import Store
 
-__all__ = ["model", "prepared", "two_workers"]  # fixtures
+__all__ = ["model", "prepared"]  # fixtures
 
 pytestmark = pytest.mark.seam
 

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import ROOT, free_ports
 from tests.faults.proxy import FaultProxy
 from tests.faults.test_training import saved_point, wait_for
-from tests.launch.conftest import RayHead, ray_head, two_workers
+from tests.launch.conftest import RayHead
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.tracking.conftest import Server, server
 from tests.train.toy import Workers
@@ -28,7 +28,7 @@ from upvla.launch.worker import work
 from upvla.store import Store
 from upvla.train.resume import latest
 
-__all__ = ["model", "prepared", "ray_head", "server", "two_workers"]  # fixtures
+__all__ = ["model", "prepared", "server"]  # fixtures
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 

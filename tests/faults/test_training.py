@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.conftest import RayHead, ray_head, ray_node, two_workers
+from tests.launch.conftest import RayHead, ray_node
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.errors import JobFailed, NotFound
@@ -27,7 +27,7 @@ from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, run_training, s
 from upvla.store import Store, open_store
 from upvla.train.resume import latest
 
-__all__ = ["model", "prepared", "ray_head", "two_workers"]  # fixtures
+__all__ = ["model", "prepared"]  # fixtures
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 

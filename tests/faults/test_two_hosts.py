@@ -24,14 +24,14 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.test_training import STEPS, WEIGHTS, Prepared, require_equal, stage_of, wait_for
-from tests.launch.conftest import RAY, two_workers
+from tests.launch.conftest import RAY
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.launch.train import RESULT, SPEC, TrainSpec
 from upvla.store import Store
 from upvla.train.resume import latest
 
-__all__ = ["model", "prepared", "two_workers"]  # fixtures
+__all__ = ["model", "prepared"]  # fixtures
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 
