@@ -44,7 +44,12 @@ def window(start: int, end: int, t: int, chunk: int, *, published: bool = False)
 
 
 def fill_chunk(actions: np.ndarray, chunk: int, space: ActionSpace) -> tuple[np.ndarray, np.ndarray]:
-    """f32[n,A], 1 <= n <= C -> (f32[C,A], bool[C] is padding). Relative dimensions stand still, absolute ones hold."""
+    """f32[n,A], 1 <= n <= C -> (f32[C,A], bool[C] is padding). Relative dimensions stand still, absolute ones hold.
+
+    A chunk that is whole is returned itself.
+    """
+    if len(actions) == chunk:
+        return actions, np.zeros(chunk, np.bool_)
     filled = np.repeat(actions[-1:], chunk, axis=0)
     filled[:, [dim.mode == "relative" for dim in space.dims]] = 0.0
     filled[: len(actions)] = actions
