@@ -6,6 +6,7 @@ The same `tiny` policy, the same batch, the same AdamW, one thread each. The bar
 hand: forward, backward, clip, step. Ours is `upvla.train.loop.fit` on the DeepSpeed engine in a Ray Train worker. Both
 live in processes of their own and take turns, one step at a time, so that the machine's noise falls on both; the ratio
 is of medians of one run. ZeRO 0 to 3 with one worker: nothing is exchanged, all of it is overhead.
+All of it has the memory allocator's settings of a training job (`upvla.launch.train.ALLOCATOR`).
 CPU seconds of the step's own thread are shown beside the wall clock: other work on the machine does not change those.
 
 Then two workers, who exchange gradients, take turns with two bare loops, each pinned to a core of its own, which know
@@ -18,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from model_step import make_batch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from upvla.launch.train import ALLOCATOR
 from upvla.model.config import preset
 from upvla.model.upvla import UPVLA
 from upvla.types import Batch
@@ -189,12 +192,16 @@ def _fit(trainer: TorchTrainer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=128, help="of the global batch; a step should take a second or more")
+    parser.add_argument(
+        "--rows", type=int, default=128, help="of the global batch; a step should take a second or more"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--no-pair", dest="pair", action="store_false")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not ALLOCATOR.items() <= os.environ.items():  # the allocator reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     torch.set_num_threads(1)
     here = str(Path(__file__).parent)  # the workers import this file's neighbours
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
