@@ -402,7 +402,7 @@ def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int,
             "overlap_comm": config.use_gpu,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "memory_efficient_linear": config.use_gpu,  # ZeRO 3's own product saves a GPU memory, and a CPU loses 5 %
+            "memory_efficient_linear": config.use_gpu,  # ZeRO 3's own product saves memory and takes longer
         }
         | _offload(config),
         "torch_autocast": {
