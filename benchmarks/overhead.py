@@ -1,11 +1,12 @@
 """What Ray, DeepSpeed and our loop cost on top of a bare PyTorch loop, a step.
 
-    python benchmarks/overhead.py [--rows 128] [--steps 8] [--stages 0 1 2 3] [--no-pair] [--json FILE]
+    python benchmarks/overhead.py [--rows 128] [--steps 20] [--stages 0 1 2 3] [--no-pair] [--json FILE]
 
 The same `tiny` policy, the same batch, the same AdamW, one thread each. The bare loop is what one would write by
 hand: forward, backward, clip, step. Ours is `upvla.train.loop.fit` on the DeepSpeed engine in a Ray Train worker. Both
 live in processes of their own and take turns, one step at a time, so that the machine's noise falls on both; the ratio
-is of medians of one run. ZeRO 0 to 3 with one worker: nothing is exchanged, all of it is overhead.
+is the median of the ratios of neighbouring steps. A step's number says on which core both take it: two cores of a
+shared machine are not equally fast. ZeRO 0 to 3 with one worker: nothing is exchanged, all of it is overhead.
 All of it has the memory allocator's settings of a training job (`upvla.launch.train.ALLOCATOR`).
 CPU seconds of the step's own thread are shown beside the wall clock: other work on the machine does not change those.
 
@@ -42,6 +43,7 @@ from upvla.types import Batch
 WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
 LR, CLIP = 1e-4, 1.0
 _POLL_S = 0.001
+CORES = sorted(os.sched_getaffinity(0))[:2]
 
 
 class Turns:
@@ -70,6 +72,11 @@ class Turns:
         return float(wall_s), float(cpu_s)
 
 
+def use_core(number: int) -> None:
+    """The calling thread, which is the one that computes, takes step `number` on this core, whichever side it is."""
+    os.sched_setaffinity(0, {CORES[number % len(CORES)]})
+
+
 def data(rows: int) -> tuple[UPVLA, Batch]:
     torch.manual_seed(0)
     config = preset("tiny")
@@ -89,7 +96,7 @@ def bare(rows: int) -> Iterator[tuple[float, float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        float(loss)
+        loss.item()
         yield time.perf_counter() - began, time.process_time() - cpu
 
 
@@ -111,6 +118,8 @@ def ours(settings: dict[str, Any]) -> None:
     def batches() -> Iterator[list[Batch]]:
         for number in range(steps):
             turns.wait(number)
+            if workers == 1:
+                use_core(number)
             began[:] = time.perf_counter(), time.process_time()
             yield [batch]
 
@@ -144,12 +153,14 @@ def compare(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
             for number in range(steps + 1):  # the first of each is warm-up
                 turns.give("ours0", number)
                 loop.append(turns.answer("ours0", number))
+                use_core(number)
                 hand.append(next(by_hand))
     found = {}
     for name, index in (("wall", 0), ("cpu", 1)):
-        ours_s, bare_s = (median(step[index] for step in steps_[1:]) for steps_ in (loop, hand))
-        found |= {f"bare_{name}_ms": 1e3 * bare_s, f"ours_{name}_ms": 1e3 * ours_s}
-        found[f"overhead_{name}_pct"] = 100.0 * (ours_s / bare_s - 1.0)
+        ours_s, bare_s = ([step[index] for step in steps_[1:]] for steps_ in (loop, hand))
+        found |= {f"bare_{name}_ms": 1e3 * median(bare_s), f"ours_{name}_ms": 1e3 * median(ours_s)}
+        ratio = median(one / other for one, other in zip(ours_s, bare_s, strict=True))
+        found[f"overhead_{name}_pct"] = 100.0 * (ratio - 1.0)
     return found
 
 
@@ -165,10 +176,10 @@ def alone(folder: str, core: int, number: int, rows: int, steps: int) -> None:
 
 def pair(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
     """Rows a second of two workers together, over those of two pinned processes that share nothing."""
-    cores, shares = sorted(os.sched_getaffinity(0))[:2], []
+    shares = []
     rates: dict[str, list[float]] = {"alone": [], "ours": []}
     with tempfile.TemporaryDirectory(prefix="upvla-overhead-") as folder:
-        work = [(folder, core, number, rows, steps + 1) for number, core in enumerate(cores)]
+        work = [(folder, core, number, rows, steps + 1) for number, core in enumerate(CORES)]
         singles = [multiprocessing.get_context("spawn").Process(target=alone, args=each) for each in work]
         for process in singles:
             process.start()
@@ -195,7 +206,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, default=128, help="of the global batch; a step should take a second or more"
     )
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--no-pair", dest="pair", action="store_false")
     parser.add_argument("--json", type=Path)

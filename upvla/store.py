@@ -338,12 +338,15 @@ class S3Store(Store):
 
     def _listed(self, prefix: str, after: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
-        begin = {"StartAfter": self.prefix + after} if after else {}
+        client, begin = self._client(), {"StartAfter": self.prefix + after} if after else {}
         with self._translated(prefix):
-            pages = self._client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, **begin):
+            while True:
+                page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **begin)
                 for item in page.get("Contents", ()):
                     found[item["Key"].removeprefix(self.prefix)] = item
+                if not page.get("IsTruncated"):
+                    break
+                begin = {"ContinuationToken": page["NextContinuationToken"]}
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:

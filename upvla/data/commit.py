@@ -11,6 +11,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -29,8 +31,9 @@ from upvla.data.versions import (
     newest_manifest,
     read_quarantine,
     remember,
+    remembered,
 )
-from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError
+from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError, UpvlaError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
 from upvla.types import ActionSpace, Manifest
 
@@ -77,8 +80,7 @@ def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None]
     root = dataset_root(store, dataset)
     _require_conditional_create(store.url)
     for attempt in range(_COMMIT_ATTEMPTS):
-        parent = newest_manifest(store, dataset)
-        manifest = form(root, parent)
+        parent, manifest = _formed(store, dataset, form, remembered(root) if attempt == 0 else None)
         if parent and parent.content_id == manifest.content_id:
             return parent
         try:
@@ -88,6 +90,23 @@ def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None]
         except AlreadyExists:
             time.sleep(min(attempt, 10) * 0.01 * (1 + uuid.uuid4().int % 100 / 100))  # no global random generator
     raise StoreError(f"{root.url}: {_COMMIT_ATTEMPTS} commits in a row were overtaken; run the ingest again")
+
+
+def _formed(
+    store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest], likely: Manifest | None
+) -> tuple[Manifest | None, Manifest]:
+    """The newest version and the one after it. That is formed on the `likely` one while the listing is on its way, and
+    again if the listing names another; what `form` says of a version that is not the newest is nobody's business."""
+    root, manifest = dataset_root(store, dataset), None
+    with ThreadPoolExecutor(1) as aside:
+        listing = aside.submit(newest_manifest, store, dataset)
+        if likely is not None:
+            with suppress(UpvlaError):
+                manifest = form(root, likely)
+        parent = listing.result()
+    if manifest is None or parent is not likely:
+        manifest = form(root, parent)
+    return parent, manifest
 
 
 @functools.cache

@@ -53,16 +53,13 @@ class Summary:
         counts = np.array([part.count for part in parts], np.float64)[:, None]
         means, total = np.stack([part.mean for part in parts]), counts.sum()
         mean = (means * counts).sum(0) / total
-        keys, found = np.concatenate([part.buckets for part in parts]).T
-        histogram = np.bincount(keys, weights=found).astype(np.int64)
-        present = np.flatnonzero(histogram)
         return Summary(
             int(total),
             mean,
             np.stack([part.m2 for part in parts]).sum(0) + ((means - mean) ** 2 * counts).sum(0),
             np.min([part.low for part in parts], axis=0),
             np.max([part.high for part in parts], axis=0),
-            np.stack([present, histogram[present]], axis=1),
+            _added(np.concatenate([part.buckets for part in parts])),
         )
 
     def histograms(self) -> list[np.ndarray]:
@@ -239,6 +236,17 @@ def _figures(summary: Summary) -> FeatureStats:
         q99=_rounded(q99),
         constant=tuple(bool(value) for value in constant),
     )
+
+
+def _added(buckets: np.ndarray) -> np.ndarray:
+    """i64[N,2] (key, count) -> i64[M,2], a row a key, sorted. Few rows are sorted, many are counted: both are exact."""
+    keys, counts = buckets.T
+    if len(keys) < keys[-1] // 16:
+        present, place = np.unique(keys, return_inverse=True)
+        return np.stack([present, np.bincount(place, weights=counts).astype(np.int64)], axis=1)
+    histogram = np.bincount(keys, weights=counts).astype(np.int64)
+    present = np.flatnonzero(histogram)
+    return np.stack([present, histogram[present]], axis=1)
 
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:

@@ -52,6 +52,11 @@ def remember(root: Store, manifest: Manifest, token: str) -> None:
     _newest[root.url] = (manifest.version, token, manifest)
 
 
+def remembered(root: Store) -> Manifest | None:
+    """What was newest when this process last looked, or None."""
+    return _newest[root.url][2] if root.url in _newest else None
+
+
 def load_manifest(store: Store, dataset: str, version: int | str | None = None) -> Manifest:
     """A version by number or tag, or the newest. `NotFound` where there is none."""
     root = dataset_root(store, dataset)
