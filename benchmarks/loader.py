@@ -1,10 +1,11 @@
 """How near the loader comes to what decoding and resizing cost anyway.
 
-    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 4] [--epochs 2] [--pool-mb 56] [--json FILE]
+    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 8] [--epochs 2] [--pool-mb 56] [--json FILE]
 
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
 The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
 once. Sides take turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
+All of it has the memory allocator's settings of a training job, in which the loader runs.
 The memory figures are of a process of its own; over more than 4 GB: `--only-memory --recordings 4000 --epochs 5`.
 
 `npz_per_frame` reads the same recordings as UP-VLA's published code does, in one process. There
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from _allocator import as_in_a_training_job
 from _recordings import make_recording, s3_bucket
 from PIL import Image
 
@@ -290,11 +292,12 @@ def speed_from_s3(store: Store, options: argparse.Namespace) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("recordings", 60), ("batches", 12), ("rounds", 4), ("epochs", 2), ("pool-mb", 56)):
+    for name, default in (("recordings", 60), ("batches", 12), ("rounds", 8), ("epochs", 2), ("pool-mb", 56)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only-memory", action="store_true")
     options = parser.parse_args()
+    as_in_a_training_job()
     with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
         store = open_store(f"{folder}/store")
         build(store, options.recordings)

@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,11 +30,11 @@ from typing import Any
 
 import ray
 import torch
+from _allocator import as_in_a_training_job
 from model_step import make_batch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from upvla.launch.train import ALLOCATOR
 from upvla.model.config import preset
 from upvla.model.upvla import UPVLA
 from upvla.types import Batch
@@ -211,8 +210,7 @@ def main() -> None:
     parser.add_argument("--no-pair", dest="pair", action="store_false")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if not ALLOCATOR.items() <= os.environ.items():  # the allocator reads them when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+    as_in_a_training_job()
     torch.set_num_threads(1)
     here = str(Path(__file__).parent)  # the workers import this file's neighbours
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
