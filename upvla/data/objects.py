@@ -6,6 +6,7 @@ Objects never change, so what this process wrote or read of an index need not be
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 import threading
@@ -50,8 +51,9 @@ _Summaries = dict[str, dict[str, Summary]]  # recording's id -> feature -> what 
 def put_table(root: Store, folder: str, table: pa.Table) -> ShardRef:
     with scratch(table.nbytes), tempfile.TemporaryDirectory(prefix="upvla-table-") as name:
         path = Path(name, "table.parquet")
-        pq.write_table(table, path, compression="zstd")
-        return put_file(root, folder, path, len(table))
+        with HashedFile(path) as file:
+            pq.write_table(table, file, compression="zstd")
+        return put_file(root, folder, path, len(table), file.sha256)
 
 
 def read_table(root: Store, key: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -63,10 +65,24 @@ def read_table(root: Store, key: str, columns: Sequence[str] | None = None) -> p
         raise Corrupt(f"{root.url}/{key}: {error}; use the version before") from error
 
 
-def put_file(root: Store, folder: str, path: Path, rows: int) -> ShardRef:
+class HashedFile(io.BufferedWriter):
+    """A new file that is written from one end to the other, and hashed on the way."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return super().write(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def put_file(root: Store, folder: str, path: Path, rows: int, sha256: str) -> ShardRef:
     """Under the name that its content gives; the file itself may be gone afterwards."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
     if not root.exists(ref.key):
         root.adopt(path, ref.key)

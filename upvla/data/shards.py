@@ -7,9 +7,10 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.data.language import Question, questions
-from upvla.data.objects import put_file, put_index, put_table, refs, scratch
+from upvla.data.objects import HashedFile, put_file, put_index, put_table, refs, scratch
 from upvla.data.stats import Summary
 from upvla.errors import Mismatch
 from upvla.images import encode_jpeg
@@ -114,25 +115,34 @@ def stage(
     layout: Layout | None = None,
 ) -> Staged:
     """Write checked recordings (each with its source token) as shards under a dataset's `root`; nothing becomes
-    visible. Memory holds one recording, whatever the number. Equal input gives equal objects under equal names."""
+    visible. Memory holds two recordings, whatever the number: while one is hashed, written and, with a full shard, sent
+    to the store, the next is read and encoded. Equal input gives equal objects under equal names."""
     writer = _ShardWriter(root, layout or Layout())
-    rejected, scenes, asked = [], [], []
-    for item in episodes:
-        if isinstance(item, Rejection):
-            rejected.append(item)
-            continue
-        episode, token = item
-        images = {
-            camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
-            for camera, frames in episode.images.items()
-        }
-        episode = replace(episode, images=images)
-        encoded = {camera: b"".join(frames) for camera, frames in images.items()}
+    rejected, scenes = list[Rejection](), list[tuple[str, np.ndarray, str]]()
+    asked = list[Question]()
+
+    def write(episode: Episode, token: str) -> None:
+        encoded = {camera: b"".join(frames) for camera, frames in episode.images.items()}
         identity = episode_id(episode, encoded)
         writer.add(episode, encoded, identity, token)
-        asked += [_asked(identity, talk) for talk in episode.talks]
+        asked.extend(_asked(identity, talk) for talk in episode.talks)
         if episode.scene_state is not None:
             scenes.append((identity, episode.scene_state, episode.scene))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="upvla-shards") as aside:
+        behind = aside.submit(lambda: None)
+        for item in episodes:
+            if isinstance(item, Rejection):
+                rejected.append(item)
+                continue
+            episode, token = item
+            images = {
+                camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
+                for camera, frames in episode.images.items()
+            }
+            behind.result()
+            behind = aside.submit(write, replace(episode, images=images), token)
+        behind.result()
     writer.close()
     asked += questions(scenes, qa_per_episode) if qa_per_episode else []
     return Staged(
@@ -159,6 +169,7 @@ class _ShardWriter:
         with scratch(layout.shard_bytes):
             self._folder = tempfile.TemporaryDirectory(prefix="upvla-shard-")
         self._path = Path(self._folder.name, "shard.parquet")
+        self._file: HashedFile
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
         self._pending_bytes = self._shard_bytes = self._row = 0
@@ -237,16 +248,17 @@ class _ShardWriter:
             group = pa.concat_tables(self._pending)
             with scratch(self._layout.shard_bytes):
                 if self._writer is None:
-                    self._writer = _parquet_writer(self._path, group.schema)
+                    self._file = HashedFile(self._path)
+                    self._writer = _parquet_writer(self._file, group.schema)
                 self._writer.write_table(group, row_group_size=len(group))
         self._pending, self._pending_bytes = [], 0
 
     def _finish_shard(self) -> None:
         self._flush()
         assert self._writer is not None
-        with scratch(self._layout.shard_bytes):
+        with scratch(self._layout.shard_bytes), self._file:
             self._writer.close()
-        self.shards.append(put_file(self.root, "data", self._path, self._row))
+        self.shards.append(put_file(self.root, "data", self._path, self._row, self._file.sha256))
         self.index.append(put_index(self.root, self._index_rows, self._summaries))
         self._writer, self._index_rows, self._summaries, self._row, self._shard_bytes = None, [], {}, 0, 0
 
@@ -261,14 +273,14 @@ def _space_text(space: ActionSpace) -> str:
     return json.dumps(_space_json(space), sort_keys=True)
 
 
-def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
     """Images plain and uncompressed (they are compressed), numbers byte-split and zstd, statistics only of scalars."""
     names = schema.names
     images = [name for name in names if name.startswith("image_")]
     lists = [f"{field.name}.list.element" for field in schema if pa.types.is_fixed_size_list(field.type)]
     scalars = ["step", "timestamp"]
     return pq.ParquetWriter(
-        path,
+        file,
         schema,
         version="2.6",
         data_page_size=1 << 20,

@@ -43,8 +43,8 @@ ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
 }
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
-touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the loop
-in a thread, and the arena of a thread gives all above 64 MB back whatever the other two settings say."""
+touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the
+loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say."""
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
 _JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
 
