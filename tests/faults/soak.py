@@ -3,8 +3,9 @@
     python -m tests.faults.soak [--nights 200] [--json docs/faults-soak.json]
 
 In one night of eight a recording has landed: `finetune/nightly` runs through Prefect's worker, Ray and MLflow at toy
-size. Then its model is made champion by hand, so in the seven that follow there is nothing new, and a skip is recorded. After every night processes, open files, memory, slots, scratch files and objects are counted; the exit status
-is 1 where a flow run failed, or something grew that should not.
+size. Then its model is made champion by hand, so in the seven that follow there is nothing new, and a skip is recorded.
+After every night processes, open files, memory, slots, scratch files and objects are counted; the exit status is 1
+where a flow run failed, or something grew that should not.
 """
 
 from __future__ import annotations
