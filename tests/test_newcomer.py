@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.conftest import ROOT
@@ -69,6 +70,19 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         stack.up(config)
     yield Shell(config)
     stack.down(config)
+
+
+def test_nobody_gets_in_without_a_password(shell: Shell) -> None:
+    known = stack.environment(shell.config)
+    mlflow = f"{known['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search"
+    doors = {
+        mlflow: f"upvla:{known['MLFLOW_TRACKING_PASSWORD']}",
+        f"{known['PREFECT_API_URL']}/flows/filter": known["PREFECT_API_AUTH_STRING"],
+    }
+    for url, key in doors.items():
+        for given, expected in ((None, 401), ("upvla:wrong", 401), (key, 200)):
+            sent = httpx.BasicAuth(*given.split(":", 1)) if given else None
+            assert httpx.post(url, json={"limit": 1, "max_results": 1}, auth=sent).status_code == expected, (url, given)
 
 
 def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> None:

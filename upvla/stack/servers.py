@@ -180,6 +180,8 @@ def server_environment(config: StackConfig) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(config.home / "prefect/ui"),  # else inside the installed package
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # seconds; Ray Train leaves an actor behind that nothing ends, and Ray would wait half a minute for it
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # seconds; flows/deploy.py says what follows from silence
     }
 
