@@ -35,7 +35,7 @@ PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "resto
 """Where a worker dies: in a step; while its shards go to the local disk; between two uploads; before and after the
 manifest is created; while older sets are deleted; and, after a death that left one set, while that is downloaded."""
 
-STALL, _STALL_TIMEOUT_S = "stall", 15
+STALL, _STALL_TIMEOUT_S = "stall", 8
 _LIFE_TIMEOUT_S = 200
 
 

@@ -56,7 +56,7 @@ class Hosts:
             "RAY_health_check_period_ms": "2000",  # a node that has gone is known as such after a quarter of a minute
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "3",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # a place on a host that has gone is not waited for longer
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # a place on a host that has gone is not waited for longer
             "GLOO_SOCKET_IFNAME": "eth0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",
@@ -148,7 +148,7 @@ def test_when_a_host_is_cut_off_the_other_goes_on_from_the_last_resume_point(
     hosts: Hosts, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """The last test on these hosts: Ray's node on the one that was cut off gives up after a while, as it should."""
-    engine = {"num_workers": (1, 2), "stall_timeout_s": 30, "max_failures": 5}
+    engine = {"num_workers": (1, 2), "stall_timeout_s": 15, "max_failures": 5}
     store, spec = stage_of(prepared, tmp_path, engine=engine)
     driver = Driver(hosts, store, spec)
     points = store.sub(f"{spec.prefix}/resume")
