@@ -1,0 +1,54 @@
+"""Any other fsspec URL as a store to read from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from upvla.errors import NotFound, StoreError
+from upvla.store.base import Store, checked, require_whole
+
+
+class FsspecStore(Store):
+    """Any other fsspec URL, to read from: without a conditional create no dataset or checkpoint lives here."""
+
+    def __init__(self, url: str):
+        from fsspec.core import url_to_fs
+
+        super().__init__(url)
+        self._files, root = url_to_fs(self.url)
+        self._root = root.rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        try:
+            return bytes(self._files.cat_file(f"{self._root}/{checked(key)}"))
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self._url_of(key)}: {error}") from error
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        path = f"{self._root}/{checked(key)}"
+        try:
+            parts = [bytes(self._files.cat_file(path, start, end)) for start, end in ranges]
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self._url_of(key)}: {error}") from error
+        return require_whole(parts, ranges, self._url_of(key))
+
+    def size(self, key: str) -> int:
+        try:
+            return int(self._files.size(f"{self._root}/{checked(key)}"))
+        except FileNotFoundError as error:
+            raise NotFound(f"{self._url_of(key)} does not exist") from error
+
+    def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
+        folder = prefix.rpartition("/")[0]
+        found = self._files.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
+        keys = {path[len(self._root) :].lstrip("/"): info for path, info in sorted(found.items())}
+        names = ("size", "ETag", "mtime", "created", "LastModified")
+        return {
+            key: "-".join(str(info[name]) for name in names if name in info)
+            for key, info in keys.items()
+            if key.startswith(prefix) and key > after
+        }
