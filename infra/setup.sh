@@ -48,4 +48,4 @@ say "installing what constraints.txt locks"
 .venv/bin/python infra/check_lock.py constraints.txt
 say "building DeepSpeed's operator for this machine, once"
 TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}" DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" \
-  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -c "from upvla.train.engine import build_ops; build_ops()" >/dev/null
+  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -c "from upvla.train.zero import build_ops; build_ops()" >/dev/null

@@ -31,8 +31,9 @@ from upvla.rollout.evaluate import Control
 from upvla.rollout.judge import SuiteJudge
 from upvla.rollout.play import Ask
 from upvla.rollout.policy import UPVLAPolicy
+from upvla.rollout.predictor import Asked, Served, Session
 from upvla.rollout.references import StillPolicy
-from upvla.rollout.server import PolicyServer, Served, ServerConfig, _Request, _Session, as_uvicorn
+from upvla.rollout.server import PolicyServer, ServerConfig, as_uvicorn
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Observation, Prediction
 
 TOKEN = "only-for-tests"
@@ -144,7 +145,7 @@ def test_a_request_that_nobody_waits_for_does_not_end_the_others() -> None:
     with running(always(Counting(0.5, wait_s=0.5))) as found, robot(found) as remote:
         remote.reset("push")
         remote.ask(observation(0))
-        request = _Request(_Session(found.server.served), Ask(observation(1), "push", {}), 50.0)
+        request = Asked(Session(found.server.served), Ask(observation(1), "push", {}), 50.0)
         request.done.cancel()
         found.server._predictor.submit(request)
         assert remote.answer().actions.shape == (4, 7)

@@ -13,8 +13,9 @@ from torch.utils.cpp_extension import _get_build_directory
 from tests.train.toy import ToyVLA
 from upvla.errors import ConfigError
 from upvla.train.config import StageConfig, accumulation_steps
-from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine, deepspeed_json
+from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine
 from upvla.train.optimizer import decay_groups, lr_factor
+from upvla.train.zero import deepspeed_json
 
 # the published recipe's schedule (linear warm-up, half cosine) at base 1e-4, 20 warm-up steps, 400 steps in all
 PUBLISHED_LR = {0: 0.0, 1: 5e-6, 10: 5e-5, 19: 9.5e-5, 20: 1e-4, 21: 9.999829128320874e-05, 110: 8.678619553365659e-05,
@@ -78,7 +79,7 @@ def test_without_a_process_group_the_error_says_who_starts_one() -> None:
 def test_a_killed_builder_of_deepspeeds_operator_stops_nobody_after_it() -> None:
     left_behind = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
     left_behind.touch()
-    code = "from upvla.train.engine import build_ops; build_ops()"
+    code = "from upvla.train.zero import build_ops; build_ops()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
     assert not left_behind.exists()
 

@@ -20,8 +20,9 @@ from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, scores, summarise
 from upvla.rollout.judge import SuiteJudge
 from upvla.rollout.policy import UPVLAPolicy
+from upvla.rollout.predictor import Load, Served
 from upvla.rollout.protocol import identity, protocol
-from upvla.rollout.server import Load, PolicyServer, Served, ServerConfig, as_uvicorn
+from upvla.rollout.server import PolicyServer, ServerConfig, as_uvicorn
 from upvla.store import content_hash, open_store
 from upvla.types import ModelVersion, Observation
 

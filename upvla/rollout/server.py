@@ -20,12 +20,8 @@ import contextlib
 import hmac
 import json
 import logging
-import queue
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,14 +37,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from upvla.errors import Mismatch, NoAnswer, UpvlaError
 from upvla.rollout import wire
-from upvla.rollout.play import Answer, Ask, BatchPolicy, answers
-from upvla.types import Observation, Policy, Prediction
+from upvla.rollout.play import Ask, BatchPolicy
+from upvla.rollout.predictor import Asked, Load, Predictor, Served, Session
+from upvla.types import Observation, Prediction
 
 log = logging.getLogger(__name__)
 
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _GRACE_S = 5  # for requests in flight when the server is told to stop
-_TOGETHER = 16  # requests that are answered in one batch
 _STATUS = {"mismatch": 400, "busy": 503, "deadline": 504}
 
 
@@ -70,105 +66,6 @@ class ServerConfig(BaseModel):
     reload_every_s: float = Field(default=5.0, gt=0, description="how often the registry is asked for another model")
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model that is loaded: the policy, and what a caller must know of it."""
-
-    policy: Policy | BatchPolicy
-    model_id: str
-    version: str  # in the registry; empty for a checkpoint by URL
-    cameras: tuple[str, ...]
-    stats_id: str = ""
-
-    def greeting(self) -> dict[str, Any]:
-        return {
-            "format": wire.FORMAT,
-            "model_id": self.model_id,
-            "version": self.version,
-            "stats_id": self.stats_id,
-            "cameras": list(self.cameras),
-            "action_space": self.policy.action_space.to_json(),
-        }
-
-
-Load = Callable[[str], Served | None]
-"""The model to serve now; None where it is still the one of the given model id."""
-
-
-@dataclass(eq=False)
-class _Session:
-    served: Served
-    memory: dict[str, Any] = field(default_factory=dict)
-    begun: bool = False
-
-
-class _Request:
-    """One observation on its way through the line of those that wait."""
-
-    def __init__(self, session: _Session, ask: Ask, deadline_s: float) -> None:
-        self.session, self.ask = session, ask
-        self.came = time.monotonic()
-        self.expires = self.came + deadline_s
-        self.taken = 0.0
-        self.done: Future[Prediction] = Future()
-
-
-class _Predictor:
-    """The one thread that runs the model. Requests that wait together for one model are answered together."""
-
-    def __init__(self) -> None:
-        self._line: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: _Request) -> None:
-        self._line.put(request)
-
-    def close(self) -> None:
-        self._line.put(None)
-        self._thread.join(5.0)
-
-    def _run(self) -> None:
-        while (first := self._line.get()) is not None:
-            waiting = [first]
-            while len(waiting) < _TOGETHER and not self._line.empty():
-                if (more := self._line.get()) is None:
-                    return
-                waiting.append(more)
-            for served in {id(r.session.served): r.session.served for r in waiting}.values():
-                answer, lanes = answers(served.policy)
-                same = [r for r in waiting if r.session.served is served]
-                for i in range(0, len(same), lanes or len(same)):
-                    _answer(answer, same[i : i + (lanes or len(same))])
-
-
-def _answer(answer: Answer, requests: Sequence[_Request]) -> None:
-    """Give each its prediction or its error; whoever waited past the deadline is not asked about any more."""
-    now = time.monotonic()
-    due = []
-    for request in requests:
-        request.taken = now
-        if not request.done.set_running_or_notify_cancel():
-            continue  # nobody waits for it any more
-        if now > request.expires:
-            request.done.set_exception(
-                NoAnswer("deadline", f"waited {1000 * (now - request.came):.0f} ms for its turn")
-            )
-        else:
-            due.append(request)
-    try:
-        replies = list(answer([request.ask for request in due])) if due else []
-        if len(replies) != len(due):
-            raise Mismatch(f"policy: {len(due)} observations, {len(replies)} answers")
-    except Exception as error:
-        replies = [error for _ in due]
-    for request, reply in zip(due, replies, strict=True):
-        if isinstance(reply, Exception):
-            request.done.set_exception(reply)
-        else:
-            request.done.set_result(reply)
-
-
 class PolicyServer:
     """`app` is an ASGI application. `load("")` gives the first model, and is asked again for a newer one."""
 
@@ -177,8 +74,8 @@ class PolicyServer:
         if first is None or not token:
             raise Mismatch("serve: a policy server needs a model and a token")
         self.config, self.served = config, first
-        self._load, self._predictor, self._metrics = load, _Predictor(), _Metrics(first)
-        self._holder: _Session | None = None  # of a policy that remembers its subtask: it serves one session at a time
+        self._load, self._predictor, self._metrics = load, Predictor(), _Metrics(first)
+        self._holder: Session | None = None  # of a policy that remembers its subtask: it serves one session at a time
         self._sessions = 0
         routes = [
             Route("/health", self._health),
@@ -205,7 +102,7 @@ class PolicyServer:
         if body is None:
             self._metrics.outcome.labels("too_large").inc()
             return JSONResponse({"error": {"code": "too_large", "message": f"over {self.config.max_bytes} bytes"}}, 413)
-        session = _Session(self.served)
+        session = Session(self.served)
         as_json = request.headers.get("content-type", "").startswith("application/json")
         try:
             header, arrays = _from_json(body) if as_json else wire.unpack(body, self.config.max_bytes)
@@ -224,7 +121,7 @@ class PolicyServer:
             await socket.send_denial_response(JSONResponse({"error": "every session is taken: try again"}, 503))
             return
         await socket.accept()
-        session = _Session(self.served)
+        session = Session(self.served)
         self._sessions += 1
         self._metrics.sessions.set(self._sessions)
         try:
@@ -238,7 +135,7 @@ class PolicyServer:
             self._sessions -= 1
             self._metrics.sessions.set(self._sessions)
 
-    async def _reply(self, session: _Session, message: bytes) -> bytes:
+    async def _reply(self, session: Session, message: bytes) -> bytes:
         number: Any = None
         try:
             header, arrays = wire.unpack(message, self.config.max_bytes)
@@ -254,7 +151,7 @@ class PolicyServer:
     # ------------------------------------------------------------------------------------------------ predictions
 
     async def _predict(
-        self, session: _Session, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+        self, session: Session, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, Any], Prediction]:
         """(what the reply says, the chunk). Raises `Mismatch` for what cannot be answered, `NoAnswer` for too late."""
         if header.get("begin") is True:
@@ -266,7 +163,7 @@ class PolicyServer:
         budget = header.get("deadline_ms", self.config.deadline_ms)
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= self.config.deadline_ms:
             raise Mismatch(f"act: deadline_ms {budget!r} is not in 0..{self.config.deadline_ms:g}")
-        request = _Request(session, Ask(observation, instruction, session.memory), budget / 1000)
+        request = Asked(session, Ask(observation, instruction, session.memory), budget / 1000)
         self._predictor.submit(request)
         prediction = await asyncio.wrap_future(request.done)
         ended = time.monotonic()
@@ -281,14 +178,14 @@ class PolicyServer:
             "predict_ms": round(1000 * (ended - request.taken), 3),
         }, prediction
 
-    def _hold(self, session: _Session) -> None:
+    def _hold(self, session: Session) -> None:
         if isinstance(session.served.policy, BatchPolicy):
             return
         if self._holder not in (None, session):
             raise NoAnswer("busy", "this policy remembers its subtask, and another session is in the middle of one")
         self._holder = session
 
-    def _release(self, session: _Session) -> None:
+    def _release(self, session: Session) -> None:
         if self._holder is session:
             self._holder = None
 

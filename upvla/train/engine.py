@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind a small interface: forward, backward, step, save, load, and the full weights.
 
-Only this file knows DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is one
-engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over workers, and
+Only this file and `zero.py` know DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is
+one engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over workers, and
 `Engine.backward` undoes that, because every loss is already a sum over the *global* batch divided by its count.
 
 The optimiser is torch's AdamW with one addition, a veto: DeepSpeed runs its whole step (reduces, clips, clears), the
@@ -10,18 +10,10 @@ weights and moments stay. So a step can be refused under every ZeRO stage withou
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import io
-import logging
 import math
-import os
-import sysconfig
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +26,7 @@ from upvla.train import group
 from upvla.train.config import EngineConfig, OptimizerConfig
 from upvla.train.ema import Ema, Shards, shard_of, shard_size
 from upvla.train.optimizer import VetoableAdamW, decay_groups, freeze_parameters, lr_factor
+from upvla.train.zero import TAG, build_ops, deepspeed_json, import_deepspeed
 from upvla.types import Batch, Losses
 
 if TYPE_CHECKING:
@@ -41,20 +34,9 @@ if TYPE_CHECKING:
 
     import deepspeed
 
-__all__ = [
-    "Engine",
-    "EngineConfig",
-    "OptimizerConfig",
-    "StepInfo",
-    "build_engine",
-    "build_ops",
-    "to_universal",
-]
+__all__ = ["Engine", "EngineConfig", "OptimizerConfig", "StepInfo", "build_engine"]
 
-_TAG = "engine"
 _EMA = "average_{:05d}.pt"
-_BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
-_BUCKET_MAX = 50_000_000
 
 
 class StepInfo(NamedTuple):
@@ -194,7 +176,7 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this worker's shards of weights, averages, moments and schedule into its own `folder`."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.ema is not None:
             torch.save(self.ema.average, folder / _EMA.format(self.rank))
 
@@ -204,7 +186,7 @@ class Engine:
         An engine built with `universal=True` reads what `to_universal` made of such a folder.
         """
         decays = [param_group["weight_decay"] for param_group in self._adamw.param_groups]
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise Corrupt(f"DeepSpeed found no checkpoint under {folder}: the shard set is incomplete")
         # A converted ZeRO 3 set gives every group the decay of the first, and all of them one and the same step counter
@@ -320,7 +302,7 @@ def build_engine(
     """
     if not torch.distributed.is_initialized():
         raise ConfigError("no process group: start training through upvla.launch.train (or init_process_group first)")
-    deepspeed = _import_deepspeed(config.use_gpu)
+    deepspeed = import_deepspeed(config.use_gpu)
     build_ops(config.use_gpu)
     freeze_parameters(module, freeze)
     adamw = VetoableAdamW(
@@ -338,99 +320,3 @@ def build_engine(
         | {"checkpoint": {"load_universal": universal}},
     )
     return Engine(engine, adamw, config, accumulation, ema_decay)
-
-
-def to_universal(folder: Path, converted: Path) -> None:
-    """Make of the shards of all workers under `folder` a set that any number of workers can load.
-
-    DeepSpeed's own conversion, one process, one parameter at a time. It unpickles: verify the hashes first.
-    """
-    from deepspeed.checkpoint import ds_to_universal
-
-    options = argparse.Namespace(
-        input_folder=str(folder / _TAG),
-        output_folder=str(converted / _TAG),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    (converted / _TAG).mkdir(parents=True)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars
-        ds_to_universal.main(options)
-    for path in folder.glob("average_*.pt"):  # these are cut the same way for everybody
-        path.rename(converted / path.name)
-
-
-def build_ops(use_gpu: bool = False) -> None:
-    """Compile what DeepSpeed compiles at its first use, half a minute on two cores, so that no run waits for it.
-
-    It is kept under TORCH_EXTENSIONS_DIR; where it is there already this takes a second. Torch marks a build in
-    progress by a file that outlives a killed builder, and everyone after it would wait for ever: our own lock ends
-    with its owner, and who holds it removes a mark left behind.
-    """
-    deepspeed = _import_deepspeed(use_gpu)
-    if use_gpu:
-        return
-    from torch.utils.cpp_extension import _get_build_directory
-
-    scripts = sysconfig.get_path("scripts")  # our own ninja: another version takes what this one built for stale
-    if os.environ.get("PATH", "").split(os.pathsep)[0] != scripts:
-        os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
-    builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "upvla.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
-
-
-def deepspeed_json(module: nn.Module, config: EngineConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """Every value that matters is stated, since DeepSpeed's defaults move between releases."""
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    bucket = min(-(-trainable // _BUCKET_STEP) * _BUCKET_STEP, _BUCKET_MAX)
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.gradient_clipping,
-        "zero_allow_untested_optimizer": True,  # torch's own AdamW: exact resume on CPU, no compiled CPUAdam
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": config.use_gpu,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "memory_efficient_linear": config.use_gpu,  # ZeRO 3's own product saves memory and takes longer
-        }
-        | _offload(config),
-        "torch_autocast": {
-            "enabled": config.precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # gradients are reduced in float32, whatever the world size
-        },
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _offload(config: EngineConfig) -> dict[str, Any]:
-    if config.offload == "none":
-        return {}
-    place: dict[str, Any] = {"device": config.offload, "pin_memory": config.use_gpu}
-    if config.offload == "nvme":
-        place["nvme_path"] = config.nvme_folder
-        return {"offload_optimizer": place, "offload_param": place}
-    return {"offload_optimizer": place}
-
-
-def _import_deepspeed(use_gpu: bool) -> ModuleType:
-    """Late, because importing it takes seconds, reads the environment and configures logging."""
-    os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # one line a collective otherwise: DeepSpeed 0.19 calls names that torch 2.13 has renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    return deepspeed

@@ -36,8 +36,9 @@ import torch
 from upvla.errors import Corrupt, Mismatch, NoSpace, NotFound
 from upvla.store import Store
 from upvla.train import group
-from upvla.train.engine import Engine, to_universal
+from upvla.train.engine import Engine
 from upvla.train.scratch import locked_folder, shared_folder
+from upvla.train.zero import to_universal
 
 log = logging.getLogger(__name__)
 
