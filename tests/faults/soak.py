@@ -182,7 +182,7 @@ def _slots() -> int:
 def _prefect(method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
     """By hand: a client's imports would be a tenth of the soak. Like that client, it asks a busy server again."""
     url = os.environ["PREFECT_API_URL"] + path
-    for wait_s in (1, 2, 4, 8, 0):
+    for wait_s in (2, 4, 8, 16, 32, 0):
         answer = httpx.request(method, url, json=body, timeout=60)
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             break
