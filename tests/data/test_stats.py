@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upvla.data.stats import Normalizer, Statistics, Summary
+from upvla.data.stats import Normalizer, Statistics, Summary, _added
 from upvla.errors import Mismatch
 
 
@@ -31,6 +31,14 @@ def test_merged_figures_are_those_of_the_whole(lengths: list[int], seed: int) ->
     ):
         assert np.allclose(getattr(figures, name), expected, rtol=1e-5, atol=1e-5), name
     assert _statistics(*parts).features["x"].q01 == _statistics(*reversed(parts)).features["x"].q01
+
+
+def test_few_buckets_and_many_are_added_alike() -> None:
+    rng = np.random.Generator(np.random.Philox(1))
+    few = np.stack([np.sort(rng.choice(200_000, 40, replace=False)), rng.integers(1, 9, 40)], axis=1)
+    many = np.tile(few, (1000, 1))
+    assert np.array_equal(_added(many), few * (1, 1000))  # counted
+    assert np.array_equal(_added(np.concatenate([few, few])), few * (1, 2))  # sorted
 
 
 def test_quantiles_are_within_one_per_cent() -> None:

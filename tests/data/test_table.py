@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from upvla.data import shards
-from upvla.data.commit import commit
+from upvla.data import shards, versions
+from upvla.data.commit import commit, remove
 from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.table import Dataset, load_manifest
 from upvla.data.versions import dataset_root
@@ -156,6 +156,26 @@ def test_unlike_recordings_and_options_are_refused(tmp_path: Path) -> None:
         with pytest.raises(Mismatch, match=message):
             staged_of(store, [make_episode(0), odd])
     assert load_manifest(store, "d").version == 1
+
+
+@pytest.mark.parametrize("elsewhere", ["a commit", "a removal", "all deleted"])
+def test_a_commit_after_somebody_elses_starts_from_theirs(store: Store, elsewhere: str) -> None:
+    """This process remembers a version; another one has moved on, and told nobody."""
+    known = put(store, range(3))
+    root, remembered = dataset_root(store, "d"), versions._newest.copy()
+    if elsewhere == "a commit":
+        put(store, [3])
+    elif elsewhere == "a removal":
+        remove(store, "d", {Dataset(store, known).episodes[0].id}, "a test")
+    else:
+        for key in root.list():
+            root.delete(key)
+    versions._newest.clear()
+    versions._newest.update(remembered)
+    made = put(store, [4])
+    expected = {"a commit": (3, 5), "a removal": (3, 3), "all deleted": (1, 1)}[elsewhere]
+    assert (made.version, made.num_episodes) == expected
+    assert len(Dataset(store, load_manifest(store, "d")).episodes) == made.num_episodes
 
 
 def test_too_few_accepted_stops_the_commit(tmp_path: Path) -> None:
