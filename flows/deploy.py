@@ -20,7 +20,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 TRAINER = "trainer"
 """Name of the limit that every training task of a cluster takes its one slot from; the others wait."""
@@ -45,8 +45,12 @@ def main() -> int:
 
 def ensure_trainer_slot() -> None:
     """One, unless an administrator has already chosen another number."""
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=TRAINER, limit=1))
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(TRAINER)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=TRAINER, limit=1))
 
 
 def ensure_zombie_automation(silence_s: float = SILENCE_S) -> Automation:

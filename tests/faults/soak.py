@@ -2,8 +2,8 @@
 
     python -m tests.faults.soak [--nights 200] [--json docs/faults-soak.json]
 
-In one night of eight a recording has landed: `finetune/nightly` runs through Prefect's worker, Ray and MLflow at toy
-size. Then its model is made champion by hand, so in the seven that follow there is nothing new, and a skip is recorded.
+In one night of ten a recording has landed: `finetune/nightly` runs through Prefect's worker, Ray and MLflow at toy
+size. Then its model is made champion by hand, so in the nine that follow there is nothing new, and a skip is recorded.
 After every night processes, open files, memory, slots, scratch files and objects are counted; the exit status is 1
 where a flow run failed, or something grew that should not.
 """
@@ -38,7 +38,7 @@ from upvla.store import Store, open_store
 
 NAME = "upvla-tiny"
 LENGTHS = (20, 24, 18, 22, 26, 20, 19, 21)
-WEEK, BUSY = 8, 1  # nights, and how many of them have something new
+WEEK, BUSY = 10, 1  # nights, and how many of them have something new
 RSS_MB_A_NIGHT = 2.0  # of all servers together; their databases' caches grow at first
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 KEPT_FOR_GOOD = ("models", "runs", "evaluations", "steps", "mixtures", "registry", "datasets", "vq", "text", "reports")
