@@ -8,7 +8,8 @@ live in processes of their own and take turns, one step at a time, so that the m
 is the median of the ratios of neighbouring steps. A step's number says on which core both take it: two cores of a
 shared machine are not equally fast. ZeRO 0 to 3 with one worker: nothing is exchanged, all of it is overhead.
 All of it has the memory allocator's settings of a training job (`upvla.launch.train.ALLOCATOR`).
-CPU seconds of the step's own thread are shown beside the wall clock: other work on the machine does not change those.
+CPU seconds of the step's own process are shown beside the wall clock: other work on the machine hardly changes those.
+The last columns are the milliseconds that forward, backward, the optimiser and all the rest take more (or fewer).
 
 Then two workers, who exchange gradients, take turns with two bare loops, each pinned to a core of its own, which know
 nothing of each other: the ratio of rows a second is what training together costs (`--no-pair` leaves it out).
@@ -22,7 +23,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,8 @@ from upvla.model.config import preset
 from upvla.model.upvla import UPVLA
 from upvla.types import Batch
 
+Spent = dict[str, float]  # seconds
+PARTS = ("forward", "backward", "step")
 WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
 LR, CLIP = 1e-4, 1.0
 _POLL_S = 0.001
@@ -58,17 +61,41 @@ class Turns:
     def give(self, side: str, number: int) -> None:
         (self._folder / f"{side}-{number}.go").touch()
 
-    def done(self, number: int, wall_s: float, cpu_s: float) -> None:
+    def done(self, number: int, spent: Spent) -> None:
         path = self._folder / f"{self._side}-{number}.json"
-        path.with_suffix(".part").write_text(json.dumps([wall_s, cpu_s]))
+        path.with_suffix(".part").write_text(json.dumps(spent))
         path.with_suffix(".part").rename(path)
 
-    def answer(self, side: str, number: int) -> tuple[float, float]:
+    def answer(self, side: str, number: int) -> Spent:
         path = self._folder / f"{side}-{number}.json"
         while not path.exists():
             time.sleep(_POLL_S)
-        wall_s, cpu_s = json.loads(path.read_text())
-        return float(wall_s), float(cpu_s)
+        return dict(json.loads(path.read_text()))
+
+
+class Clock:
+    """Seconds of one step: by the wall, of this process, and of the parts that are timed."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self._wall, self._cpu, self._parts = time.perf_counter(), time.process_time(), dict.fromkeys(PARTS, 0.0)
+
+    def end(self) -> Spent:
+        wall = time.perf_counter() - self._wall
+        rest = wall - sum(self._parts.values())
+        return {"wall": wall, "cpu": time.process_time() - self._cpu, **self._parts, "rest": rest}
+
+    def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return work(*arguments, **named)
+            finally:
+                self._parts[part] += time.perf_counter() - began
+
+        return run
 
 
 def use_core(number: int) -> None:
@@ -83,20 +110,28 @@ def data(rows: int) -> tuple[UPVLA, Batch]:
     return UPVLA(config).train(), batch
 
 
-def bare(rows: int) -> Iterator[tuple[float, float]]:
-    """Seconds, wall and CPU, of one hand-written step after another."""
+def bare(rows: int) -> Iterator[Spent]:
+    """One hand-written step after another."""
     model, batch = data(rows)
     optimizer = torch.optim.AdamW(model.parameters(), LR)
-    while True:
-        began, cpu = time.perf_counter(), time.process_time()
+    clock = Clock()
+
+    def forward() -> torch.Tensor:
         terms = model(batch).objectives
-        loss = torch.stack([WEIGHTS[name] * term.total / term.count for name, term in terms.items()]).sum()
-        loss.backward()
+        return torch.stack([WEIGHTS[name] * term.total / term.count for name, term in terms.items()]).sum()
+
+    def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    while True:
+        clock.begin()
+        loss = clock.timed("forward", forward)()
+        clock.timed("backward", loss.backward)()
+        clock.timed("step", step)()
         loss.item()
-        yield time.perf_counter() - began, time.process_time() - cpu
+        yield clock.end()
 
 
 def ours(settings: dict[str, Any]) -> None:
@@ -112,19 +147,21 @@ def ours(settings: dict[str, Any]) -> None:
     stage = StageConfig(name="t", steps=steps, weights=WEIGHTS, micro_batch=rows, log_every=1, eval_every=steps)
     config = EngineConfig(num_workers=workers, zero_stage=settings["zero_stage"], gradient_clipping=CLIP)
     engine = build_engine(model, config, OptimizerConfig(lr=LR), total_steps=steps, micro_batch=rows)
-    began = [0.0, 0.0]
+    clock = Clock()
+    for part in PARTS:
+        setattr(engine, part, clock.timed(part, getattr(engine, part)))
 
     def batches() -> Iterator[list[Batch]]:
         for number in range(steps):
             turns.wait(number)
             if workers == 1:
                 use_core(number)
-            began[:] = time.perf_counter(), time.process_time()
+            clock.begin()
             yield [batch]
 
     def log(metrics: Any, step: int) -> None:
         if "loss/total" in metrics:
-            turns.done(step - 1, time.perf_counter() - began[0], time.process_time() - began[1])
+            turns.done(step - 1, clock.end())
 
     fit(engine, batches(), stage, start_step=0, validation=[], log=log, save=lambda step: None)
 
@@ -145,7 +182,7 @@ def training(folder: str, zero_stage: int, rows: int, steps: int, num_workers: i
 
 
 def compare(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
-    hand, loop = [], []
+    hand, loop = list[Spent](), list[Spent]()
     with tempfile.TemporaryDirectory(prefix="upvla-overhead-") as folder:
         turns, by_hand = Turns(folder, "bare"), bare(rows)
         with training(folder, zero_stage, rows, steps + 1, num_workers=1):
@@ -154,13 +191,15 @@ def compare(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
                 loop.append(turns.answer("ours0", number))
                 use_core(number)
                 hand.append(next(by_hand))
+    pairs = list(zip(loop[1:], hand[1:], strict=True))
     found = {}
-    for name, index in (("wall", 0), ("cpu", 1)):
-        ours_s, bare_s = ([step[index] for step in steps_[1:]] for steps_ in (loop, hand))
-        found |= {f"bare_{name}_ms": 1e3 * median(bare_s), f"ours_{name}_ms": 1e3 * median(ours_s)}
-        ratio = median(one / other for one, other in zip(ours_s, bare_s, strict=True))
-        found[f"overhead_{name}_pct"] = 100.0 * (ratio - 1.0)
-    return found
+    for name in ("wall", "cpu"):
+        found |= {
+            f"{side}_{name}_ms": 1e3 * median(p[i][name] for p in pairs) for i, side in enumerate(("ours", "bare"))
+        }
+        found[f"overhead_{name}_pct"] = 100.0 * (median(ours_[name] / bare_[name] for ours_, bare_ in pairs) - 1.0)
+    more = {name: median(ours_[name] - bare_[name] for ours_, bare_ in pairs) for name in (*PARTS, "rest")}
+    return found | {f"more_{name}_ms": 1e3 * seconds for name, seconds in more.items()}
 
 
 def alone(folder: str, core: int, number: int, rows: int, steps: int) -> None:
@@ -170,7 +209,7 @@ def alone(folder: str, core: int, number: int, rows: int, steps: int) -> None:
     turns, by_hand = Turns(folder, f"alone{number}"), bare(rows)
     for step in range(steps):
         turns.wait(step)
-        turns.done(step, *next(by_hand))
+        turns.done(step, next(by_hand))
 
 
 def pair(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
@@ -188,7 +227,7 @@ def pair(zero_stage: int, rows: int, steps: int) -> dict[str, float]:
                 for kind in rates:
                     for side in range(2):
                         turns.give(f"{kind}{side}", number)
-                    walls = [turns.answer(f"{kind}{side}", number)[0] for side in range(2)]
+                    walls = [turns.answer(f"{kind}{side}", number)["wall"] for side in range(2)]
                     rates[kind].append(sum(rows / wall for wall in walls) if kind == "alone" else 2 * rows / max(walls))
                 shares.append(rates["ours"][-1] / rates["alone"][-1])
         for process in singles:
@@ -216,7 +255,9 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     found = {}
-    print(f"{'':<8} {'bare ms':>9} {'ours ms':>9} {'more':>7}   {'bare CPU':>9} {'ours CPU':>9} {'more':>7}")
+    parts = (*PARTS, "rest")
+    heads = "".join(f"{f'+{name}':>10}" for name in parts)
+    print(f"{'':<8} {'bare ms':>9} {'ours ms':>9} {'more':>7}   {'bare CPU':>9} {'ours CPU':>9} {'more':>7}{heads}")
     for zero_stage in options.stages:
         row = compare(zero_stage, options.rows, options.steps)
         found[f"zero{zero_stage}"] = row
@@ -224,7 +265,9 @@ def main() -> None:
             f"{row[f'bare_{n}_ms']:>9.0f} {row[f'ours_{n}_ms']:>9.0f} {row[f'overhead_{n}_pct']:>6.1f}%"
             for n in ("wall", "cpu")
         )
-        print(f"ZeRO {zero_stage:<3} {wall}   {cpu}", flush=True)
+        print(
+            f"ZeRO {zero_stage:<3} {wall}   {cpu}" + "".join(f"{row[f'more_{p}_ms']:>10.1f}" for p in parts), flush=True
+        )
     if options.pair:
         found["two_workers"] = pair(2, options.rows, options.steps)
         print("two workers (ZeRO 2) over two pinned processes: {ratio:.3f}".format(**found["two_workers"]))
