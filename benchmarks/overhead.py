@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     as_in_a_training_job()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as on the stack: Ray's own 15 would yield to everything else
     torch.set_num_threads(1)
     here = str(Path(__file__).parent)  # the workers import this file's neighbours
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
