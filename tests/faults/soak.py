@@ -39,7 +39,7 @@ from upvla.store import Store, open_store
 NAME = "upvla-tiny"
 LENGTHS = (20, 24, 18, 22, 26, 20, 19, 21)
 WEEK, BUSY = 10, 1  # nights, and how many of them have something new
-RSS_MB_A_NIGHT = 2.0  # of all servers together; their databases' caches grow at first
+MEMORY_MB_A_NIGHT = 2.0  # of all servers together, not shared; their databases' caches grow at first
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 KEPT_FOR_GOOD = ("models", "runs", "evaluations", "steps", "mixtures", "registry", "datasets", "vq", "text", "reports")
 
@@ -52,6 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         home = Path(folder, "home")
         config = small_stack(home)
+        os.environ["RAY_LOG_MONITOR_MAX_OPEN_FILES"] = "40"  # ended workers' logs stay open up to then: the first week's
         os.environ["TMPDIR"] = str(home / "tmp")  # of every server and whatever it starts
         (home / "tmp").mkdir(parents=True)
         stack.up(config, progress=_say)
@@ -95,17 +96,19 @@ def live(config: StackConfig, folder: Path, nights: int) -> list[dict[str, Any]]
 def count(config: StackConfig, store: Store) -> dict[str, Any]:
     """What a night may leave, once what it started has ended."""
     _settle(lambda: not any("upvla.launch.train" in line or "prefect.flow_engine" in line for line in _lines(config)))
-    listed, files, rss = processes.marked(config.home), 0, 0
+    listed, files, memory = processes.marked(config.home), 0, Counter[str]()
     for process in listed:
         with suppress(psutil.Error):
-            files, rss = files + process.num_fds(), rss + process.memory_info().rss
+            files += process.num_fds()
+            memory[process.environ()["UPVLA_PART"]] += process.memory_full_info().uss
     objects = Counter(key.partition("/")[0] for key in store.list())
     collect_garbage(store, "mine", grace_s=0)  # nobody is at work
     spare = collect_garbage(store, "mine", grace_s=0, dry_run=True)
     return {
         "processes": len(listed),
         "files": files,
-        "rss_mb": rss >> 20,
+        "memory_mb": memory.total() >> 20,
+        "memory_by_part": {part: size >> 20 for part, size in sorted(memory.items())},
         "slots": _slots(),
         "scratch": sum(1 for path in (config.home / "tmp").rglob("*") if path.is_file()),
         "objects": dict(sorted(objects.items())),
@@ -125,7 +128,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
         wrong.append(f"{rows[-1]['versions']} versions are registered, {expected} nights had something new")
     settled = rows[WEEK:]
     if len(settled) >= 2 * WEEK:
-        limits = {"processes": 0.05, "files": 0.5, "scratch": 0.5, "rss_mb": RSS_MB_A_NIGHT}
+        limits = {"processes": 0.05, "files": 0.5, "scratch": 0.5, "memory_mb": MEMORY_MB_A_NIGHT}
         wrong += [
             f"{name} grow by {grown:.2f} a night"
             for name, limit in limits.items()
@@ -144,7 +147,7 @@ def table(rows: Sequence[dict[str, Any]], wrong: Sequence[str]) -> str:
     settled = rows[WEEK:] or rows
     lines = [f"{len(rows)} nights, {rows[-1]['versions']} versions, {len(wrong)} things wrong", ""]
     lines += [f"{'what':<12}{'first':>10}{'last':>10}{'a night':>12}"]
-    for name in ("processes", "files", "rss_mb", "slots", "scratch", "orphans", "seconds"):
+    for name in ("processes", "files", "memory_mb", "slots", "scratch", "orphans", "seconds"):
         lines.append(f"{name:<12}{rows[0][name]:>10}{rows[-1][name]:>10}{slope(settled, name):>12.3f}")
     for prefix, number in rows[-1]["objects"].items():
         first = rows[0]["objects"].get(prefix, 0)
