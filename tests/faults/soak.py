@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         home = Path(folder, "home")
         config = small_stack(home)
-        os.environ["RAY_LOG_MONITOR_MAX_OPEN_FILES"] = "40"  # ended workers' logs stay open up to then: the first week's
+        os.environ["RAY_LOG_MONITOR_MAX_OPEN_FILES"] = "40"  # ended workers' logs stay open up to then
         os.environ["TMPDIR"] = str(home / "tmp")  # of every server and whatever it starts
         (home / "tmp").mkdir(parents=True)
         stack.up(config, progress=_say)
