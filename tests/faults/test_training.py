@@ -88,6 +88,10 @@ class Running:
             raise self.error
         return self.result
 
+    def wait_for_workers(self) -> None:
+        """Until they are about to begin: the steps themselves may be over in a few seconds."""
+        wait_for(lambda: any("Started training worker group" in line for _, line in self.lines) or self.error)
+
     def first_step_after(self, moment: float) -> float:
         """Seconds from `moment` to the next line that tells of a training step."""
         return next(at - moment for at, line in self.lines if at > moment and " lr " in line)
@@ -189,7 +193,7 @@ def test_an_operator_stops_a_run_and_starts_it_again(
 ) -> None:
     store, spec = stage_of(prepared, tmp_path, stage=UNHURRIED)
     running = Running(store, spec, ray_head)
-    wait_for(lambda: [line for _, line in running.lines if " lr " in line])
+    running.wait_for_workers()
     jobs = Jobs(ray_head.jobs_url)
     (ours,) = (job for job in jobs.running() if job.startswith(f"{spec.stage.name}-{spec.key}-"))
     with pytest.raises(NotFound, match=rf"no training stage runs as vq-0-1; what trains now: .*{ours}"):
