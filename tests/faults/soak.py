@@ -95,7 +95,7 @@ def live(config: StackConfig, folder: Path, nights: int) -> list[dict[str, Any]]
 
 def count(config: StackConfig, store: Store) -> dict[str, Any]:
     """What a night may leave, once what it started has ended."""
-    _settle(lambda: not any("upvla.launch.train" in line or "prefect.flow_engine" in line for line in _lines(config)))
+    _settle(lambda: not any("upvla.launch.train" in line or "prefect.engine" in line for line in _lines(config)))
     listed, files, memory = processes.marked(config.home), 0, Counter[str]()
     for process in listed:
         with suppress(psutil.Error):
@@ -117,7 +117,8 @@ def count(config: StackConfig, store: Store) -> dict[str, Any]:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is wrong, in sentences. What grows night by night is looked at once the first week is over."""
+    """What is wrong, in sentences. Whether something grows is asked of the second half, when the servers' caches are
+    full."""
     wrong = [f"night {row['night']}: the flow run {row['ended']}" for row in rows if row["ended"] != "COMPLETED"]
     wrong += [f"night {row['night']}: {row['slots']} slots are still held" for row in rows if row["slots"]]
     wrong += [f"night {row['night']}: {row['orphans']} objects of no version" for row in rows if row["orphans"]]
@@ -126,7 +127,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
     expected = sum(row["day"] < BUSY for row in rows) + 1
     if rows[-1]["versions"] != expected:
         wrong.append(f"{rows[-1]['versions']} versions are registered, {expected} nights had something new")
-    settled = rows[WEEK:]
+    settled = rows[len(rows) // 2 :]
     if len(settled) >= 2 * WEEK:
         limits = {"processes": 0.05, "files": 0.5, "scratch": 0.5, "memory_mb": MEMORY_MB_A_NIGHT}
         wrong += [
@@ -144,7 +145,7 @@ def slope(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]], wrong: Sequence[str]) -> str:
-    settled = rows[WEEK:] or rows
+    settled = rows[len(rows) // 2 :]
     lines = [f"{len(rows)} nights, {rows[-1]['versions']} versions, {len(wrong)} things wrong", ""]
     lines += [f"{'what':<12}{'first':>10}{'last':>10}{'a night':>12}"]
     for name in ("processes", "files", "memory_mb", "slots", "scratch", "orphans", "seconds"):
