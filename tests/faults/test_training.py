@@ -33,8 +33,6 @@ pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
 STEPS = 24
-UNHURRIED = {"save_every": 1000, "picture_every": 1}
-"""A stage whose steps take long enough to interfere with: pictures that nobody keeps."""
 Prepared = tuple[Store, dict[str, Any]]
 
 
@@ -88,9 +86,9 @@ class Running:
             raise self.error
         return self.result
 
-    def wait_for_workers(self) -> None:
-        """Until they are about to begin: the steps themselves may be over in a few seconds."""
-        wait_for(lambda: any("Started training worker group" in line for _, line in self.lines) or self.error)
+    def wait_for(self, text: str) -> None:
+        """Until it is in a line, or the run has failed."""
+        wait_for(lambda: any(text in line for _, line in self.lines) or self.error)
 
     def first_step_after(self, moment: float) -> float:
         """Seconds from `moment` to the next line that tells of a training step."""
@@ -150,8 +148,8 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """One is stopped. Of the group after it one gets no more address space: at its next save it cannot go on."""
-    slow_steps = {"picture_every": 1}
-    store, spec = stage_of(prepared, tmp_path, engine={"stall_timeout_s": 15, "max_failures": 3}, stage=slow_steps)
+    engine, slow_steps = {"stall_timeout_s": 10, "max_failures": 3}, {"picture_every": 1}
+    store, spec = stage_of(prepared, tmp_path, engine=engine, stage=slow_steps)
     running = Running(store, spec, ray_head)
     saved_point(store, spec)
     stalled = ray_head.training_workers()[-1]
@@ -170,12 +168,23 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
     assert second.step <= result["resumed_from"] < STEPS
 
 
-def test_of_two_drivers_of_one_key_one_works(
+def test_an_operator_stops_a_run_and_of_two_drivers_that_go_on_one_works(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     store, spec = stage_of(prepared, tmp_path)
     place = store.sub(spec.prefix)
-    place.write_json(SPEC, spec.model_dump(mode="json"))
+    running = Running(store, spec, ray_head)
+    running.wait_for("Attempting to start training worker group")  # seconds before its steps, which last a few too
+    jobs = Jobs(ray_head.jobs_url)
+    (ours,) = (job for job in jobs.running() if job.startswith(f"{spec.stage.name}-{spec.key}-"))
+    with pytest.raises(NotFound, match=rf"no training stage runs as vq-0-1; what trains now: .*{ours}"):
+        stop_training(store, jobs, "vq-0-1")
+    assert stop_training(store, jobs, ours) == [ours]
+    with pytest.raises(JobFailed, match=r"stopped after step \d+ as asked; start it again to go on"):
+        running.join()
+    point = saved_point(store, spec)
+    assert 0 < point.step < STEPS
+
     command = [sys.executable, "-m", "upvla.launch.train", f"{place.url}/{SPEC}"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600)[1] for process in both]
@@ -185,25 +194,8 @@ def test_of_two_drivers_of_one_key_one_works(
     assert "upvla: already_owned: training runs/" in refused
     assert "is already owned by process" in refused
     assert not place.exists(FAILURE)
-    require_equal(dict(place.read_json(RESULT)), reference)
-
-
-def test_an_operator_stops_a_run_and_starts_it_again(
-    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
-) -> None:
-    store, spec = stage_of(prepared, tmp_path, stage=UNHURRIED)
-    running = Running(store, spec, ray_head)
-    running.wait_for_workers()
-    jobs = Jobs(ray_head.jobs_url)
-    (ours,) = (job for job in jobs.running() if job.startswith(f"{spec.stage.name}-{spec.key}-"))
-    with pytest.raises(NotFound, match=rf"no training stage runs as vq-0-1; what trains now: .*{ours}"):
-        stop_training(store, jobs, "vq-0-1")
-    assert stop_training(store, jobs, ours) == [ours]
-    with pytest.raises(JobFailed, match=r"stopped after step \d+ as asked; start it again to go on"):
-        running.join()
-    point = saved_point(store, spec)
-    result = Running(store, spec, ray_head).join()
-    assert result["resumed_from"] == point.step > 0, "not one step was lost"
+    result = dict(place.read_json(RESULT))
+    assert result["resumed_from"] == point.step, "not one step was lost"
     require_equal(result, reference)
 
 
@@ -211,10 +203,10 @@ def test_a_node_that_is_taken_away_costs_no_step(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """Workers run on a node beside the head's; it is drained as a cloud would do it, and they go on elsewhere."""
-    store, spec = stage_of(prepared, tmp_path, stage=UNHURRIED)
+    store, spec = stage_of(prepared, tmp_path, stage={"save_every": 1000, "picture_every": 1})
     with ray_node(ray_head, num_cpus=8) as node:
         running = Running(store, spec, ray_head)
-        wait_for(lambda: [line for _, line in running.lines if " lr " in line])
+        running.wait_for("Started training worker group")
         drained = time.monotonic()
         node.drain(deadline_s=120)
         result = running.join()

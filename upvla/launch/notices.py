@@ -49,11 +49,12 @@ class Notices:
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._reason and not self._over.wait(_POLL_S):
+        while not self._over.is_set() and not self._reason:
             try:
                 self._reason = self._preempted() or self._requested()
             except StoreError as error:
                 log.warning("requests to this run cannot be read (%s)", error)
+            self._over.wait(_POLL_S)
 
     def _preempted(self) -> str:
         """Every worker asks as often as the others: Ray lets them wait for each other."""
