@@ -315,7 +315,15 @@ def test_the_best_validation_is_exported_and_ends_the_run_early(
     assert meta["losses"]["act"]["last"] == result["losses"]["act"]["last"]
 
 
-def test_pictures_of_what_was_predicted_lie_beside_the_curves(
+WATCHED = {
+    "loss/pre", "loss/total", "val_loss/pre", "train/grad_norm", "train/lr", "train/bad_steps", "memory/peak_gb",
+    "system/cpu_pct", "system/memory_pct", "mixture/tiny",
+    *(f"speed/{name}" for name in ("samples_per_s", "tokens_per_s", "step_s", "mfu_pct", "data_wait_pct")),
+    *(f"speed/{name}" for name in ("checkpoint_stall_pct", "goodput_pct")),
+}  # fmt: skip
+
+
+def test_curves_have_names_that_stay_and_pictures_of_what_was_predicted_lie_beside_them(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Also with averaged weights, of which every worker holds a part."""
@@ -326,13 +334,15 @@ def test_pictures_of_what_was_predicted_lie_beside_the_curves(
     tracker.client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     store, references = prepared
     stage = {"picture_every": 4, "ema_decay": 0.5}
-    run_stage(
+    result = run_stage(
         two_workers,
         spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking),
     )
+    assert 0 < result["speed"]["checkpoint_stall_pct"] and 0 < result["speed"]["goodput_pct"] < 100
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
+    assert set(run.data.metrics) == WATCHED
     found = tracker.artifacts(run.info.run_id, "predicted")
-    assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (0, 4, 8)]
+    assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (4, 8)]
 
 
 def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(

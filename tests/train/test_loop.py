@@ -415,12 +415,25 @@ def test_speed_is_measured_under_names_that_stay(two_workers: Workers) -> None:
     assert untouched
 
 
-def test_goodput_counts_what_a_killed_life_had_not_saved_and_the_time_to_come_back() -> None:
-    hour_ago = time.time() - 100.0
-    meter = Meter({"first_start_unix_s": hour_ago, "trained_s": 60.0})
-    state = meter.state()
-    assert state["first_start_unix_s"] == hour_ago
-    assert state["trained_s"] == pytest.approx(60.0, abs=30.0)
+def test_goodput_counts_what_a_killed_life_had_not_saved_and_the_time_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = _Clock()
+    monkeypatch.setattr(meter_module, "time", clock)
+    first = Meter(began=90.0)  # asked for ten seconds before it trains
+    with first.waiting():
+        clock.now += 2
+    clock.now += 18
+    with first.paused(stalls=True):
+        clock.now += 1
+    state = first.state()
+    assert state == {"first_start_unix_s": 90.0, "trained_s": 20.0, "waited_s": 2.0, "stalled_s": 1.0}
+    clock.now += 40  # steps that are lost, and the way back
+    second = Meter(state, began=155.0)
+    clock.now += 29
+    assert second.shares() == pytest.approx(
+        {"data_wait_pct": 100 * 2 / 49, "checkpoint_stall_pct": 100 / 49, "goodput_pct": 49.0}
+    )
 
 
 @pytest.mark.parametrize("offload", ["cpu"])

@@ -83,20 +83,18 @@ class Journal:
         """Every validation of the run so far, by step."""
         return {int(step): means for step, means in self.validation.items()}
 
-    def summary(self, step: int) -> dict[str, Any]:
-        """`losses` {objective: {first, last}} on the held-out batches, `last` as of `step`, and how fast it went (of
-        this attempt)."""
+    def summary(self, step: int, shares: Mapping[str, float]) -> dict[str, Any]:
+        """`losses` {objective: {first, last}} on the held-out batches, `last` as of `step`, and how fast it went:
+        `shares` of the whole run (`Meter.shares`), else medians over what this attempt has logged."""
         first, last = self.history[min(self.history)], self.history[step]
         names = [name for name in last if name.startswith("val_loss/")]
         speeds = {name: float(np.median([s[name] for s in self._speeds])) for name in (self._speeds or [{}])[0]}
-        if self._speeds:  # a share of the whole run so far: the last word on it counts
-            speeds["speed/goodput_pct"] = self._speeds[-1]["speed/goodput_pct"]
         return {
             "losses": {
                 name.removeprefix("val_loss/"): {"first": first.get(name), "last": last[name]} for name in names
             },
             "watched": {name.removeprefix("val_watch/"): last[name] for name in last if name.startswith("val_watch/")},
-            "speed": {name.removeprefix("speed/"): value for name, value in speeds.items()},
+            "speed": {name.removeprefix("speed/"): value for name, value in speeds.items()} | dict(shares),
             "resumed_from": self._start,
             "seconds_to_first_log": round(self._first_step_s, 1),
         }

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +197,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
 
     Raises `AlreadyOwned` when another driver trains the same key, and `JobFailed` with what the workers said.
     """
-    place = open_store(spec.store_url).sub(spec.prefix)
+    began, place = time.time(), open_store(spec.store_url).sub(spec.prefix)
     if (result := _read(place, RESULT)) is not None:
         return result
     with Lease(place, f"training {spec.prefix}") as lease:
@@ -206,7 +207,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         allowed, leaving = spec.engine.worker_range, set[str]()
         while (result := _read(place, RESULT)) is None:
             place.delete(LEFT)
-            _run_workers(spec, lease.number, allowed, _cpus_of_nodes(leaving))
+            _run_workers(spec, lease.number, began, allowed, _cpus_of_nodes(leaving))
             if (failure := _read(place, FAILURE)) is not None:
                 raise JobFailed(failure["message"])
             if (left := _read(place, LEFT)) is not None:
@@ -256,7 +257,7 @@ def threads_of_worker(cpus: Sequence[float], num_workers: int) -> int:
     return next((n for n in range(most, 1, -1) if sum(c // n for c in cpus) >= num_workers), 1)
 
 
-def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Sequence[float]) -> None:
+def _run_workers(spec: TrainSpec, owner: int, began: float, allowed: tuple[int, int], cpus: Sequence[float]) -> None:
     """One group of workers, restarted by Ray Train when one is lost, until it ends in good order.
 
     One that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their group.
@@ -267,7 +268,13 @@ def _run_workers(spec: TrainSpec, owner: int, allowed: tuple[int, int], cpus: Se
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"spec": spec.model_dump_json(), "threads": threads, "owner": owner, "ray": True},
+        train_loop_config={
+            "spec": spec.model_dump_json(),
+            "threads": threads,
+            "owner": owner,
+            "began": began,
+            "ray": True,
+        },
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
             use_gpu=spec.engine.use_gpu,

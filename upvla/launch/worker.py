@@ -103,6 +103,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         held_out = [batch for _ in range(stage.eval_batches) for batch in next(validation)]
     meter = Meter(
         meta.get("meter"),
+        began=settings.get("began"),
         tokens=partial(num_tokens, inputs.config) if spec.kind == "policy" else None,
         flops_per_row=3 * forward_flops(engine, held_out[0]) / len(held_out[0].positions),
         peak_flops=peak_flops(engine.device, spec.engine.precision, spec.engine.peak_tflops),
@@ -121,10 +122,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         told = {**journal.state(), "meter": meter.state(), "guard": guard.state()}
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
-    def log(metrics: Mapping[str, float], step: int) -> None:
-        journal.log(metrics, step)
-        if stage.picture_every and step % stage.picture_every == 0:  # on every worker: each holds a part of an average
-            journal.picture(predicted_frames(inputs, engine, held_out[0]), f"predicted/step-{step:08d}.png")
+    def picture(step: int) -> None:  # on every worker: each holds a part of an average
+        journal.picture(predicted_frames(inputs, engine, held_out[0]), f"predicted/step-{step:08d}.png")
 
     with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, Notices(place, settings) as notices:
         try:
@@ -134,8 +133,9 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
                 stage,
                 start_step=start,
                 validation=held_out,
-                log=log,
+                log=journal.log,
                 save=save,
+                picture=picture,
                 meter=meter,
                 guard=guard,
                 best=best,
@@ -148,7 +148,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
             if engine.rank == 0:
                 place.write_json(BAD_STEPS, {"go_on_after": bad.step, "bad_steps": guard.bad_steps})
             return Ended(bad.step, "rollback")
-    saver.wait()
+    with meter.paused(stalls=True):
+        saver.wait()
     if ended.reason not in ("finished", "early"):
         return ended
     exported = ended.step
@@ -157,8 +158,9 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         with engine.patient():
             engine, _ = open_engine(exported)
     weights = engine.full_weights()
+    shares = meter.shares()
     about = {"step": exported, "ended": ended.reason, "bad_steps": guard.bad_steps}
-    finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)
+    finish = partial(_finish, spec, inputs, weights, held_out, place, journal, shares, about)
     group.together(finish if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
     return ended
 
@@ -204,10 +206,11 @@ def _finish(
     held_out: Sequence[Batch],
     place: Store,
     journal: Journal,
+    shares: Mapping[str, float],
     about: Mapping[str, Any],
 ) -> None:
     """Export what was learnt, then create the result."""
-    result: dict[str, Any] = {"stage": spec.stage.name, **about, **journal.summary(about["step"])}
+    result: dict[str, Any] = {"stage": spec.stage.name, **about, **journal.summary(about["step"], shares)}
     if spec.kind == "vq":
         vq = VQTokenizer(inputs.config.vq)
         vq.load_state_dict({name.removeprefix("objective.vq."): tensor for name, tensor in weights.items()})

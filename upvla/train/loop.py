@@ -43,6 +43,7 @@ def fit(
     validation: Sequence[Batch],
     log: Log,
     save: Callable[[int], None],
+    picture: Callable[[int], None] = lambda step: None,
     meter: Meter | None = None,
     guard: Guard | None = None,
     best: Best | None = None,
@@ -52,9 +53,9 @@ def fit(
 
     `batches` yields this worker's micro-batches of global step `start_step`, then of the next. `validation` is this
     worker's share of the held-out batches; it is judged before step 0, every `eval_every` steps and at the end.
-    `log` and `save` are called on every worker (`save` is collective). `asked` gives a reason, on any worker and
-    cheaply, when everybody should save and leave. Raises `BadStep` on all workers, before the optimiser has moved,
-    when `guard` does not let a bad step pass; the message names the mixture positions.
+    `log`, `save` and `picture` are called on every worker (the last two are collective). `asked` gives a reason, on
+    any worker and cheaply, when everybody should save and leave. Raises `BadStep` on all workers, before the optimiser
+    has moved, when `guard` does not let a bad step pass; the message names the mixture positions.
     """
     meter, guard = meter or Meter(), guard or Guard(config.guard)
     if start_step == 0:
@@ -78,6 +79,9 @@ def fit(
                 held_out = validate(engine, validation)
                 log(held_out, step)
             better = best is not None and best.see(held_out, step)
+        if config.picture_every and step % config.picture_every == 0:
+            with meter.paused():
+                picture(step)
         early = best is not None and best.exhausted
         if last or early or better or found.asked or step % config.save_every == 0:
             with meter.paused(stalls=True):

@@ -3,7 +3,7 @@
     wall = trained + validated + stalled for resume points + started up + what a killed life had not saved
 
 Goodput is the trained share of the wall clock since the run's very first start, so a restart, a recomputed step and a
-stall all lower it. It needs what earlier lives have trained: `state()` travels in the resume point.
+stall all lower it. It needs what earlier lives have trained, waited and stalled: `state()` travels in the resume point.
 """
 
 from __future__ import annotations
@@ -24,24 +24,28 @@ from upvla.types import Batch
 GPU_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "T4": 65.0}
 """Dense bf16 (T4: fp16) products by device name, as their data sheets state them."""
 
+_SPENT = ("trained_s", "waited_s", "stalled_s")  # of all lives
 _PROBE_SIDE, _PROBE_S = 1024, 0.1
 
 
 class Meter:
-    """`tokens(batch)` counts decoder positions without padding; `flops_per_row` is forward and backward of one row."""
+    """`tokens(batch)` counts decoder positions without padding; `flops_per_row` is forward and backward of one row.
+    `began` is when this life was asked for (Unix time, s): of the run's first one it starts the clock.
+    """
 
     def __init__(
         self,
         state: Mapping[str, float] | None = None,
         *,
+        began: float | None = None,
         tokens: Callable[[Batch], int] | None = None,
         flops_per_row: float = 0.0,
         peak_flops: float = 0.0,
     ) -> None:
         state = state or {}
         self._tokens, self._flops_per_row, self._peak_flops = tokens, flops_per_row, peak_flops
-        self._first_start = float(state.get("first_start_unix_s", time.time()))
-        self._trained_s = float(state.get("trained_s", 0.0))
+        self._first_start = float(state.get("first_start_unix_s", began or time.time()))
+        self._trained_s, self._waited_s, self._stalled_s = (float(state.get(name, 0.0)) for name in _SPENT)
         self.restart()
 
     def restart(self) -> None:
@@ -76,6 +80,8 @@ class Meter:
         """Means over the interval and the workers; begins the next interval. Collective."""
         elapsed = max(time.perf_counter() - self._began, 1e-9)
         self._trained_s += elapsed
+        self._waited_s += self._waited
+        self._stalled_s += self._stalled
         mine = [elapsed, self._rows, self._waited, self._stalled, self._seen_tokens, peak_memory_bytes()]
         wall, rows, waited, stalled, tokens, memory = engine.sum_over_workers(mine)
         elapsed, steps = wall / engine.world_size, max(self._steps, 1)
@@ -95,10 +101,22 @@ class Meter:
         self.restart()
         return found
 
+    def shares(self) -> dict[str, float]:
+        """Of the whole run until now, as this worker saw it: waits and stalls beside its training, and goodput."""
+        spent = self.state()
+        trained = max(spent["trained_s"], 1e-9)
+        lived = max(time.time() - self._first_start, trained)
+        return {
+            "data_wait_pct": 100.0 * spent["waited_s"] / trained,
+            "checkpoint_stall_pct": 100.0 * spent["stalled_s"] / trained,
+            "goodput_pct": 100.0 * spent["trained_s"] / lived,
+        }
+
     def state(self) -> dict[str, float]:
-        """As of the last reading but for the interval since."""
-        since = time.perf_counter() - self._began
-        return {"first_start_unix_s": self._first_start, "trained_s": self._trained_s + since}
+        now = (time.perf_counter() - self._began, self._waited, self._stalled)
+        before = (self._trained_s, self._waited_s, self._stalled_s)
+        spent = {name: old + new for name, old, new in zip(_SPENT, before, now, strict=True)}
+        return {"first_start_unix_s": self._first_start, **spent}
 
 
 def peak_memory_bytes() -> float:
