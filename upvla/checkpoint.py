@@ -7,6 +7,7 @@
     <url>/action_space-<sha>.json   what the actions mean
     <url>/stats-<sha>.json          statistics of the data that the weights were trained on
     <url>/meta-<sha>.json           where it came from: run, step, data versions, scores; no part of the identity
+    <url>/golden-<sha>.safetensors  held-out observations and the trainer's answers to them; no part of the identity
     <url>/CHECKPOINT.json           the marker, written last: size and sha256 of every file, and the model id
 
 Files are named by content, so a second, different export can never be read under the first one's marker.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound
@@ -37,7 +39,18 @@ if TYPE_CHECKING:  # seconds of imports, which nobody needs who reads no weights
 
 MARKER = "CHECKPOINT.json"
 _FORMAT = 1
+_GOLDEN = "golden.safetensors"
+_TOLD_OF_IT = ("meta.json", _GOLDEN)  # what is told of a model, beside what it is
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a robot may see, and what the model answered where it was trained: wherever it runs, it answers the same."""
+
+    images: Mapping[str, np.ndarray]  # camera -> u8[N,H,W,3], as they are stored: at no model's size
+    instructions: tuple[str, ...]  # N
+    actions: np.ndarray  # f32[N,C,A]
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Bundle:
     action_space: ActionSpace
     stats: Mapping[str, Any]
     meta: Mapping[str, Any] = field(default_factory=dict)  # `step` and `run` become the reference's
+    golden: Golden | None = None  # none where a model was made by hand
 
     def __post_init__(self) -> None:
         pairs = {
@@ -76,12 +90,14 @@ def export(store: Store, prefix: str, bundle: Bundle) -> Checkpoint:
         "stats.json": _json(bundle.stats),
         "meta.json": _json(bundle.meta),
     }
+    if bundle.golden is not None:
+        contents[_GOLDEN] = _golden_to_bytes(bundle.golden)
     files = {}
     for name, data in contents.items():
         sha256 = hashlib.sha256(data).hexdigest()
         stem, _, suffix = name.rpartition(".")
         files[name] = {"key": f"{stem}-{sha256[:16]}.{suffix}", "bytes": len(data), "sha256": sha256}
-    model_id = content_hash({name: file["sha256"] for name, file in files.items() if name != "meta.json"})
+    model_id = content_hash({name: file["sha256"] for name, file in files.items() if name not in _TOLD_OF_IT})
     checkpoint = Checkpoint(target.url, model_id, int(bundle.meta.get("step", 0)), str(bundle.meta.get("run", "")))
     marker = {"format": _FORMAT, "model_id": model_id, "step": checkpoint.step, "run": checkpoint.run, "files": files}
     if not target.exists(MARKER):
@@ -154,6 +170,7 @@ def load_bundle(url: str) -> Bundle:
         action_space=facts.action_space,
         stats=facts.stats,
         meta=parts.parsed("meta.json", json.loads),
+        golden=parts.parsed(_GOLDEN, _golden_from_bytes, safetensors.SafetensorError) if _GOLDEN in parts else None,
     )
 
 
@@ -187,6 +204,9 @@ class _Parts:
         marker = _marker(store)
         self.model_id: str = marker["model_id"]
         self._store, self._files = store, marker["files"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def parsed(self, name: str, parse: Callable[[bytes], _Value], *errors: type[Exception]) -> _Value:
         """Its hash is verified first. `errors`: what else `parse` raises at bytes that it cannot read."""
@@ -240,6 +260,22 @@ def _tensors(module: torch.nn.Module) -> bytes:
     import safetensors.torch
 
     return safetensors.torch.save({name: value.cpu().contiguous() for name, value in module.state_dict().items()})
+
+
+def _golden_to_bytes(golden: Golden) -> bytes:
+    from safetensors.numpy import save
+
+    instructions = np.frombuffer(_json(golden.instructions), np.uint8)
+    images = {f"image_{camera}": frames for camera, frames in golden.images.items()}
+    return save({"actions": golden.actions, "instructions": instructions, **images})
+
+
+def _golden_from_bytes(data: bytes) -> Golden:
+    from safetensors.numpy import load
+
+    found = load(data)
+    images = {name.removeprefix("image_"): frames for name, frames in found.items() if name.startswith("image_")}
+    return Golden(images, tuple(json.loads(found["instructions"].tobytes())), found["actions"])
 
 
 def _json(value: Any) -> bytes:

@@ -119,7 +119,7 @@ def predict(
 
     from upvla.checkpoint import load_bundle
     from upvla.images import decode_image
-    from upvla.rollout.policy import UPVLAPolicy
+    from upvla.rollout.golden import proven
     from upvla.types import Observation
 
     frames = {}
@@ -128,7 +128,7 @@ def predict(
         if not equals or not Path(path).is_file():
             raise ConfigError(f"--image {pair!r}: write it as CAMERA=FILE, with a file that exists")
         frames[camera] = decode_image(Path(path).read_bytes())
-    policy = UPVLAPolicy(load_bundle(_url(model, site)))
+    policy = proven(load_bundle(url := _url(model, site)), url)
     policy.reset(instruction)
     numbers = np.array([float(number) for number in state.split(",")], np.float32)
     actions = policy.act(Observation(frames, numbers)).actions

@@ -6,10 +6,12 @@ The driver opens it before it asks for workers, so that what is wrong fails ther
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ from upvla.data.mixture import Mixture, plan_from_json
 from upvla.data.samples import SampleReader
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError, Mismatch
+from upvla.images import decode_image
 from upvla.launch.tokenizers import load_text, load_vq
 from upvla.launch.train import TrainSpec
 from upvla.launch.weights import weights_id
@@ -101,6 +104,24 @@ class Inputs:
             return {}
         every = self.config.description.every_steps
         return {name: DescriptionTable(d, self.description_id, every) for name, d in mixture.datasets.items()}
+
+    def observations(self, count: int) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Up to `count` held-out frames {camera: u8[N,H,W,3]}, as the first robot source of the mixture stores them,
+        and their instructions."""
+        mixture, frames, told = self.validation, defaultdict[str, list[np.ndarray]](list), list[str]()
+        found = (mixture.sample_at(position) for position in range(mixture.plan.global_batch))
+        refs = [ref for ref in found if ref.kind == "robot"]
+        for ref in [ref for ref in refs if ref.source == refs[0].source][:count]:
+            source = mixture.plan.sources[ref.source]
+            dataset = mixture.datasets[source.dataset]
+            stored = {camera: source.cameras.get(camera, camera) for camera in self.config.cameras}
+            columns = {f"image_{name}": (ref.step,) for name in stored.values() if name}
+            images = dataset.read_each(ref.episode, columns)
+            for camera, name in stored.items():  # a view that this source lacks is black, as in training
+                black = np.zeros((self.config.vision_resize.size,) * 2 + (3,), np.uint8)
+                frames[camera].append(decode_image(images[f"image_{name}"][0]) if name else black)
+            told.append(dataset.episodes[ref.episode].spans[ref.span].text)
+        return {camera: np.stack(each) for camera, each in frames.items()}, told
 
     def bundle(self, model: UPVLA, meta: Mapping[str, Any]) -> Bundle:
         """The model with all it needs. A fine-tune keeps the statistics that its parent's weights were trained with."""

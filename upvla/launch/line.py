@@ -32,6 +32,7 @@ from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done
 from upvla.model.config import ModelConfig
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
+from upvla.rollout.golden import proven
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.env import world_code
 from upvla.store import Store, content_hash, open_store
@@ -127,6 +128,7 @@ class Line:
         began = time.monotonic()
         bundle = load_bundle(model["url"])  # every hash is checked before anything is registered
         require_explained(self.config, bundle.meta)
+        proven(bundle, model["url"])
         checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.tracker)
         metrics = {
             name + suffix: score[bound]

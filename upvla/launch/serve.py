@@ -18,8 +18,8 @@ from upvla.errors import ConfigError, Mismatch, NoAnswer
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.rollout.evaluate import EvalConfig, scores, summarise
+from upvla.rollout.golden import proven
 from upvla.rollout.judge import SuiteJudge
-from upvla.rollout.policy import UPVLAPolicy
 from upvla.rollout.predictor import Load, Served
 from upvla.rollout.protocol import identity, protocol
 from upvla.rollout.server import PolicyServer, ServerConfig, as_uvicorn
@@ -47,7 +47,7 @@ def loader(newest: Newest) -> Load:
             return None
         bundle = load_bundle(url)
         cameras = bundle.config.cameras
-        policy = UPVLAPolicy(bundle, model_id)
+        policy = proven(bundle, model_id)
         blank = {camera: np.zeros((_WARM_PX, _WARM_PX, 3), np.uint8) for camera in cameras}
         policy.reset("warm up")  # the first prediction builds what later ones reuse
         policy.act(Observation(blank, np.zeros(_WARM_STATE, np.float32)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from upvla.launch.weights import start_from
 from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
+from upvla.rollout.golden import record
 from upvla.store import Store, open_store
 from upvla.train import group, resume
 from upvla.train.config import accumulation_steps
@@ -40,6 +42,7 @@ from upvla.train.meter import Meter, forward_flops, peak_flops
 from upvla.types import Batch, Losses, Sample
 
 _PICTURED = 8  # held-out frames in the picture of an image tokenizer
+_GOLDEN = 4  # held-out observations that go with an exported model
 
 
 # ----------------------------------------------------------------------------------------------------- one worker
@@ -228,7 +231,10 @@ def _finish(
             name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
             for name, dataset in inputs.train.datasets.items()
         }
-        checkpoint = export(inputs.store, f"models/{spec.key}/{spec.stage.name}", inputs.bundle(model, meta))
+        bundle = inputs.bundle(model, meta)
+        images, told = inputs.observations(_GOLDEN)
+        golden = record(bundle, images, told) if told else None
+        checkpoint = export(inputs.store, f"models/{spec.key}/{spec.stage.name}", replace(bundle, golden=golden))
         result |= {"url": checkpoint.url, "model_id": checkpoint.model_id}
     try:
         place.create_json(RESULT, result)

@@ -92,10 +92,10 @@ def load_policy(
     if not is_checkpoint(name):
         return without_model(name, suite)
     from upvla.checkpoint import load_bundle, read_marker  # torch and all, which other policies can do without
-    from upvla.rollout.policy import UPVLAPolicy
+    from upvla.rollout.golden import proven
 
     model_id = read_marker(open_store(name)).model_id
-    policy = UPVLAPolicy(load_bundle(name), model_id, slots=slots, device=device)
+    policy = proven(load_bundle(name), model_id, slots=slots, device=device)
     suite.action_space.require_equal(policy.action_space, ours=f"suite {suite.name}", theirs=f"model {name}")
     return policy
 

@@ -21,7 +21,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from upvla.checkpoint import load_bundle, read_marker
 from upvla.errors import Mismatch
-from upvla.rollout.policy import UPVLAPolicy
+from upvla.rollout.golden import proven
 from upvla.store import open_store
 from upvla.types import Observation
 
@@ -37,7 +37,7 @@ class RegisteredPolicy(PythonModel):
                 f"{reference['checkpoint_url']} holds model {found.model_id}, registered was {reference['model_id']}: "
                 "register the new checkpoint as a version of its own"
             )
-        self._policy = UPVLAPolicy(load_bundle(reference["checkpoint_url"]), reference["model_id"])
+        self._policy = proven(load_bundle(reference["checkpoint_url"]), reference["model_id"])
 
     def predict(
         self,
