@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.toy_line import MIXTURE, land
 from upvla.config import RunConfig, SiteConfig, load
+from upvla.data.samples import SampleReader
 from upvla.errors import ConfigError
+from upvla.images import Resize
+from upvla.launch.inputs import open_mixture
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.tokenizers import load_text, load_tower, load_vq
 from upvla.launch.weights import import_weights
@@ -17,6 +21,7 @@ from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer
 from upvla.model.weights import TOWER
+from upvla.sim.playtable.tasks import task
 
 PLAN = {"train": "0123456789abcdef", "validation": "fedcba9876543210", "versions": {}}
 CLIP = "model.vision={kind: clip, image_size: 32, patch: 16, width: 32, blocks: 2, heads: 2, mlp: 32, pool: [1, 1], frozen: true, keypoints: 0, stem: []}"  # noqa: E501 - one override
@@ -37,6 +42,27 @@ def test_given_tokenizers_are_taken_and_none_is_trained(tmp_path: Path) -> None:
     found = run.train_vq(PLAN)
     assert found["vq_id"] == vq.id == load_vq(run.store, found["vq_id"]).id
     assert load_text(run.store, run.train_text(PLAN)["text_id"]).encode("open") == text.encode("open")
+
+
+def test_recordings_keep_their_own_words_unless_the_mixture_says_otherwise(tmp_path: Path) -> None:
+    """A person's words for a task that has the name of one of the playtable's."""
+    recorded = {"pull the handle to open the drawer", "press the button to turn on the led", "pick up the red block"}
+
+    def instructions(overrides: Sequence[str]) -> tuple[set[str], str]:
+        run = line(tmp_path, overrides)
+        land(run.store, tmp_path, "mine", (18, 20, 22, 24, 19))
+        plan = run.mix()
+        mixture = open_mixture(run.store, plan["train"])
+        reader = SampleReader(mixture, chunk=4, cameras=["static"], resize=Resize(size=16))
+        told = {reader.read(mixture.sample_at(position), position).text for position in range(500)}
+        return told, run.train_text(plan)["text_id"]
+
+    own, plain = instructions([MIXTURE])
+    assert own == recorded
+    told, taught = instructions([MIXTURE.replace("weight", "paraphrases: playtable, weight")])
+    led = "press the button to turn on the led"  # the playtable says it in other words
+    assert told == {led, *task("open_drawer").train, *task("lift_red_block_table").train}
+    assert taught != plain  # the text tokenizer is trained on what will be read
 
 
 def test_a_frozen_tower_comes_with_the_weights_or_not_at_all(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class Line:
     def mix(self) -> Result:
         """Pin the newest dataset versions and fix the order of all training and validation samples."""
         began = time.monotonic()
-        plans = {split: self.config.mixture.plan(self.store, split) for split in ("train", "validation")}
+        worlds = {"playtable": {name: row.train for name, row in tasks.TASKS.items()}}
+        plans = {split: self.config.mixture.plan(self.store, split, worlds) for split in ("train", "validation")}
         for plan in plans.values():
             self.store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
         return {split: plan.plan_id for split, plan in plans.items()} | {
@@ -211,7 +212,6 @@ class Line:
             engine=EngineConfig.model_validate(self.config.engine.model_dump() | workers),
             train_plan=plan["train"],
             validation_plan=plan["validation"],
-            paraphrases={} if kind == "vq" else {name: row.train for name, row in tasks.TASKS.items()},
             tracking=TrackingSpec(
                 uri=self.site.tracking_url,
                 experiment=self.site.experiment,
