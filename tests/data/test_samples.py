@@ -67,7 +67,7 @@ def reader(dataset: Dataset) -> SampleReader:
         chunk=10,
         cameras=["static", "gripper"],
         resize=SIZE,
-        codes={"table": CodeTable(dataset, "four")},
+        codes={"table": CodeTable(dataset, "four", ["static", "gripper"], SIZE)},
         code_cameras=["gripper", "static"],
     )
 

@@ -13,8 +13,10 @@ from upvla.config import RunConfig, SiteConfig, load
 from upvla.data.samples import SampleReader
 from upvla.errors import ConfigError
 from upvla.images import Resize
+from upvla.launch.encode import encoding_key
 from upvla.launch.inputs import open_mixture
 from upvla.launch.pretrain import Pretraining
+from upvla.launch.steps import step_key
 from upvla.launch.tokenizers import load_text, load_tower, load_vq
 from upvla.launch.weights import import_weights
 from upvla.model.text import TextTokenizer
@@ -77,6 +79,17 @@ def test_a_frozen_tower_comes_with_the_weights_or_not_at_all(tmp_path: Path) -> 
     tower_id = run.tower_id({})
     assert tower_id == source.vision.id == load_tower(run.store, tower_id).id
     assert line(tmp_path, []).tower_id({}) == "", "a tower that learns has no features that could be kept"
+
+
+def test_encoding_is_keyed_by_all_that_its_sidecars_are_made_of() -> None:
+    def key(*overrides: str, tower: str = "") -> str:
+        model = load("pretrain/ci", RunConfig, overrides).model
+        return step_key("encode", encoding_key({"mine": 1}, "vq", model, tower))
+
+    assert key("model.chunk=5") == key("model.vision_filter=linear") == key()
+    changed = [("model.vq_filter=linear",), ("model.code_cameras=[gripper]",)]
+    assert len({key(), *(key(*overrides) for overrides in changed)}) == 3
+    assert len({key(), key(tower="t"), key("model.vision_filter=linear", tower="t")}) == 3
 
 
 def test_the_action_stage_alone_cannot_read_descriptions(tmp_path: Path) -> None:

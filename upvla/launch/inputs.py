@@ -87,10 +87,16 @@ class Inputs:
             chunk=config.chunk,
             cameras=config.vision_cameras,
             resize=config.vision_resize,
-            codes={name: CodeTable(dataset, self.vq.id) for name, dataset in mixture.datasets.items()},
+            codes={
+                name: CodeTable(dataset, self.vq.id, config.code_cameras, config.vq_resize)
+                for name, dataset in mixture.datasets.items()
+            },
             code_cameras=config.code_cameras,
             descriptions=self.descriptions(mixture),
-            features={name: FeatureTable(dataset, self.tower_id) for name, dataset in mixture.datasets.items()}
+            features={
+                name: FeatureTable(dataset, self.tower_id, config.vision_cameras, config.vision_resize)
+                for name, dataset in mixture.datasets.items()
+            }
             if self.tower_id
             else None,
         )
