@@ -257,6 +257,23 @@ def test_other_action_spaces_are_converted_or_named(tmp_path: Path) -> None:
     assert found.stats.stats_id not in {dataset.manifest.stats_id for dataset in datasets.values()}
 
 
+def test_an_empty_source_has_no_plan_and_a_small_one_is_repeated_in_its_share(dataset: Dataset) -> None:
+    def plan(**of_second: object) -> MixturePlan:
+        robot = {"dataset": "table", "kind": "robot"}
+        settings = {"sources": [robot | {"weight": 1}, robot | of_second], "global_batch": 8}
+        return MixtureConfig.model_validate(settings).plan(dataset.store)
+
+    for weight in (1, None):
+        with pytest.raises(ConfigError, match=r"table v1 has no robot samples in its train split that fit .*drop"):
+            plan(where={"tasks": ["fly"]}, weight=weight)
+    found = Mixture(plan(where={"tasks": ["open_drawer"]}, weight=1), {"table": dataset})
+    whole, small = found.sizes
+    assert small < whole
+    refs = [found.sample_at(position) for position in range(8 * -(-whole // 4))]
+    seen = Counter(ref[1:] for ref in refs if ref.source == 1)
+    assert len(seen) == small and sum(seen.values()) == len(refs) / 2 > small
+
+
 def test_splits_and_wordings_do_not_mix(dataset: Dataset) -> None:
     for split, wording in (("train", "train"), ("validation", "held_out")):
         found = mixture(dataset, 1, 1, split=split)

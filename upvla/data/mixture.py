@@ -76,7 +76,8 @@ class MixtureConfig(BaseModel):
         split: Literal["train", "validation"] = "train",
         worlds: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     ) -> MixturePlan:
-        """Pin every source to a version of its dataset. `NotFound` where there is none.
+        """Pin every source to a version of its dataset. `NotFound` where there is none, `ConfigError` where nothing of
+        it can be drawn.
 
         worlds: paraphrases by the name under which a source may ask for them.
         """
@@ -96,9 +97,9 @@ class MixtureConfig(BaseModel):
                 cameras=source.cameras,
                 paraphrases=_paraphrases(source, datasets[source.dataset], worlds or {}),
             )
+            size = len(_Samples(datasets[source.dataset], draft))
             if source.weight is None:
-                size = len(_Samples(datasets[source.dataset], draft))
-                draft = replace(draft, weight=max(size, 1) ** (1 / self.temperature))
+                draft = replace(draft, weight=size ** (1 / self.temperature))
             pinned.append(draft)
         lanes = self.lanes or max(n for n in range(1, _MAX_LANES + 1) if self.global_batch % n == 0)
         groups = [dataset.row_group_bytes for dataset in datasets.values()]
@@ -185,14 +186,7 @@ class Mixture:
                     f"mixture {plan.plan_id} was made for content {source.content_id} of {source.dataset} v"
                     f"{source.version}, opened is {dataset.manifest.content_id} v{dataset.manifest.version}"
                 )
-            samples = _Samples(dataset, source)
-            if not len(samples):
-                fits = f" that fit {dict(source.where)}" if source.where else ""
-                raise ConfigError(
-                    f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}"
-                    "; ingest more recordings or drop the source"
-                )
-            self._samples.append(samples)
+            self._samples.append(_Samples(dataset, source))
         self._turns, self._ranks, self._shares = _chairman(tuple(source.weight for source in plan.sources))
         period = len(self._turns)
         self._begins = [lane * period // plan.lanes for lane in range(plan.lanes)]
@@ -285,7 +279,8 @@ class Mixture:
 class _Samples:
     """What one source offers, numbered so that the samples of a row group are neighbours.
 
-    Robot: every (span, step) of the split. Questions: rows whose wording is for the split.
+    Robot: every (span, step) of the split. Questions: rows whose wording is for the split. `ConfigError` where there is
+    none: a source is endless, each of its epochs in another order, and an empty one has nothing to repeat.
     """
 
     def __init__(self, dataset: Dataset, source: MixtureSource):
@@ -313,7 +308,13 @@ class _Samples:
                 for i, row in enumerate(dataset.qa)
                 if row.template_split in (wording, "both") and chosen[row.episode]
             ]
-        self._pieces = np.array(sorted(pieces), np.int64).reshape(-1, 5)
+        if not pieces:
+            fits = f" that fit {dict(source.where)}" if source.where else ""
+            raise ConfigError(
+                f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}; "
+                "ingest more recordings or drop the source"
+            )
+        self._pieces = np.array(sorted(pieces), np.int64)
         lengths = self._pieces[:, 4] - self._pieces[:, 3]
         self._ends = np.cumsum(lengths)
         first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))
@@ -321,7 +322,7 @@ class _Samples:
         self.groups = Groups(len(first), edges.__getitem__)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def at(self, source: int, number: int) -> SampleRef:
         where = int(np.searchsorted(self._ends, number, side="right"))
