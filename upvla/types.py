@@ -215,6 +215,7 @@ class MixtureSource:
     split: Literal["train", "validation"] = "train"
     where: Mapping[str, Any] = field(default_factory=dict)  # an `EpisodeFilter` as JSON
     cameras: Mapping[str, str] = field(default_factory=dict)  # the model's name -> this dataset's; "": no such view
+    paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # task -> wordings of one request
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def _encode(dataset: Dataset, **options: object) -> list[str]:
 def test_codes_are_those_of_their_frames(store: Store) -> None:
     dataset = _commit(store, range(5))
     assert len(_encode(dataset)) == len(dataset.manifest.shards) > 1
-    table = CodeTable(dataset, "t")
-    assert (table.num_codes, table.cameras, table.resize) == (5, ("static",), SIZE)
+    table = CodeTable(dataset, "t", ["static"], SIZE)
+    assert (table.num_codes, table.cameras) == (5, ("static",))
     for row, episode in enumerate(dataset.episodes):
         frames = dataset.read(row, range(episode.length), ["image_static"])["image_static"]
         expected = encoder(np.stack([resize(decode_image(frame), SIZE) for frame in frames]))
@@ -49,17 +49,30 @@ def test_only_what_is_new_is_encoded(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     first = _commit(store, range(5))
     with pytest.raises(NotFound, match="encode it first"):
-        CodeTable(first, "t")
+        CodeTable(first, "t", ["static"], SIZE)
     one, *rest = (shard.key for shard in first.manifest.shards)
     assert len(_encode(first, shards=[one])) == 1
     assert len(_encode(first)) == len(rest)
     assert _encode(first) == []
     second = _commit(store, range(5, 8))
     with pytest.raises(NotFound):
-        CodeTable(second, "t")
+        CodeTable(second, "t", ["static"], SIZE)
     fresh = len(second.manifest.shards) - len(first.manifest.shards)
     assert len(_encode(second)) == fresh > 0
-    CodeTable(second, "t")
+    CodeTable(second, "t", ["static"], SIZE)
+
+
+def test_codes_of_other_cameras_or_another_resize_are_refused(tmp_path: Path) -> None:
+    dataset = _commit(open_store(str(tmp_path)), range(3))
+    _encode(dataset)
+    other = Resize(size=8, filter="linear")
+    says = r"filter='area'.*asks for \['static'\] with \(.*filter='linear'\): .* back to those, or delete .*codes-t "
+    with pytest.raises(Mismatch, match=says):
+        CodeTable(dataset, "t", ["static"], other)
+    with pytest.raises(Mismatch, match=says):
+        encode_codes(dataset, encoder, cameras=["static"], resize_to=other, tokenizer_id="t")
+    with pytest.raises(Mismatch, match=r"made of cameras \['static'\].*asks for \['gripper'\]"):
+        CodeTable(dataset, "t", ["gripper"], SIZE)
 
 
 def test_codes_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.mixture import Mixture, MixtureConfig
 from upvla.data.samples import Collator, SampleReader
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import NotFound
+from upvla.errors import Mismatch, NotFound
 from upvla.images import Resize, decode_image, resize
 from upvla.store import Store, open_store
 
@@ -36,11 +36,16 @@ def quarters(frames: np.ndarray) -> np.ndarray:
 def test_features_are_those_of_the_frames_and_take_their_place_in_a_batch(dataset: Dataset) -> None:
     settings = {"cameras": CAMERAS, "resize_to": SIZE, "tower_id": "abc"}
     with pytest.raises(NotFound, match="has no patch features of tower abc"):
-        FeatureTable(dataset, "abc")
+        FeatureTable(dataset, "abc", CAMERAS, SIZE)
     assert len(encode_features(dataset, quarters, batch=5, **settings)) == 1
     assert encode_features(dataset, quarters, **settings) == []
-    table = FeatureTable(dataset, "abc")
-    assert table.shape == (4, 3) and table.resize == SIZE
+    other = Resize(size=16, filter="cubic")
+    with pytest.raises(Mismatch, match=r"features-abc/.*filter='area'.*asks for .*filter='cubic'.* or delete .*s-abc "):
+        FeatureTable(dataset, "abc", CAMERAS, other)
+    with pytest.raises(Mismatch, match=r"made of cameras \['static', 'gripper'\]"):
+        encode_features(dataset, quarters, **settings | {"resize_to": other})
+    table = FeatureTable(dataset, "abc", CAMERAS, SIZE)
+    assert table.shape == (4, 3)
     for episode, step in ((0, 0), (0, 8), (1, 4)):
         frames = dataset.read(episode, [step], [f"image_{camera}" for camera in CAMERAS])
         for camera, found in table.get(episode, step, CAMERAS).items():

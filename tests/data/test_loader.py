@@ -31,8 +31,10 @@ class Row:
         self.pixels = sum(int(frame.sum()) for sample in samples for frame in sample.images.values())
 
 
-def _loader(dataset: Dataset, world_size: int = 1, rank: int = 0, micro_batch: int = 4, **options: int) -> Loader[Row]:
-    found = mixture(dataset, 3, 1)
+def _loader(
+    dataset: Dataset, world_size: int = 1, rank: int = 0, micro_batch: int = 4, lanes: int = 16, **options: int
+) -> Loader[Row]:
+    found = mixture(dataset, 3, 1, lanes=lanes)
     reader = SampleReader(found, chunk=5, cameras=["static"], resize=Resize(size=16))
     return Loader(found, reader, Row, rank=rank, world_size=world_size, micro_batch=micro_batch, **options)
 
@@ -93,6 +95,8 @@ def test_worlds_that_do_not_fit_are_refused(dataset: Dataset) -> None:
     for world_size, micro_batch in ((3, 1), (2, 3), (32, 1)):
         with pytest.raises(ConfigError, match="must divide it"):
             _loader(dataset, world_size, micro_batch=micro_batch)
+    with pytest.raises(ConfigError, match=r"8 ranks does not divide the mixture's 4 lanes; use one of \[1, 2, 4\]"):
+        _loader(dataset, 8, micro_batch=2, lanes=4)  # 16 rows could be dealt to 8 ranks
     with pytest.raises(ConfigError, match="rank 2 of a world of 2"):
         _loader(dataset, 2, rank=2)
 

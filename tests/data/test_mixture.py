@@ -23,7 +23,7 @@ from upvla.data.versions import dataset_root
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.images import Resize
 from upvla.store import open_store
-from upvla.types import CALVIN_RELATIVE, MixtureSource
+from upvla.types import CALVIN_RELATIVE, MixturePlan, MixtureSource
 
 
 def config(*weights: float, global_batch: int = 16, seed: int = 0, **more: int) -> MixtureConfig:
@@ -128,6 +128,26 @@ def test_seeds_batches_and_sources_make_other_plans(dataset: Dataset) -> None:
     assert plan_from_json(json.loads(json.dumps(asdict(plans[0])))) == plans[0]
     with pytest.raises(Mismatch, match="changed after"):
         plan_from_json(asdict(plans[0]) | {"seed": 9})
+
+
+def test_paraphrases_are_a_part_of_the_plan_and_none_leaves_its_id_as_it_was(dataset: Dataset) -> None:
+    def plan(**more: object) -> MixturePlan:
+        settings = {"sources": [{"dataset": "table", "kind": "robot", "weight": 1} | more], "global_batch": 16}
+        return MixtureConfig.model_validate(settings).plan(dataset.store, "train", {"toy": words})
+
+    words = {"open_drawer": ["pull the handle to open the drawer", "open it"]}
+    plain, told, other = plan(), plan(paraphrases=words), plan(paraphrases={"open_drawer": words["open_drawer"][:1]})
+    assert len({plain.plan_id, told.plan_id, other.plan_id}) == 3
+    assert plan(paraphrases="toy") == told == plan_from_json(json.loads(json.dumps(asdict(told))))
+    sources = [MixtureSource("table", 1, "c0ffee", "robot", 3.0), MixtureSource("table", 1, "c0ffee", "qa", 1.0)]
+    assert make_plan(sources, 0, 16, lanes=16).plan_id == "ab8008af48df9376"  # of a release without paraphrases
+    with pytest.raises(ConfigError, match="no paraphrases are called 'playtable'; known: toy, or list them"):
+        plan(paraphrases="playtable")
+    for wrong in ({"paraphrases": {"open_drawer": ["open it"]}}, {"paraphrases": words, "kind": "qa"}):
+        with pytest.raises(ConfigError, match=r"table/(robot|qa) has no instruction that is one of its paraphrases"):
+            plan(**wrong)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        plan(paraphrases={"open_drawer": []})
 
 
 def test_a_lane_keeps_few_row_groups_open_and_reads_each_once(tmp_path: Path) -> None:
@@ -235,6 +255,23 @@ def test_other_action_spaces_are_converted_or_named(tmp_path: Path) -> None:
     assert kinds == {0, 1}
     assert found.stats.features["action"].count == 8 * 12
     assert found.stats.stats_id not in {dataset.manifest.stats_id for dataset in datasets.values()}
+
+
+def test_an_empty_source_has_no_plan_and_a_small_one_is_repeated_in_its_share(dataset: Dataset) -> None:
+    def plan(**of_second: object) -> MixturePlan:
+        robot = {"dataset": "table", "kind": "robot"}
+        settings = {"sources": [robot | {"weight": 1}, robot | of_second], "global_batch": 8}
+        return MixtureConfig.model_validate(settings).plan(dataset.store)
+
+    for weight in (1, None):
+        with pytest.raises(ConfigError, match=r"table v1 has no robot samples in its train split that fit .*drop"):
+            plan(where={"tasks": ["fly"]}, weight=weight)
+    found = Mixture(plan(where={"tasks": ["open_drawer"]}, weight=1), {"table": dataset})
+    whole, small = found.sizes
+    assert small < whole
+    refs = [found.sample_at(position) for position in range(8 * -(-whole // 4))]
+    seen = Counter(ref[1:] for ref in refs if ref.source == 1)
+    assert len(seen) == small and sum(seen.values()) == len(refs) / 2 > small
 
 
 def test_splits_and_wordings_do_not_mix(dataset: Dataset) -> None:

@@ -2,7 +2,8 @@
 
     <dataset>/derived/codes-<tokenizer_id>/<shard>.parquet    row i belongs to row i of data/<shard>.parquet
 
-A sidecar is a function of its shard and of the tokenizer, so an appended version encodes only its new shards.
+A sidecar is a function of its shard, of the tokenizer and of the resize, which is in its metadata: an appended version
+encodes only its new shards.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def encode_codes(
 ) -> list[str]:
     """Write the missing sidecars (of `shards`, by key; all by default) and return the keys written.
 
-    Shards are independent, so several processes may take different ones; two that take the same one agree.
+    Shards are independent, so several processes may take different ones; two that take the same one agree. Raises
+    `Mismatch` at a sidecar that was made of other cameras or with another resize.
     """
     written = []
     todo = [shard for shard in dataset.manifest.shards if shards is None or shard.key in shards]
@@ -48,15 +50,21 @@ def encode_codes(
                 _encode_shard(dataset, shard.key, path, encoder, cameras, resize_to, tokenizer_id, batch)
                 dataset.root.upload(path, key)
             written.append(key)
+        else:
+            require_made_of(dataset, key, cameras, resize_to)
         if progress:
             progress(done + 1, len(todo))
     return written
 
 
 class CodeTable:
-    """Codes of every step of a dataset, read beside it. `NotFound` names the first shard that was not encoded."""
+    """Codes of every step of a dataset, read beside it. `NotFound` names the first shard that was not encoded,
+    `Mismatch` what was made of other cameras than `cameras` or with another resize than `resize_to`.
+    """
 
-    def __init__(self, dataset: Dataset, tokenizer_id: str, *, pool_mb: int = 128):
+    def __init__(
+        self, dataset: Dataset, tokenizer_id: str, cameras: Sequence[str], resize_to: Resize, *, pool_mb: int = 128
+    ):
         self.dataset, self.tokenizer_id = dataset, tokenizer_id
         self._rows = RowGroupPool(dataset.root, pool_mb)
         present = set(dataset.root.list(f"derived/codes-{tokenizer_id}/"))
@@ -65,10 +73,9 @@ class CodeTable:
                 raise NotFound(
                     f"{dataset.root.url}/{shard.key} has no image codes of tokenizer {tokenizer_id}; encode it first"
                 )
-        file = dataset.root.parquet(_sidecar(tokenizer_id, dataset.manifest.shards[0].key))
-        self.cameras = tuple(name.removeprefix("codes_") for name in file.schema_arrow.names)
-        self.num_codes = int(file.schema_arrow.field(0).type.list_size)
-        self.resize = Resize.model_validate_json(file.schema_arrow.metadata[b"resize"])
+        schema = require_made_of(dataset, _sidecar(tokenizer_id, dataset.manifest.shards[0].key), cameras, resize_to)
+        self.cameras = tuple(name.removeprefix("codes_") for name in schema.names)
+        self.num_codes = int(schema.field(0).type.list_size)
 
     def get(self, episode: int, steps: Sequence[int], camera: str) -> np.ndarray:
         """Codes of one camera at steps of one recording: i64[K,N]."""
@@ -78,6 +85,22 @@ class CodeTable:
         key, column = _sidecar(self.tokenizer_id, row.shard), f"codes_{camera}"
         found = self._rows.take(key, {column: [row.row0 + step for step in steps]})
         return np.asarray(found[column], np.int64)
+
+
+def require_made_of(dataset: Dataset, key: str, cameras: Sequence[str], resize_to: Resize) -> pa.Schema:
+    """Schema of a sidecar, whose columns are called `<what>_<camera>`; `Mismatch` unless all `cameras` are in it and
+    their frames were resized as `resize_to` says: its name tells of the weights alone.
+    """
+    schema = dataset.root.parquet(key).schema_arrow
+    made = Resize.model_validate_json(schema.metadata[b"resize"])
+    held = [name.partition("_")[2] for name in schema.names]
+    if made != resize_to or not set(cameras) <= set(held):
+        raise Mismatch(
+            f"{dataset.root.url}/{key} was made of cameras {held} with resize ({made}), the model asks for "
+            f"{list(cameras)} with ({resize_to}): set the model's back to those, or delete "
+            f"{dataset.root.url}/{key.rpartition('/')[0]} and {dataset.store.url}/steps/encode and encode again"
+        )
+    return schema
 
 
 def _sidecar(tokenizer_id: str, shard: str) -> str:

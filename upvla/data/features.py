@@ -2,7 +2,8 @@
 
     <dataset>/derived/features-<tower_id>/<shard>.parquet    row i belongs to row i of data/<shard>.parquet
 
-Half precision, [P,D] a frame and camera. A sidecar is a function of its shard (named by its content) and of the tower.
+Half precision, [P,D] a frame and camera. A sidecar is a function of its shard (named by its content), of the tower and
+of the resize, which is in its metadata.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from upvla.data.derived import require_made_of
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.table import Dataset
 from upvla.errors import NotFound
@@ -33,7 +35,9 @@ def encode_features(
     shards: Sequence[str] | None = None,
     batch: int = 32,
 ) -> list[str]:
-    """Write the missing sidecars (of `shards`, by key; all by default) and return the keys written."""
+    """Write the missing sidecars (of `shards`, by key; all by default) and return the keys written. Raises `Mismatch`
+    at one that was made of other cameras or with another resize.
+    """
     written = []
     for shard in (ref.key for ref in dataset.manifest.shards if shards is None or ref.key in shards):
         key = _sidecar(tower_id, shard)
@@ -43,13 +47,17 @@ def encode_features(
                 _encode_shard(dataset, shard, path, tower, cameras, resize_to, batch)
                 dataset.root.upload(path, key)
             written.append(key)
+        else:
+            require_made_of(dataset, key, cameras, resize_to)
     return written
 
 
 class FeatureTable:
-    """Features of every step of a dataset, read beside it. `NotFound` names the first shard that was not encoded."""
+    """Features of every step of a dataset, read beside it. Raises what `CodeTable` does."""
 
-    def __init__(self, dataset: Dataset, tower_id: str, *, pool_mb: int = 256) -> None:
+    def __init__(
+        self, dataset: Dataset, tower_id: str, cameras: Sequence[str], resize_to: Resize, *, pool_mb: int = 256
+    ) -> None:
         self.dataset, self.tower_id = dataset, tower_id
         self._rows = RowGroupPool(dataset.root, pool_mb)
         present = set(dataset.root.list(f"derived/features-{tower_id}/"))
@@ -58,9 +66,8 @@ class FeatureTable:
                 raise NotFound(
                     f"{dataset.root.url}/{shard.key} has no patch features of tower {tower_id}; encode it first"
                 )
-        metadata = dataset.root.parquet(_sidecar(tower_id, dataset.manifest.shards[0].key)).schema_arrow.metadata
-        self.shape = (int(metadata[b"patches"]), int(metadata[b"width"]))
-        self.resize = Resize.model_validate_json(metadata[b"resize"])
+        schema = require_made_of(dataset, _sidecar(tower_id, dataset.manifest.shards[0].key), cameras, resize_to)
+        self.shape = (int(schema.metadata[b"patches"]), int(schema.metadata[b"width"]))
 
     def get(self, episode: int, step: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
         """camera -> f32[P,D] at one step of one recording."""

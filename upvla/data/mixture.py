@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +35,9 @@ class SourceConfig(BaseModel):
 
     weight: share of all draws after normalisation; left out, the source's own size decides (see `temperature`).
     version: a number or a tag. where: which of its recordings. cameras: the model's camera -> this dataset's, where
-    they are called differently; "" for a view that it lacks (shown black).
+    they are called differently; "" for a view that it lacks (shown black). paraphrases: task -> sentences that ask for
+    the same, or the name of a world's own (`playtable`): an instruction that is one of its task's is told by any of
+    them, drawn by position; every other one, and by default all, stay in the words that they were recorded with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,7 @@ class SourceConfig(BaseModel):
     version: int | str | None = None
     where: EpisodeFilter = EpisodeFilter()
     cameras: dict[str, str] = {}
+    paraphrases: str | dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
 
 
 class MixtureConfig(BaseModel):
@@ -67,8 +70,17 @@ class MixtureConfig(BaseModel):
     pool_mb: int = Field(default=256, gt=0)
     action_space: str | dict[str, Any] | None = None
 
-    def plan(self, store: Store, split: Literal["train", "validation"] = "train") -> MixturePlan:
-        """Pin every source to a version of its dataset. `NotFound` where there is none."""
+    def plan(
+        self,
+        store: Store,
+        split: Literal["train", "validation"] = "train",
+        worlds: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    ) -> MixturePlan:
+        """Pin every source to a version of its dataset. `NotFound` where there is none, `ConfigError` where nothing of
+        it can be drawn.
+
+        worlds: paraphrases by the name under which a source may ask for them.
+        """
         pinned = []
         datasets: dict[str, Dataset] = {}
         for source in self.sources:
@@ -83,10 +95,11 @@ class MixtureConfig(BaseModel):
                 split=split,
                 where=source.where.model_dump(mode="json", exclude_defaults=True),
                 cameras=source.cameras,
+                paraphrases=_paraphrases(source, datasets[source.dataset], worlds or {}),
             )
+            size = len(_Samples(datasets[source.dataset], draft))
             if source.weight is None:
-                size = len(_Samples(datasets[source.dataset], draft))
-                draft = replace(draft, weight=max(size, 1) ** (1 / self.temperature))
+                draft = replace(draft, weight=size ** (1 / self.temperature))
             pinned.append(draft)
         lanes = self.lanes or max(n for n in range(1, _MAX_LANES + 1) if self.global_batch % n == 0)
         groups = [dataset.row_group_bytes for dataset in datasets.values()]
@@ -115,7 +128,7 @@ def make_plan(
         if not source.weight > 0:
             raise ConfigError(f"mixture source {source.dataset}/{source.kind}: weight {source.weight} is not positive")
     plan = MixturePlan(tuple(sources), seed, global_batch, lanes, spread, action_space)
-    return replace(plan, plan_id=content_hash(asdict(plan)))
+    return replace(plan, plan_id=content_hash(_identity(plan)))
 
 
 def plan_from_json(value: Mapping[str, Any]) -> MixturePlan:
@@ -126,6 +139,36 @@ def plan_from_json(value: Mapping[str, Any]) -> MixturePlan:
     if plan.plan_id != value["plan_id"]:
         raise Mismatch(f"mixture plan {value['plan_id']} was changed after it was made; make it again")
     return plan
+
+
+def _identity(plan: MixturePlan) -> dict[str, Any]:
+    """What the id is a hash of. Plans without paraphrases have the ids that they had before there were any."""
+    value = asdict(plan)
+    for source in value["sources"]:
+        if not source["paraphrases"]:
+            del source["paraphrases"]
+    return value
+
+
+def _paraphrases(
+    source: SourceConfig, dataset: Dataset, worlds: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, list[str]]:
+    """task -> sentences; `ConfigError` where they would change no instruction of the dataset."""
+    found: str | Mapping[str, Sequence[str]] = source.paraphrases
+    if isinstance(found, str):
+        if found not in worlds:
+            raise ConfigError(
+                f"mixture source {source.dataset}/{source.kind}: no paraphrases are called {found!r}; known: "
+                f"{', '.join(sorted(worlds)) or 'none'}, or list them: task -> sentences"
+            )
+        found = worlds[found]
+    spans = (span for episode in dataset.episodes for span in episode.spans)
+    if found and (source.kind != "robot" or not any(span.text in found.get(span.task, ()) for span in spans)):
+        raise ConfigError(
+            f"mixture source {source.dataset}/{source.kind} has no instruction that is one of its paraphrases: list a "
+            "task's recorded sentence among them, or leave `paraphrases` out to train on the recordings' own words"
+        )
+    return {task: list(sentences) for task, sentences in found.items()}
 
 
 class Mixture:
@@ -143,14 +186,7 @@ class Mixture:
                     f"mixture {plan.plan_id} was made for content {source.content_id} of {source.dataset} v"
                     f"{source.version}, opened is {dataset.manifest.content_id} v{dataset.manifest.version}"
                 )
-            samples = _Samples(dataset, source)
-            if not len(samples):
-                fits = f" that fit {dict(source.where)}" if source.where else ""
-                raise ConfigError(
-                    f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}"
-                    "; ingest more recordings or drop the source"
-                )
-            self._samples.append(samples)
+            self._samples.append(_Samples(dataset, source))
         self._turns, self._ranks, self._shares = _chairman(tuple(source.weight for source in plan.sources))
         period = len(self._turns)
         self._begins = [lane * period // plan.lanes for lane in range(plan.lanes)]
@@ -243,7 +279,8 @@ class Mixture:
 class _Samples:
     """What one source offers, numbered so that the samples of a row group are neighbours.
 
-    Robot: every (span, step) of the split. Questions: rows whose wording is for the split.
+    Robot: every (span, step) of the split. Questions: rows whose wording is for the split. `ConfigError` where there is
+    none: a source is endless, each of its epochs in another order, and an empty one has nothing to repeat.
     """
 
     def __init__(self, dataset: Dataset, source: MixtureSource):
@@ -271,7 +308,13 @@ class _Samples:
                 for i, row in enumerate(dataset.qa)
                 if row.template_split in (wording, "both") and chosen[row.episode]
             ]
-        self._pieces = np.array(sorted(pieces), np.int64).reshape(-1, 5)
+        if not pieces:
+            fits = f" that fit {dict(source.where)}" if source.where else ""
+            raise ConfigError(
+                f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}; "
+                "ingest more recordings or drop the source"
+            )
+        self._pieces = np.array(sorted(pieces), np.int64)
         lengths = self._pieces[:, 4] - self._pieces[:, 3]
         self._ends = np.cumsum(lengths)
         first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))
@@ -279,7 +322,7 @@ class _Samples:
         self.groups = Groups(len(first), edges.__getitem__)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def at(self, source: int, number: int) -> SampleRef:
         where = int(np.searchsorted(self._ends, number, side="right"))

@@ -18,7 +18,7 @@ from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
 from upvla.errors import BadEpisode, ConfigError, Corrupt
 from upvla.images import Resize, decode_image, resize
-from upvla.types import ActionSpace, Batch, Sample, SampleRef
+from upvla.types import ActionSpace, Batch, MixtureSource, Sample, SampleRef, Span
 
 IGNORED = -100  # label of an unsupervised token
 
@@ -79,9 +79,8 @@ class SampleReader:
     """Reads and decodes samples; threads may share it.
 
     cameras, resize: frames of the understanding encoder. codes, code_cameras: tables of image codes by dataset name
-    and the views taken from them; without tables rows carry no codes. paraphrases: other wordings by task name, one of
-    which is drawn by position. descriptions: what a model said of the scenes, by dataset name.
-    features: patch features by dataset name, which take the place of frames.
+    and the views taken from them; without tables rows carry no codes. descriptions: what a model said of the scenes,
+    by dataset name. features: patch features by dataset name, which take the place of frames.
     """
 
     def __init__(
@@ -93,15 +92,14 @@ class SampleReader:
         resize: Resize,
         codes: Mapping[str, CodeTable] | None = None,
         code_cameras: Sequence[str] = (),
-        paraphrases: Mapping[str, Sequence[str]] | None = None,
         published_windows: bool = False,
         descriptions: Mapping[str, DescriptionTable] | None = None,
         features: Mapping[str, FeatureTable] | None = None,
     ):
         self.mixture, self.chunk, self.cameras, self.resize = mixture, chunk, tuple(cameras), resize
         self.codes, self.code_cameras = dict(codes or {}), tuple(code_cameras)
-        self.paraphrases, self.published_windows = dict(paraphrases or {}), published_windows
         self.descriptions, self.features = dict(descriptions or {}), dict(features or {})
+        self.published_windows = published_windows
         self.action_space = mixture.action_space
         self._frame = (resize.size, resize.width or resize.size, 3)
         self._maps = [mixture.action_map(number) for number in range(len(mixture.plan.sources))]
@@ -194,7 +192,7 @@ class SampleReader:
             future_codes=future_codes,
             actions=actions,
             action_is_pad=is_pad,
-            text=self._wording(span.task, span.text, position),
+            text=self._wording(self.mixture.plan.sources[ref.source], span, position),
             turns=(),
             description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
         )
@@ -228,10 +226,10 @@ class SampleReader:
                 images[camera][:] = 0
         return images
 
-    def _wording(self, task: str, text: str, position: int) -> str:
-        wordings = self.paraphrases.get(task)
-        if not wordings:
-            return text
+    def _wording(self, source: MixtureSource, span: Span, position: int) -> str:
+        wordings = source.paraphrases.get(span.task, ())
+        if span.text not in wordings:
+            return span.text
         key = f"paraphrase/{self.mixture.plan.seed}/{position}".encode()
         return wordings[int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(wordings)]
 

@@ -2,7 +2,7 @@
 
 Moments are merged after Chan, Golub and LeVeque in float64, which survives columns whose mean dwarfs their deviation.
 Quantiles come from histograms with logarithmic buckets (1 % relative error): integer counts, so no merge order can
-change them. A dimension that hardly moves is `constant` and never divided by.
+change them. A dimension that hardly moves is `constant`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -186,38 +186,6 @@ def _findings(name: str, feature: FeatureStats) -> Iterable[Finding]:
         elif (reach := max(high - q99, q01 - low)) > _SPARSE * (q99 - q01):
             what = f"is sparse: 98 % lie within {q99 - q01:g}, some {reach:g} beyond"
             yield Finding(name, dim, False, what)
-
-
-class Normalizer:
-    """`normalise` and `unnormalise` of one feature; constant dimensions pass through unchanged.
-
-    "mean_std": (x - mean) / std. "quantile": q01..q99 onto -1..1, or the whole range where nearly all values are
-    one and the rest lies far off: dividing by such a q99 - q01 would make steps of thousands.
-    """
-
-    def __init__(self, feature: FeatureStats, mode: Literal["mean_std", "quantile"]):
-        if mode == "mean_std":
-            centre, scale = np.array(feature.mean), np.array(feature.std)
-        else:
-            low, high = np.array(feature.q01), np.array(feature.q99)
-            least, most = np.array(feature.low), np.array(feature.high)
-            sparse = np.maximum(most - high, low - least) > _SPARSE * (high - low)
-            low, high = np.where(sparse, least, low), np.where(sparse, most, high)
-            centre, scale = (low + high) / 2, (high - low) / 2
-        passes = np.array(feature.constant) | (scale <= 0)
-        self._centre, self._scale = np.where(passes, 0.0, centre), np.where(passes, 1.0, scale)
-
-    def normalise(self, values: np.ndarray) -> np.ndarray:
-        """f[...,D] -> f32[...,D]"""
-        return ((self._of_width(values) - self._centre) / self._scale).astype(np.float32)
-
-    def unnormalise(self, values: np.ndarray) -> np.ndarray:
-        return (self._of_width(values) * self._scale + self._centre).astype(np.float32)
-
-    def _of_width(self, values: np.ndarray) -> np.ndarray:
-        if values.shape[-1] != len(self._centre):
-            raise Mismatch(f"statistics are of {len(self._centre)} dimensions, the values have {values.shape[-1]}")
-        return values
 
 
 def _figures(summary: Summary) -> FeatureStats:

@@ -16,7 +16,7 @@ class Drift(NamedTuple):
     dim: int
     shift: float
     spread: float
-    outside: bool  # values beyond the parent's range: normalised by its statistics they leave what was trained on
+    outside: bool  # values beyond the parent's range: it has not been trained on such
 
     @property
     def size(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,16 @@ from upvla.launch.cluster import connected, result_of
 from upvla.launch.tokenizers import load_tower, load_vq
 from upvla.model.config import ModelConfig
 from upvla.store import Store
+
+
+def encoding_key(versions: Mapping[str, int], vq_id: str, model: ModelConfig, tower_id: str = "") -> dict[str, Any]:
+    """All that the sidecars of these versions are a function of."""
+    codes = {"cameras": model.code_cameras, "resize": model.vq_resize.model_dump(mode="json")}
+    key = {"versions": dict(versions), "vq": vq_id, "codes": codes}
+    if tower_id:
+        features = {"cameras": model.vision_cameras, "resize": model.vision_resize.model_dump(mode="json")}
+        key |= {"tower": tower_id, "features": features}
+    return key
 
 
 def encode_dataset(

@@ -90,10 +90,16 @@ class Inputs:
             chunk=config.chunk,
             cameras=config.vision_cameras,
             resize=config.vision_resize,
-            codes={name: CodeTable(dataset, self.vq.id) for name, dataset in mixture.datasets.items()},
+            codes={
+                name: CodeTable(dataset, self.vq.id, config.code_cameras, config.vq_resize)
+                for name, dataset in mixture.datasets.items()
+            },
             code_cameras=config.code_cameras,
             descriptions=self.descriptions(mixture),
-            features={name: FeatureTable(dataset, self.tower_id) for name, dataset in mixture.datasets.items()}
+            features={
+                name: FeatureTable(dataset, self.tower_id, config.vision_cameras, config.vision_resize)
+                for name, dataset in mixture.datasets.items()
+            }
             if self.tower_id
             else None,
         )
@@ -145,11 +151,11 @@ def open_inputs(spec: TrainSpec) -> Inputs:
     if spec.kind == "policy":
         text = parent.text if parent is not None else load_text(store, spec.text_id)
         vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
-    mixtures = [_open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
+    mixtures = [open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
     return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
 
 
-def _open_mixture(store: Store, plan_id: str) -> Mixture:
+def open_mixture(store: Store, plan_id: str) -> Mixture:
     plan = plan_from_json(store.read_json(f"mixtures/{plan_id}.json"))
     pinned = {source.dataset: source.version for source in plan.sources}
     return Mixture(

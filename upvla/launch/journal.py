@@ -30,7 +30,7 @@ class Journal:
             from upvla.tracking import Tracker  # seconds of import that only one worker needs
 
             where = spec.tracking
-            params = spec.model_dump(mode="json", exclude={"tracking", "paraphrases", "store_url", "scratch"})
+            params = spec.model_dump(mode="json", exclude={"tracking", "store_url", "scratch"})
             self._run = Tracker(where.uri, where.experiment).start(
                 f"{spec.key}/{spec.stage.name}", spec.stage.name, parent=where.parent, params=params, tags=where.tags
             )

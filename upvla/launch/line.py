@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from upvla.checkpoint import load_bundle, read_marker, read_meta
+from upvla.checkpoint import load_bundle, read_facts, read_marker, read_meta
 from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, Mismatch, NotFound, StackError
@@ -24,7 +24,7 @@ from upvla.launch import scores as scoring
 from upvla.launch.card import model_card
 from upvla.launch.cluster import connected
 from upvla.launch.describe import describe_dataset, description_id
-from upvla.launch.encode import encode_dataset
+from upvla.launch.encode import encode_dataset, encoding_key
 from upvla.launch.jobs import Jobs
 from upvla.launch.promote import promote
 from upvla.launch.steps import once
@@ -61,7 +61,8 @@ class Line:
     def mix(self) -> Result:
         """Pin the newest dataset versions and fix the order of all training and validation samples."""
         began = time.monotonic()
-        plans = {split: self.config.mixture.plan(self.store, split) for split in ("train", "validation")}
+        worlds = {"playtable": {name: row.train for name, row in tasks.TASKS.items()}}
+        plans = {split: self.config.mixture.plan(self.store, split, worlds) for split in ("train", "validation")}
         for plan in plans.values():
             self.store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
         return {split: plan.plan_id for split, plan in plans.items()} | {
@@ -71,22 +72,20 @@ class Line:
 
     def encode(self, plan: Result, vq: Result) -> Result:
         """What frozen networks say of every frame, once: sidecars of the shards, keyed by tokenizer and tower."""
-        tower_id = self.tower_id(vq)
+        tower_id, model = self.tower_id(vq), self.model_config(vq)
 
         def work() -> Result:
-            model = self.model_config(vq)
             counts = [
                 encode_dataset(self.store, name, version, vq["vq_id"], model, self._counting("shards"), tower_id)
                 for name, version in plan["versions"].items()
             ]
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
-        key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
-        return once(self.store, "encode", key, work)
+        return once(self.store, "encode", encoding_key(plan["versions"], vq["vq_id"], model, tower_id), work)
 
     def model_config(self, source: Result) -> ModelConfig:
         """Of the model that trains on what is encoded: that of the checkpoint `source`."""
-        return load_bundle(source["url"]).config
+        return read_facts(source["url"]).config
 
     def tower_id(self, source: Result) -> str:
         """Id of the frozen understanding encoder whose features are kept; empty where it learns with the rest."""
@@ -213,7 +212,6 @@ class Line:
             engine=EngineConfig.model_validate(self.config.engine.model_dump() | workers),
             train_plan=plan["train"],
             validation_plan=plan["validation"],
-            paraphrases={} if kind == "vq" else {name: row.train for name, row in tasks.TASKS.items()},
             tracking=TrackingSpec(
                 uri=self.site.tracking_url,
                 experiment=self.site.experiment,

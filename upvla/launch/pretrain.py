@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
-from upvla.data.table import Dataset, load_manifest
+from upvla.data.table import Dataset
 from upvla.errors import ConfigError
 from upvla.launch.ingest import run_ingest
+from upvla.launch.inputs import open_mixture
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
 from upvla.launch.tokenizers import save_text, save_tower, save_vq
@@ -21,11 +22,10 @@ from upvla.model.vision import VisionEncoder
 from upvla.model.vq import VQTokenizer
 from upvla.model.weights import fill
 from upvla.rollout.evaluate import as_metrics
-from upvla.sim.playtable import tasks
 from upvla.sim.playtable.recorder import collect
 from upvla.store import open_store
 from upvla.train.config import StageConfig
-from upvla.types import Estimate
+from upvla.types import Estimate, MixtureSource
 
 
 def open_pretraining(
@@ -81,15 +81,17 @@ class Pretraining(Line):
         return {**self.ingest(url), **about}
 
     def train_text(self, plan: Result) -> Result:
-        """Byte-level BPE on the instructions and questions of the training split, or the one that `init` brings."""
+        """Byte-level BPE on the instructions, their paraphrases and the questions of the training split, or the one
+        that `init` brings.
+        """
 
         def work() -> Result:
             if self.config.init.text:
                 folder, _, name = self.config.init.text.rpartition("/")
                 given = TextTokenizer(open_store(folder).read(name).decode(), self.config.model.text_vocab_size)
                 return {"text_id": save_text(self.store, given), "texts": 0}
-            texts = {text for name in plan["versions"] for text in self._texts(self._dataset(name, plan))}
-            texts |= {text for name in self.config.data.collect.tasks for text in tasks.task(name).train}
+            mixture = open_mixture(self.store, plan["train"])
+            texts = {text for one in mixture.plan.sources for text in _texts(mixture.datasets[one.dataset], one)}
             text = TextTokenizer.train(texts, self.config.model.text_vocab_size)
             return {"text_id": save_text(self.store, text), "texts": len(texts)}
 
@@ -216,10 +218,9 @@ class Pretraining(Line):
             open_store(folder).download(name, Path(local, name))
             run.artifact(Path(local, name), "data")
 
-    def _dataset(self, name: str, plan: Result) -> Dataset:
-        return Dataset(self.store, load_manifest(self.store, name, plan["versions"][name]))
 
-    def _texts(self, dataset: Dataset) -> set[str]:
-        spans = {span.text for episode in dataset.episodes if episode.split == "train" for span in episode.spans}
-        asked = [row for row in dataset.qa if row.template_split == "train"]
-        return spans | {row.question for row in asked} | {row.answer for row in asked}
+def _texts(dataset: Dataset, source: MixtureSource) -> set[str]:
+    spans = [span for episode in dataset.episodes if episode.split == "train" for span in episode.spans]
+    told = {text for span in spans for text in (span.text, *source.paraphrases.get(span.task, ()))}
+    asked = [row for row in dataset.qa if row.template_split == "train"]
+    return told | {row.question for row in asked} | {row.answer for row in asked}

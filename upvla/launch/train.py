@@ -86,7 +86,6 @@ class TrainSpec(BaseModel):
     tower_id: str = ""
     weights_urls: tuple[str, ...] = ()
     weights_ids: tuple[str, ...] = ()
-    paraphrases: dict[str, tuple[str, ...]] = {}
     seed: int = 0
     tracking: TrackingSpec | None = None
     scratch: str = Field(

@@ -292,7 +292,6 @@ def _loader(
     reader = inputs.reader(mixture)
     collate: Callable[[Sequence[Sample]], Batch] = frames_only
     if (text := inputs.text) is not None:
-        reader.paraphrases = dict(spec.paraphrases)
         condition = partial(conditioned, inputs.config) if inputs.config.description else None
         collate = Collator(reader.shape, text.encode, text.encode_turns, text.pad_id, condition)
     return Loader(
