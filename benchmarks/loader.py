@@ -184,9 +184,9 @@ def memory_over_epochs(store: Store, epochs: int, pool_mb: int) -> dict[str, Any
     reads: Counter[tuple[Any, ...]] = Counter()
     original = RowGroupPool._read
 
-    def counted(pool: RowGroupPool, key: str, group: int, columns: tuple[str, ...]) -> Any:
+    def counted(pool: RowGroupPool, file: Any, key: str, group: int, columns: tuple[str, ...]) -> Any:
         reads[(key, group)] += "image_static" in columns
-        return original(pool, key, group, columns)
+        return original(pool, file, key, group, columns)
 
     RowGroupPool._read = counted  # type: ignore[method-assign]
     rss, distinct, per_epoch = [0.0] * epochs, [], []

@@ -10,7 +10,8 @@ Every step is pure and none draws from a generator with a state:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -249,29 +250,27 @@ class _Samples:
     def __init__(self, dataset: Dataset, source: MixtureSource):
         self._kind, where = source.kind, EpisodeFilter.model_validate(source.where)
         chosen = [row.split == source.split and where.fits(row) for row in dataset.episodes]
+        ranges: Iterator[tuple[int, int, int, int]]  # recording, span or question, first step, end
         if source.kind == "robot":
-            pieces = [
-                (group, row, i, start, end)
+            ranges = (
+                (row, i, span.start, span.end)
                 for row, episode in enumerate(dataset.episodes)
                 if chosen[row]
                 for i, span in enumerate(episode.spans)
                 if where.takes(span)
-                for group, start, end in dataset.row_groups_of(row, span.start, span.end)
-            ]
+            )
         else:
             wording = "train" if source.split == "train" else "held_out"
-            pieces = [
-                (
-                    dataset.row_groups_of(row.episode, row.step, row.step + 1)[0][0],
-                    row.episode,
-                    i,
-                    row.step,
-                    row.step + 1,
-                )
+            ranges = (
+                (row.episode, i, row.step, row.step + 1)
                 for i, row in enumerate(dataset.qa)
                 if row.template_split in (wording, "both") and chosen[row.episode]
-            ]
-        self._pieces = np.array(sorted(pieces), np.int64).reshape(-1, 5)
+            )
+        flat = np.fromiter(itertools.chain.from_iterable(ranges), np.int64)
+        rows, which, starts, ends = flat.reshape(-1, 4).T
+        of, groups, first_steps, end_steps = dataset.row_groups_of(rows, starts, ends)
+        order = np.lexsort((which[of], rows[of], groups))
+        self._pieces = np.stack([groups, rows[of], which[of], first_steps, end_steps], axis=1)[order]
         lengths = self._pieces[:, 4] - self._pieces[:, 3]
         self._ends = np.cumsum(lengths)
         first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))
