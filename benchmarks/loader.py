@@ -43,7 +43,7 @@ from PIL import Image
 
 from upvla.data.commit import commit
 from upvla.data.loader import Loader
-from upvla.data.mixture import Mixture, MixtureConfig
+from upvla.data.mixture import Mixture, MixtureConfig, open_mixture
 from upvla.data.order import Groups, Order
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.samples import Collator, SampleReader
@@ -80,10 +80,9 @@ def encoded(episode: Episode) -> Episode:
 
 
 def open_loader(store: Store, threads: int, pool_mb: int) -> Loader[Any]:
-    dataset = Dataset(store, load_manifest(store, "bench"), pool_mb=2 * pool_mb)
     source = {"dataset": "bench", "kind": "robot", "weight": 1}
     config = MixtureConfig.model_validate({"sources": [source], "global_batch": BATCH, "pool_mb": pool_mb})
-    mixture = Mixture(config.plan(store), {"bench": dataset})
+    mixture = open_mixture(store, config.plan(store))
     reader = SampleReader(mixture, chunk=CHUNK, cameras=CAMERAS, resize=SIZE)
     collate = Collator(reader.shape, lambda text: list(text.encode()), lambda turns: ([], []), 0)
     micro = BATCH // max(2, threads)

@@ -45,13 +45,18 @@ class RowGroupPool:
     time read it once.
     """
 
-    def __init__(self, root: Store, pool_mb: int):
-        self._root, self._limit = root, pool_mb << 20
+    def __init__(self, root: Store, pool_mb: float):
+        self._root = root
+        self.resize(pool_mb)
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._starts: dict[str, Sequence[int]] = {}  # of the row groups of all objects that were ever open
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], tuple[dict[str, _Column], int]] = OrderedDict()
         self._bytes = 0
+
+    def resize(self, pool_mb: float) -> None:
+        """Hold no more than that from the next row group on."""
+        self._limit = int(pool_mb * 2**20)
 
     def take(self, key: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """{column: its rows} -> {column: numbers as an array over the rows, or binary values as a list of bytes}.

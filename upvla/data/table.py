@@ -96,11 +96,11 @@ class QuestionRow(NamedTuple):
 class Dataset:
     """One version, for reading. Threads may share it; other processes get their own by pickling.
 
-    Up to `pool_mb` of row groups stay in memory. Mixtures visit steps in any order, so a pool that holds the dataset
-    reads it once; a smaller one reads a row group for almost every sample.
+    Up to `pool_mb` of row groups stay in memory. Mixtures visit steps in an order that has some row groups open at a
+    time: a pool that holds these reads each once, a smaller one reads a row group for almost every sample.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: int = 768):
+    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: float = 768):
         self.store, self.manifest, self._pool_mb = store, manifest, pool_mb
         self.root = dataset_root(store, manifest.dataset)
         self._rows = RowGroupPool(self.root, pool_mb)
@@ -188,6 +188,11 @@ class Dataset:
         """Mean size of a row group."""
         return sum(shard.num_bytes for shard in self.manifest.shards) / max(1, len(self._group_edges) - 1)
 
+    def keep(self, row_groups: float) -> None:
+        """Have memory for so many row groups of the mean size, and no more."""
+        self._pool_mb = row_groups * self.row_group_bytes / 2**20
+        self._rows.resize(self._pool_mb)
+
     def row_groups_of(self, episodes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Steps `[start, end)` of recordings, i64[N] each, cut where a row group ends: i64[4,M], M >= N parts as (which
         of the N, number of the row group in this version, first step, end)."""
@@ -247,7 +252,7 @@ class Dataset:
         }
 
 
-def _reopen(store: Store, manifest: Manifest, pool_mb: int) -> Dataset:
+def _reopen(store: Store, manifest: Manifest, pool_mb: float) -> Dataset:
     return Dataset(store, manifest, pool_mb=pool_mb)
 
 

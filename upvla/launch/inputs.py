@@ -17,9 +17,8 @@ from upvla.checkpoint import Bundle, load_bundle
 from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
 from upvla.data.features import FeatureTable
-from upvla.data.mixture import Mixture, plan_from_json
+from upvla.data.mixture import Mixture, open_mixture, plan_from_json
 from upvla.data.samples import SampleReader
-from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError, Mismatch
 from upvla.launch.tokenizers import load_text, load_vq
 from upvla.launch.train import TrainSpec
@@ -110,8 +109,8 @@ class Inputs:
         return Bundle(self.config, model, self.vq, self.text, self.train.action_space, stats, meta)
 
 
-def open_inputs(spec: TrainSpec) -> Inputs:
-    """Raises `NotFound`, `Corrupt` or `Mismatch` naming the reference that is wrong."""
+def open_inputs(spec: TrainSpec, world_size: int = 1) -> Inputs:
+    """For one of `world_size` workers. `NotFound`, `Corrupt` or `Mismatch` name the reference that is wrong."""
     store = open_store(spec.store_url)
     parent = load_bundle(spec.parent_url) if spec.parent_url else None
     config = parent.config if parent is not None else spec.model
@@ -124,13 +123,6 @@ def open_inputs(spec: TrainSpec) -> Inputs:
     if spec.kind == "policy":
         text = parent.text if parent is not None else load_text(store, spec.text_id)
         vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
-    mixtures = [_open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
+    plans = [store.read_json(f"mixtures/{plan_id}.json") for plan_id in (spec.train_plan, spec.validation_plan)]
+    mixtures = [open_mixture(store, plan_from_json(plan), world_size) for plan in plans]
     return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
-
-
-def _open_mixture(store: Store, plan_id: str) -> Mixture:
-    plan = plan_from_json(store.read_json(f"mixtures/{plan_id}.json"))
-    pinned = {source.dataset: source.version for source in plan.sources}
-    return Mixture(
-        plan, {name: Dataset(store, load_manifest(store, name, version)) for name, version in pinned.items()}
-    )
