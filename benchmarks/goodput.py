@@ -1,6 +1,6 @@
 """What a run keeps of its time when a worker is killed again and again.
 
-    python benchmarks/goodput.py [--kills 4] [--kill-every-s 360] [--save-every-s 30] [--json FILE]
+    python benchmarks/goodput.py [--kills 4] [--kill-every-s 360] [--save-every-s 30] [--json [FILE]]
 
 Two workers train the `tiny` policy on synthetic recordings under Ray Train; every `--kill-every-s` seconds one of them
 gets SIGKILL. Goodput is the share of the wall clock, from the driver's first moment to the run's last step, that went
@@ -10,7 +10,6 @@ into steps of the result: start-up, stalls for resume points, detection, restart
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from _figures import give, parse
 from _stage import prepare, write_spec
 
 from upvla.launch.train import RESULT
@@ -100,8 +100,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--kill-every-s", type=float, default=360)
     parser.add_argument("--save-every-s", type=float, default=30)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parse(parser)
     with tempfile.TemporaryDirectory(prefix="upvla-goodput-") as scratch:
         store, references = prepare(Path(scratch), recordings=16, global_batch=32)
         engine = {"num_workers": 2, "zero_stage": 2, "max_failures": options.kills + 2}
@@ -132,8 +131,7 @@ def main() -> None:
         f"step time; {steps} steps of {step_s:.2f} s, a resume point every {timed['save_every']}; "
         f"load {os.getloadavg()[0]:.1f}"
     )
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2))
+    give(options, figures)
 
 
 if __name__ == "__main__":

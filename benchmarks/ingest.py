@@ -1,6 +1,6 @@
 """How near ingest comes to what encoding JPEGs costs anyway, and whether memory grows with the number of recordings.
 
-    python benchmarks/ingest.py [--recordings 60] [--rounds 8] [--json out.json]
+    python benchmarks/ingest.py [--recordings 60] [--rounds 8] [--json [FILE]]
 
 `ratio_from_arrays`: recordings from memory into a committed version, against encoding the frames only, in one thread.
 `ratio_from_npz`: CALVIN's compressed npz files, against inflating and encoding them only. Sides take turns in a round.
@@ -11,7 +11,6 @@ process's own time (`cpu_ratio_*`) say what ingest costs where every core has wo
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from _figures import give, parse
 from _recordings import make_recording
 
 from upvla.data.commit import commit
@@ -113,8 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parse(parser, has_table=False)
     episodes = [make_recording(number) for number in range(options.recordings)]
     timed(lambda empty: from_arrays(episodes[:1], empty))  # imports, first-time costs
     with tempfile.TemporaryDirectory(prefix="upvla-bench-raw-") as folder:
@@ -139,9 +138,7 @@ def main() -> None:
         "steps_per_s_from_npz": round(raw_frames / statistics.median(row["npz"].elapsed for row in rows), 1),
         "rss_growth_mb_by_recordings": {recordings: round(mb, 1) for recordings, mb in grown.items()},
     }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+    give(options, result)
 
 
 if __name__ == "__main__":

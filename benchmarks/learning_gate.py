@@ -1,6 +1,6 @@
 """Can these choices learn? Five questions to the `tiny` preset, answered in at most 25 minutes on two cores.
 
-    python benchmarks/learning_gate.py [--json out.json] [--pictures DIR] [--home DIR] [--set key=value ...]
+    python benchmarks/learning_gate.py [--json [FILE]] [--pictures DIR] [--home DIR] [--set key=value ...]
 
 overfit      trained on 20 recordings, does the policy succeed closed-loop from their own initial states (>= 80 %)?
 controls     does it fail there with a blanked image, and with the instruction of another task?
@@ -17,7 +17,6 @@ goes on where the first one was.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from _figures import give, parse
 
 from upvla.checkpoint import Bundle, load_bundle
 from upvla.config import RunConfig, SiteConfig, load
@@ -280,11 +280,10 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--pictures", type=Path, default=Path(), help="folder for pictures")
     parser.add_argument("--home", type=Path, help="keep everything here, and go on with what it holds")
     parser.add_argument("--set", action="append", default=[], help="override of configs/pretrain/full.yaml")
-    options = parser.parse_args()
+    options = parse(parser)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_ADDRESS", "local")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let training yield to everything else here
@@ -295,8 +294,7 @@ def main() -> None:
         with connected():
             found = run(home, options.pictures, options.set)
     show(found)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    give(options, found)
     if not all(found["gates"].values()):
         raise SystemExit(1)
 

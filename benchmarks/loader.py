@@ -1,6 +1,7 @@
 """How near the loader comes to what decoding and resizing cost anyway.
 
-    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 8] [--epochs 2] [--pool-mb 56] [--json FILE]
+    python benchmarks/loader.py [--recordings 60] [--batches 12] [--rounds 8] [--epochs 2] [--pool-mb 56]
+        [--json [FILE]]
 
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
 The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
@@ -21,7 +22,6 @@ is wanted for, its image codes, comes from a table that was made once. `npz_curr
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -38,12 +38,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 from _allocator import as_in_a_training_job
+from _figures import give, parse
 from _recordings import make_recording, s3_bucket
 from PIL import Image
 
 from upvla.data.commit import commit
 from upvla.data.loader import Loader
-from upvla.data.mixture import Mixture, MixtureConfig
+from upvla.data.mixture import Mixture, MixtureConfig, open_mixture
 from upvla.data.order import Groups, Order
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.samples import Collator, SampleReader
@@ -80,10 +81,9 @@ def encoded(episode: Episode) -> Episode:
 
 
 def open_loader(store: Store, threads: int, pool_mb: int) -> Loader[Any]:
-    dataset = Dataset(store, load_manifest(store, "bench"), pool_mb=2 * pool_mb)
     source = {"dataset": "bench", "kind": "robot", "weight": 1}
     config = MixtureConfig.model_validate({"sources": [source], "global_batch": BATCH, "pool_mb": pool_mb})
-    mixture = Mixture(config.plan(store), {"bench": dataset})
+    mixture = open_mixture(store, config.plan(store))
     reader = SampleReader(mixture, chunk=CHUNK, cameras=CAMERAS, resize=SIZE)
     collate = Collator(reader.shape, lambda text: list(text.encode()), lambda turns: ([], []), 0)
     micro = BATCH // max(2, threads)
@@ -184,9 +184,9 @@ def memory_over_epochs(store: Store, epochs: int, pool_mb: int) -> dict[str, Any
     reads: Counter[tuple[Any, ...]] = Counter()
     original = RowGroupPool._read
 
-    def counted(pool: RowGroupPool, key: str, group: int, columns: tuple[str, ...]) -> Any:
+    def counted(pool: RowGroupPool, file: Any, key: str, group: int, columns: tuple[str, ...]) -> Any:
         reads[(key, group)] += "image_static" in columns
-        return original(pool, key, group, columns)
+        return original(pool, file, key, group, columns)
 
     RowGroupPool._read = counted  # type: ignore[method-assign]
     rss, distinct, per_epoch = [0.0] * epochs, [], []
@@ -291,13 +291,12 @@ def speed_from_s3(store: Store, options: argparse.Namespace) -> dict[str, float]
 
 
 def main() -> None:
+    as_in_a_training_job()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("recordings", 60), ("batches", 12), ("rounds", 8), ("epochs", 2), ("pool-mb", 56)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--only-memory", action="store_true")
-    options = parser.parse_args()
-    as_in_a_training_job()
+    options = parse(parser, has_table=False)
     with tempfile.TemporaryDirectory(prefix="upvla-bench-") as folder:
         store = open_store(f"{folder}/store")
         build(store, options.recordings)
@@ -306,9 +305,7 @@ def main() -> None:
             result |= speeds(store, Path(folder), options) | speed_from_s3(store, options)
             result["plans"] = [plan(17_870), plan(16_000_000)]
         result |= in_a_fresh_process(memory_over_epochs, store, options.epochs, options.pool_mb)
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+    give(options, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a training step costs: the published row layout beside ours, one saving after the other.
 
-    python benchmarks/model_step.py [--json out.json] [--only published|tiny] [--steps N] [--variants NAME ...]
+    python benchmarks/model_step.py [--json [FILE]] [--only published|tiny] [--steps N] [--variants NAME ...]
 
 `published` has the published sequence sizes (text budget 576, 1024 codes of a 512 px frame, 576 patches of a 336 px
 frame, vocabulary 58,498); only width and depth are cut until a CPU bears it. `tiny` is the preset. Same weights, same
@@ -20,7 +20,6 @@ checkpointing, bf16  switches, each on top of `rows apart`
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _figures import give, parse
 from torch import Tensor
 
 from upvla.model.config import ModelConfig, preset
@@ -227,16 +227,14 @@ def table(case: str, variants: Sequence[str], steps: int) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--only", choices=list(CASES))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=2, help="timed steps, after one that is not")
-    options = parser.parse_args()
+    options = parse(parser)
     torch.set_num_threads(1)  # before the forks; and so that CPU time is wall time on a free core
     cases = [case for case in CASES if options.only in (None, case)]
     found = {case: table(case, options.variants, options.steps) for case in cases}
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    give(options, found)
 
 
 if __name__ == "__main__":

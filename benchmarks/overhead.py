@@ -1,6 +1,6 @@
 """What Ray, DeepSpeed and our loop cost on top of a bare PyTorch loop, a step.
 
-    python benchmarks/overhead.py [--rows 128] [--steps 20] [--stages 0 1 2 3] [--no-pair] [--json FILE]
+    python benchmarks/overhead.py [--rows 128] [--steps 20] [--stages 0 1 2 3] [--no-pair] [--json [FILE]]
 
 The same `tiny` policy, the same batch, the same AdamW, one thread each. The bare loop is what one would write by
 hand: forward, backward, clip, step. Ours is `upvla.train.loop.fit` on the DeepSpeed engine in a Ray Train worker. Both
@@ -32,6 +32,7 @@ from typing import Any
 import ray
 import torch
 from _allocator import as_in_a_training_job
+from _figures import give, parse
 from model_step import make_batch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -240,6 +241,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
 
 def main() -> None:
+    as_in_a_training_job()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rows", type=int, default=128, help="of the global batch; a step should take a second or more"
@@ -247,9 +249,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--no-pair", dest="pair", action="store_false")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    as_in_a_training_job()
+    options = parse(parser)
     os.environ.setdefault("RAY_worker_niceness", "0")  # as on the stack: Ray's own 15 would yield to everything else
     torch.set_num_threads(1)
     here = str(Path(__file__).parent)  # the workers import this file's neighbours
@@ -273,8 +273,7 @@ def main() -> None:
         found["two_workers"] = pair(2, options.rows, options.steps)
         print("two workers (ZeRO 2) over two pinned processes: {ratio:.3f}".format(**found["two_workers"]))
     print(f"{options.rows} rows, one thread, load {os.getloadavg()[0]:.1f}")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    give(options, found)
     ray.shutdown()
 
 

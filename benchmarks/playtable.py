@@ -1,6 +1,6 @@
 """The playtable measured: experts by task and scene, whole chains, speed; and a picture of the four scenes.
 
-    python benchmarks/playtable.py [--scenes ABCD] [--trials 50] [--chains 200] [--noise 0] [--json out.json]
+    python benchmarks/playtable.py [--scenes ABCD] [--trials 50] [--chains 200] [--noise 0] [--json [FILE]]
                                    [--speed] [--picture scenes.png]
 
 Trials are a task and a scene: 50 make 200 a task. Seeds are held out from everything that is recorded or tuned on.
@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from _figures import give, parse
 
 from upvla.sim.playtable.chains import sample_chains, sample_starts, state_at_random, symbols_at_random
 from upvla.sim.playtable.env import PlaytableEnv
@@ -129,9 +130,8 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=200)
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    options = parser.parse_args()
+    options = parse(parser)
     result: dict[str, Any] = {"noise": options.noise, "tasks": {}, "chains": {}}
     if options.json and options.json.exists():
         result = json.loads(options.json.read_text())
@@ -150,8 +150,10 @@ def main() -> None:
         if options.chains:
             result["chains"][scene] = chain_scores(env, options.chains, options.noise)
         if options.json:
-            options.json.write_text(json.dumps(result, indent=1))
-    raise SystemExit(0 if show(result) else 1)
+            options.json.write_text(json.dumps(result, indent=2))
+    good = show(result)
+    give(options, result)
+    raise SystemExit(0 if good else 1)
 
 
 if __name__ == "__main__":

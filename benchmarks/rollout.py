@@ -1,6 +1,6 @@
 """Closed-loop evaluation measured: drawing chains, whole evaluations, a model in every layout.
 
-    python benchmarks/rollout.py [--json out.json] [--chains 100] [--model URL] [--model-chains 48] [--max-steps 240]
+    python benchmarks/rollout.py [--json [FILE]] [--chains 100] [--model URL] [--model-chains 48] [--max-steps 240]
 
 Without `--model` an untrained `tiny` drives: it fails all its tasks, so every chain has one subtask, and speed is what
 is measured. A ratio is wall time over the seconds that simulators and policies took in this very run (by the clock, in
@@ -16,12 +16,13 @@ An evaluation's ratio is `whole` too, over all rows that `upvla evaluate MODEL -
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
+
+from _figures import give, parse
 
 from upvla.checkpoint import Bundle, export
 from upvla.launch.cluster import connected
@@ -138,12 +139,11 @@ def table(what: str, rows: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--chains", type=int, default=100, help="of an evaluation; 0 leaves evaluations out")
     parser.add_argument("--model", default="")
     parser.add_argument("--model-chains", type=int, default=48, help="of every layout; 0 leaves layouts out")
     parser.add_argument("--max-steps", type=int, default=240, help="of a chain in a layout")
-    options = parser.parse_args()
+    options = parse(parser)
     os.environ.setdefault("RAY_ADDRESS", "local")  # never somebody else's cluster that happens to run here
     with tempfile.TemporaryDirectory(prefix="rollout-") as folder:
         scratch = Path(folder)
@@ -161,8 +161,7 @@ def main() -> None:
             if options.model_chains:
                 result["layouts"] = layouts(model_url, options.model_chains, options.max_steps)
                 table("layout", result["layouts"])
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+    give(options, result)
 
 
 if __name__ == "__main__":

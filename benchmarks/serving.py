@@ -1,4 +1,4 @@
-"""What a policy server adds to a prediction on loopback: `python benchmarks/serving.py [--json FILE]`.
+"""What a policy server adds to a prediction on loopback: `python benchmarks/serving.py [--json [FILE]]`.
 
 Exports an untrained model of a preset, serves it with `upvla serve` in a process of its own, and asks it and the same
 model in this process in turns, one thread each, so that whatever else the machine does meets both alike.
@@ -8,7 +8,6 @@ Processor time is what both spent beyond a prediction in this process: on a busy
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from _figures import give, parse
 
 from upvla.checkpoint import Bundle, export, load_bundle
 from upvla.model.config import preset
@@ -38,8 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parse(parser)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         url = make_checkpoint(folder, options.preset)
@@ -56,8 +55,7 @@ def main() -> None:
         print(f"{name:<16} p50 {figures[name][0]:7.2f}   p95 {figures[name][1]:7.2f}   p99 {figures[name][2]:7.2f}")
     print(f"processor time of both sides beyond a prediction: {figures['cpu_added_ms']:.2f} ms a request")
     print(f"{figures['bytes']} bytes a request; load average {figures['load'][0]}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2))
+    give(options, figures)
 
 
 def make_checkpoint(folder: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """What the object store costs: reading row groups, committing versions, committers who race.
 
-    python benchmarks/store.py [--writers 8] [--commits 25] [--reads 100] [--json out.json]
+    python benchmarks/store.py [--writers 8] [--commits 25] [--reads 100] [--json [FILE]]
 
 Against an S3 server of its own on loopback. `ratio_row_group`: our open handle with a cached footer against boto3,
 which gets the same bytes and parses nothing. Committers are processes; all their commits must be in the end.
@@ -9,15 +9,14 @@ which gets the same bytes and parses nothing. Committers are processes; all thei
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import boto3
+from _figures import give, parse
 from _recordings import make_recording, s3_bucket
 
 from upvla.data.commit import commit
@@ -98,8 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("writers", 8), ("commits", 25), ("reads", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parse(parser, has_table=False)
     with s3_bucket() as url:
         store = open_store(url)
         commit_one(store, "alone", 0)
@@ -109,9 +107,7 @@ def main() -> None:
             **row_groups(store, url, options.reads),
             **race(url, options.writers, options.commits),
         }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+    give(options, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training steps of the larger presets on one GPU: samples a second, tokens a second, model-FLOP utilisation.
 
-    python benchmarks/gpu/step.py [--preset small] [--rows 16] [--steps 20] [--zero-stage 2] [--json FILE]
+    python benchmarks/gpu/step.py [--preset small] [--rows 16] [--steps 20] [--zero-stage 2] [--json [FILE]]
 
 The engine as a run uses it: DeepSpeed, ZeRO 2, bf16, on random batches in the published row layout that are on the
 device already, so that only the step is timed. Utilisation counts the products of a forward pass, taken three times,
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--zero-stage", type=int, default=2, choices=[0, 1, 2, 3])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, nargs="?", help="write the figures there, too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: nothing was measured")

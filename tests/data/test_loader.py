@@ -3,23 +3,28 @@ from __future__ import annotations
 import pickle
 import random
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import ParquetFile
 
 from tests.data.test_mixture import mixture
 from tests.data.test_table import make_episode, staged_of
 from upvla.data.commit import commit
 from upvla.data.loader import Loader, _Memory
-from upvla.data.mixture import Mixture, MixtureConfig
+from upvla.data.mixture import Mixture, MixtureConfig, open_mixture
+from upvla.data.rowgroups import RowGroupPool
 from upvla.data.samples import SampleReader
+from upvla.data.shards import Layout
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError, Corrupt
 from upvla.images import Resize, encode_jpeg
-from upvla.store import open_store
+from upvla.store import Store, open_store
 from upvla.types import Sample
 
 
@@ -89,6 +94,42 @@ def test_poisoned_global_generators_change_nothing(dataset: Dataset, monkeypatch
         for name in names:
             monkeypatch.setattr(module, name, refuse)
     assert _take(_loader(dataset), 3) == expected
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """120 recordings of 12 to 18 steps, a row group of some 70 kB each."""
+    store = open_store(str(tmp_path_factory.mktemp("recordings")))
+    episodes = [make_episode(number, 12 + number % 7, size=48) for number in range(120)]
+    staged = staged_of(store, episodes, Layout(row_group_bytes=1))
+    commit(store, "d", [staged], validation_fraction=0.0, options={})
+    return store
+
+
+@pytest.mark.parametrize(("pool_mb", "world_size"), [(1, 1), (1, 4), (64, 1)])
+def test_each_row_group_is_read_once_whatever_the_pool(
+    recordings: Store, monkeypatch: pytest.MonkeyPatch, pool_mb: int, world_size: int
+) -> None:
+    """As training opens and reads a mixture. With `pool_mb` 1 less than half of the row groups are held."""
+    reads: Counter[tuple[str, int]] = Counter()
+
+    def counted(pool: RowGroupPool, file: ParquetFile, key: str, group: int, columns: tuple[str, ...]) -> Table:
+        reads[key, group] += 1
+        return original(pool, file, key, group, columns)
+
+    original = RowGroupPool._read
+    monkeypatch.setattr(RowGroupPool, "_read", counted)
+    source = {"dataset": "d", "kind": "robot", "weight": 1}
+    config = MixtureConfig.model_validate({"sources": [source], "global_batch": 16, "pool_mb": pool_mb})
+    found = open_mixture(recordings, config.plan(recordings), world_size)
+    reader = SampleReader(found, chunk=5, cameras=["static"], resize=Resize(size=16))
+    with Loader(found, reader, Row, rank=0, world_size=world_size, micro_batch=4) as loader:
+        for _ in range(found.sizes[0] // 16 - 2):  # what is fetched ahead is not of the next epoch
+            next(loader)
+    assert len(reads) > 100 / world_size and set(reads.values()) == {1}
+    dataset = found.datasets["d"]
+    stored = sum(shard.num_bytes for shard in dataset.manifest.shards)
+    assert pool_mb == 64 or dataset._rows._bytes < 0.45 * stored
 
 
 def test_worlds_that_do_not_fit_are_refused(dataset: Dataset) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import FileMetaData, ParquetFile
 from pydantic import ValidationError
 
-from tests.data.test_table import OPTIONS, make_episode, put
+from tests.data.test_table import OPTIONS, make_episode, put, staged_of
+from upvla.data import rowgroups
 from upvla.data.commit import commit
 from upvla.data.mixture import Mixture, MixtureConfig, _chairman, make_plan, plan_from_json
+from upvla.data.objects import put_table
 from upvla.data.order import permutation
 from upvla.data.samples import SampleReader
 from upvla.data.shards import Layout, stage
@@ -22,7 +26,7 @@ from upvla.data.table import Dataset, load_manifest
 from upvla.data.versions import dataset_root
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.images import Resize
-from upvla.store import open_store
+from upvla.store import LocalStore, open_store
 from upvla.types import CALVIN_RELATIVE, MixturePlan, MixtureSource
 
 
@@ -170,6 +174,56 @@ def test_a_lane_keeps_few_row_groups_open_and_reads_each_once(tmp_path: Path) ->
         open_at = [sum(first[g] <= n <= last[g] for g in first) for n in range(len(batches))]
         assert len(first) == 60 and max(open_at) <= 4 * (3 + 2)
         assert np.mean([len(set(batch)) for batch in batches]) > 3.5  # of 4
+
+
+@pytest.fixture(scope="module")
+def scattered(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Forty shards of one recording, half of which span two row groups."""
+    store = open_store(str(tmp_path_factory.mktemp("scattered")))
+    layout = Layout(row_group_bytes=1, max_row_group_bytes=6_000, shard_bytes=1)
+    staged = staged_of(store, [make_episode(number, 4 + 8 * (number % 2)) for number in range(40)], layout)
+    return Dataset(store, commit(store, "d", [staged], validation_fraction=0.0, options=OPTIONS))
+
+
+def test_a_mixture_of_many_shards_opens_none_and_keeps_few_open(
+    scattered: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(store: LocalStore, key: str, metadata: FileMetaData | None = None) -> ParquetFile:
+        opened.append(key)
+        return original(store, key, metadata)
+
+    original = LocalStore.parquet
+    monkeypatch.setattr(LocalStore, "parquet", counted)
+    monkeypatch.setattr(rowgroups, "_OPEN_FILES", 8)
+    dataset = Dataset(scattered.store, scattered.manifest)
+    found = Mixture(make_plan([MixtureSource("d", 1, dataset.manifest.content_id, "robot", 1.0)], 0, 4), {"d": dataset})
+    assert len(dataset.manifest.shards) == 40 and not opened
+    reader = SampleReader(found, chunk=2, cameras=["static"], resize=Resize(size=16))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) + 16, hard))
+    try:
+        for position in range(len(found)):
+            reader.read(found.sample_at(position), position)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {key for key in opened if key.startswith("data/")} == {shard.key for shard in dataset.manifest.shards}
+
+
+def test_indexes_without_row_groups_give_the_same_order(scattered: Dataset) -> None:
+    """As an older upvla wrote them: footers say where row groups begin."""
+    root = scattered.root
+    older = [
+        put_table(root, "index", root.parquet(ref.key).read().drop_columns("row_groups"))
+        for ref in scattered.manifest.index
+    ]
+    before = Dataset(scattered.store, replace(scattered.manifest, index=tuple(older)))
+    plan = make_plan([MixtureSource("d", 1, before.manifest.content_id, "robot", 1.0)], 0, 4, lanes=4, spread=2.0)
+    one, other = (Mixture(plan, {"d": dataset}) for dataset in (before, scattered))
+    assert before.row_group_bytes == scattered.row_group_bytes
+    assert one._samples[0].groups.num_groups > len(older)
+    assert [one.sample_at(p) for p in range(500)] == [other.sample_at(p) for p in range(500)]
 
 
 def test_ranks_of_any_world_take_whole_lanes(dataset: Dataset) -> None:

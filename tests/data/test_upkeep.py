@@ -18,6 +18,7 @@ from tests.factories import write_calvin
 from upvla.data.commit import commit, remove
 from upvla.data.export import export_lerobot
 from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.objects import put_table
 from upvla.data.sources import open_source
 from upvla.data.stats import Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter
@@ -226,6 +227,17 @@ def test_datasets_of_the_first_format_are_read_verified_and_added_to(tmp_path: P
     assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 2, 1, {})
     assert {row.id for row in dataset.episodes} < {row.id for row in Dataset(store, new).episodes}
     assert verify(store, new) == []
+
+
+def test_an_index_that_misstates_row_groups_is_damage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest, root = put(store, range(3)), store.sub("datasets/d")
+    table = root.parquet(manifest.index[0].key).read()
+    place = table.schema.get_field_index("row_groups")
+    shifted = [[start + 1 for start in starts] for starts in table["row_groups"].to_pylist()]
+    wrong = put_table(root, "index", table.set_column(place, table.schema.field(place), [shifted]))
+    (damage,) = verify(store, replace(manifest, index=(wrong,)))
+    assert damage.key == manifest.shards[0].key and "row groups do not begin" in damage.what
 
 
 def _nudge(figures: list[float], dim: int) -> None:

@@ -14,7 +14,7 @@ from upvla.data.samples import SampleReader
 from upvla.errors import ConfigError
 from upvla.images import Resize
 from upvla.launch.encode import encoding_key
-from upvla.launch.inputs import open_mixture
+from upvla.launch.inputs import open_plan
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.steps import step_key
 from upvla.launch.tokenizers import load_text, load_tower, load_vq
@@ -54,7 +54,7 @@ def test_recordings_keep_their_own_words_unless_the_mixture_says_otherwise(tmp_p
         run = line(tmp_path, overrides)
         land(run.store, tmp_path, "mine", (18, 20, 22, 24, 19))
         plan = run.mix()
-        mixture = open_mixture(run.store, plan["train"])
+        mixture = open_plan(run.store, plan["train"])
         reader = SampleReader(mixture, chunk=4, cameras=["static"], resize=Resize(size=16))
         told = {reader.read(mixture.sample_at(position), position).text for position in range(500)}
         return told, run.train_text(plan)["text_id"]

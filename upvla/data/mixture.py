@@ -10,7 +10,8 @@ Every step is pure and none draws from a generator with a state:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -28,6 +29,9 @@ from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
 _MAX_PERIOD = 10_000  # weights are taken as fractions with at most this denominator
 _MAX_LANES = 64
+_GAP = 12  # times the mean distance of a row group's samples in the order: one in 160,000 is further from the next
+_LAG_STEPS = 7  # global batches of which a loader reads between fetching a sample, three ahead, and decoding it
+_SLACK = 4  # row groups, for a rank with few lanes that has larger ones than the mean
 
 
 class SourceConfig(BaseModel):
@@ -56,8 +60,8 @@ class MixtureConfig(BaseModel):
 
     temperature: sources without a weight get size ** (1 / temperature): 1 draws every sample equally often, larger ones
     favour small sources. lanes: a divisor of the global batch that world sizes must divide; the largest up to 64 by
-    default. pool_mb: memory for open row groups that the order is made for. action_space: a known name or a whole
-    declaration that the actions of all sources are converted to; without it they must agree.
+    default. pool_mb: memory for open row groups that the order is made for, see `open_mixture`. action_space: a known
+    name or a whole declaration that the actions of all sources are converted to; without it they must agree.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -171,6 +175,19 @@ def _paraphrases(
     return {task: list(sentences) for task, sentences in found.items()}
 
 
+def open_mixture(store: Store, plan: MixturePlan, world_size: int = 1) -> Mixture:
+    """With its datasets, each of which keeps in memory the row groups that one of `world_size` ranks has open, so that
+    they are read once an epoch. All ranks together keep 1.4 to 1.8 times the `pool_mb` that the plan was made for, if
+    that has room for a row group a lane; more where few samples of a row group are drawn."""
+    pinned = {source.dataset: source.version for source in plan.sources}
+    mixture = Mixture(
+        plan, {name: Dataset(store, load_manifest(store, name, version)) for name, version in pinned.items()}
+    )
+    for name, dataset in mixture.datasets.items():
+        dataset.keep(mixture.row_groups_open(name) / world_size + _SLACK)
+    return mixture
+
+
 class Mixture:
     """A plan over open datasets. `sample_at` is a pure function of the position; threads may share it."""
 
@@ -210,6 +227,18 @@ class Mixture:
     def sizes(self) -> tuple[int, ...]:
         """Samples of each source, in the plan's order."""
         return tuple(map(len, self._samples))
+
+    def row_groups_open(self, dataset: str) -> float:
+        """How many row groups of a dataset all lanes together go back to, at any place of the order: by lane `spread`,
+        those that are passed until the next sample of one comes and while the decoders are behind the fetcher, and half
+        of one, as lanes that leave row groups at the same time hold two."""
+        total = 0.0
+        for source, samples, share in zip(self.plan.sources, self._samples, self._shares, strict=True):
+            if source.dataset == dataset:
+                per_group = len(samples) / samples.groups.num_groups
+                drawn = _LAG_STEPS * self.plan.global_batch * share / len(self._turns)
+                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5) + drawn / per_group
+        return total
 
     @property
     def action_space(self) -> ActionSpace:
@@ -286,35 +315,33 @@ class _Samples:
     def __init__(self, dataset: Dataset, source: MixtureSource):
         self._kind, where = source.kind, EpisodeFilter.model_validate(source.where)
         chosen = [row.split == source.split and where.fits(row) for row in dataset.episodes]
+        ranges: Iterator[tuple[int, int, int, int]]  # recording, span or question, first step, end
         if source.kind == "robot":
-            pieces = [
-                (group, row, i, start, end)
+            ranges = (
+                (row, i, span.start, span.end)
                 for row, episode in enumerate(dataset.episodes)
                 if chosen[row]
                 for i, span in enumerate(episode.spans)
                 if where.takes(span)
-                for group, start, end in dataset.row_groups_of(row, span.start, span.end)
-            ]
+            )
         else:
             wording = "train" if source.split == "train" else "held_out"
-            pieces = [
-                (
-                    dataset.row_groups_of(row.episode, row.step, row.step + 1)[0][0],
-                    row.episode,
-                    i,
-                    row.step,
-                    row.step + 1,
-                )
+            ranges = (
+                (row.episode, i, row.step, row.step + 1)
                 for i, row in enumerate(dataset.qa)
                 if row.template_split in (wording, "both") and chosen[row.episode]
-            ]
-        if not pieces:
+            )
+        flat = np.fromiter(itertools.chain.from_iterable(ranges), np.int64)
+        if not len(flat):
             fits = f" that fit {dict(source.where)}" if source.where else ""
             raise ConfigError(
                 f"{source.dataset} v{source.version} has no {source.kind} samples in its {source.split} split{fits}; "
                 "ingest more recordings or drop the source"
             )
-        self._pieces = np.array(sorted(pieces), np.int64)
+        rows, which, starts, ends = flat.reshape(-1, 4).T
+        of, groups, first_steps, end_steps = dataset.row_groups_of(rows, starts, ends)
+        order = np.lexsort((which[of], rows[of], groups))
+        self._pieces = np.stack([groups, rows[of], which[of], first_steps, end_steps], axis=1)[order]
         lengths = self._pieces[:, 4] - self._pieces[:, 3]
         self._ends = np.cumsum(lengths)
         first = np.flatnonzero(np.diff(self._pieces[:, 0], prepend=-1))

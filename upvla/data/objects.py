@@ -40,6 +40,7 @@ INDEX_SCHEMA = pa.schema(
         ("rate_hz", pa.float64()),
         ("length", pa.int32()),
         ("row0", pa.int64()),
+        ("row_groups", pa.list_(pa.int64())),
         ("spans", SPAN_TYPE),
         ("summary", pa.string()),
     ]
@@ -146,7 +147,7 @@ def put_index(root: Store, rows: Sequence[Mapping[str, Any]], summaries: _Summar
 
 
 def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
-    """Rows of one index object, without their summaries."""
+    """Rows of one index object, without their summaries; without `row_groups` where an older upvla wrote it."""
     found = _rows.get(root, ref.key)
     return _rows_of(root, ref, read_table(root, ref.key, _ROW)) if found is None else found
 
@@ -167,5 +168,5 @@ def read_summaries(root: Store, ref: ShardRef) -> _Summaries:
 
 
 def _rows_of(root: Store, ref: ShardRef, table: pa.Table) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.select(_ROW).to_pylist()
+    rows: list[dict[str, Any]] = table.select([name for name in _ROW if name in table.column_names]).to_pylist()
     return _rows.put(root, ref.key, rows, len(rows))

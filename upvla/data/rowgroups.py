@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,14 @@ import pyarrow.parquet as pq
 from upvla.errors import Corrupt, Mismatch, StoreError
 from upvla.store import Store
 
+_OPEN_FILES = 128  # a descriptor each on disk, and for 128 MB of shard a footer that takes 1 MB in memory
+
 
 class _File(NamedTuple):
-    """An open object. `starts` are the first rows of its row groups."""
+    """An open object. It is closed when the pool has let go of it and nobody reads it any more."""
 
     reading: threading.Lock
     file: pq.ParquetFile
-    starts: list[int]
 
 
 class _Binary(NamedTuple):
@@ -38,23 +40,30 @@ _Column = np.ndarray | _Binary
 class RowGroupPool:
     """Rows of Parquet objects, through a pool of decoded row groups bounded in bytes; safe for threads.
 
+    Of any number of objects the latest stay open; opening one again costs its footer: 2 ms, and a store's latency.
     A row group is read with all the columns that are asked for together, so callers who ask for the same ones each
     time read it once.
     """
 
-    def __init__(self, root: Store, pool_mb: int):
-        self._root, self._limit = root, pool_mb << 20
+    def __init__(self, root: Store, pool_mb: float):
+        self._root = root
+        self.resize(pool_mb)
         self._lock = threading.Lock()
-        self._files: dict[str, _File] = {}
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._starts: dict[str, Sequence[int]] = {}  # of the row groups of all objects that were ever open
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], tuple[dict[str, _Column], int]] = OrderedDict()
         self._bytes = 0
+
+    def resize(self, pool_mb: float) -> None:
+        """Hold no more than that from the next row group on."""
+        self._limit = int(pool_mb * 2**20)
 
     def take(self, key: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """{column: its rows} -> {column: numbers as an array over the rows, or binary values as a list of bytes}.
 
         The rows of a column may lie in any groups; a column without any comes along for others to find.
         """
-        starts, columns = self._file(key).starts, tuple(wanted)
+        starts, columns = self.group_starts(key), tuple(wanted)
         parts: dict[int, dict[str, _Column]] = {}
 
         def values(name: str, group: int, rows: Sequence[int]) -> Any:
@@ -76,22 +85,27 @@ class RowGroupPool:
 
     def load(self, key: str, wanted: Mapping[str, Sequence[int]]) -> None:
         """Have the row groups that `take` will want."""
-        starts, columns = self._file(key).starts, tuple(wanted)
+        starts, columns = self.group_starts(key), tuple(wanted)
         for group in {bisect_right(starts, row) - 1 for rows in wanted.values() for row in rows}:
             self._group(key, group, columns)
 
-    def group_starts(self, key: str) -> list[int]:
+    def group_starts(self, key: str) -> Sequence[int]:
         """The first row of every row group of an object."""
-        return self._file(key).starts
+        if key not in self._starts:
+            self._starts[key] = array("q", starts_of(self._file(key).file.metadata))
+        return self._starts[key]
 
     def _file(self, key: str) -> _File:
         with self._lock:
-            if key not in self._files:
-                file = self._root.parquet(key)
-                sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-                starts = [*itertools.accumulate(sizes[:-1], initial=0)]
-                self._files[key] = _File(threading.Lock(), file, starts)
-            return self._files[key]
+            if key in self._files:
+                self._files.move_to_end(key)
+                return self._files[key]
+        opened = _File(threading.Lock(), self._root.parquet(key))
+        with self._lock:
+            file = self._files.setdefault(key, opened)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
 
     def _group(self, key: str, group: int, columns: tuple[str, ...]) -> dict[str, _Column]:
         name = (key, group, columns)
@@ -99,11 +113,12 @@ class RowGroupPool:
             if name in self._groups:
                 self._groups.move_to_end(name)
                 return self._groups[name][0]
-        with self._file(key).reading:  # one reader a file: a second thread that wants this group finds it in the pool
+        file = self._file(key)
+        with file.reading:  # one reader a file: a second thread that wants this group finds it in the pool
             with self._lock:
                 if name in self._groups:
                     return self._groups[name][0]
-            table = self._read(key, group, columns)
+            table = self._read(file.file, key, group, columns)
             if missing := [column for column in columns if column not in table.column_names]:
                 raise Mismatch(f"{self._root.url}/{key} has no column {missing[0]!r}")
             decoded = {column: _decoded(table[column]) for column in columns}
@@ -114,14 +129,20 @@ class RowGroupPool:
                 self._bytes -= self._groups.popitem(last=False)[1][1]
         return decoded
 
-    def _read(self, key: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    def _read(self, file: pq.ParquetFile, key: str, group: int, columns: tuple[str, ...]) -> pa.Table:
         try:
-            return self._file(key).file.read_row_group(group, columns=list(columns), use_threads=False)
+            return file.read_row_group(group, columns=list(columns), use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             where = f"{self._root.url}/{key}, row group {group}: {error}"
             if "AWS Error" in str(error):  # Arrow tells a store that fails from bytes that are wrong by words only
                 raise StoreError(f"{where}; is the object store up?") from error
             raise Corrupt(f"{where}; use the version before") from error
+
+
+def starts_of(footer: pq.FileMetaData) -> list[int]:
+    """The first row of every row group."""
+    sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    return [*itertools.accumulate(sizes[:-1], initial=0)]
 
 
 def _decoded(column: pa.ChunkedArray) -> _Column:

@@ -185,9 +185,12 @@ class _ShardWriter:
             self._flush()
         pieces = -(-size // self._layout.max_row_group_bytes)
         rows = -(-len(table) // pieces)
+        begun: list[int] = []
         for start in range(0, len(table), rows):
             if start:
                 self._flush()
+            if not self._pending:
+                begun.append(self._row + start)
             self._pending.append(table.slice(start, rows))
         self._pending_bytes += size // pieces
         self._shard_bytes += size
@@ -202,6 +205,7 @@ class _ShardWriter:
                 "rate_hz": episode.rate_hz,
                 "length": len(episode),
                 "row0": self._row,
+                "row_groups": begun,
                 "spans": [vars(span) for span in episode.spans],
             }
         )

@@ -13,12 +13,12 @@ Everything but manifests is named by its content, so writing it twice, or being 
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from upvla.data.objects import read_index, read_summaries
@@ -96,11 +96,11 @@ class QuestionRow(NamedTuple):
 class Dataset:
     """One version, for reading. Threads may share it; other processes get their own by pickling.
 
-    Up to `pool_mb` of row groups stay in memory. Mixtures visit steps in any order, so a pool that holds the dataset
-    reads it once; a smaller one reads a row group for almost every sample.
+    Up to `pool_mb` of row groups stay in memory. Mixtures visit steps in an order that has some row groups open at a
+    time: a pool that holds these reads each once, a smaller one reads a row group for almost every sample.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: int = 768):
+    def __init__(self, store: Store, manifest: Manifest, *, pool_mb: float = 768):
         self.store, self.manifest, self._pool_mb = store, manifest, pool_mb
         self.root = dataset_root(store, manifest.dataset)
         self._rows = RowGroupPool(self.root, pool_mb)
@@ -186,23 +186,45 @@ class Dataset:
     @property
     def row_group_bytes(self) -> float:
         """Mean size of a row group."""
-        groups = sum(len(self._rows.group_starts(shard.key)) for shard in self.manifest.shards)
-        return sum(shard.num_bytes for shard in self.manifest.shards) / max(1, groups)
+        return sum(shard.num_bytes for shard in self.manifest.shards) / max(1, len(self._group_edges) - 1)
 
-    def row_groups_of(self, episode: int, start: int, end: int) -> list[tuple[int, int, int]]:
-        """(number of the row group in this version, first step, end) of the parts of the steps `[start, end)`."""
-        row = self.episodes[episode]
-        first, starts = self._group_numbers[row.shard], self._rows.group_starts(row.shard)
-        low, high = (bisect_right(starts, row.row0 + step) - 1 for step in (start, end - 1))
-        edges = [start, *(starts[group] - row.row0 for group in range(low + 1, high + 1)), end]
-        return [(first + low + i, a, b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+    def keep(self, row_groups: float) -> None:
+        """Have memory for so many row groups of the mean size, and no more."""
+        self._pool_mb = row_groups * self.row_group_bytes / 2**20
+        self._rows.resize(self._pool_mb)
+
+    def row_groups_of(self, episodes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Steps `[start, end)` of recordings, i64[N] each, cut where a row group ends: i64[4,M], M >= N parts as (which
+        of the N, number of the row group in this version, first step, end)."""
+        row0, edges = self._first_rows[episodes], self._group_edges
+        low, high = (np.searchsorted(edges, row0 + step, side="right") - 1 for step in (starts, ends - 1))
+        counts = high - low + 1
+        of = np.repeat(np.arange(len(counts)), counts)
+        groups = np.arange(len(of)) + (low - np.cumsum(counts) + counts)[of]
+        first = np.maximum(starts[of], edges[groups] - row0[of])
+        return np.stack([of, groups, first, np.minimum(ends[of], edges[groups + 1] - row0[of])])
 
     @cached_property
-    def _group_numbers(self) -> dict[str, int]:
-        """Shard -> how many row groups the shards before it have."""
-        counts = [len(self._rows.group_starts(shard.key)) for shard in self.manifest.shards]
-        before = itertools.accumulate(counts, initial=0)
+    def _shard_rows(self) -> dict[str, int]:
+        """Shard -> how many rows the shards before it have."""
+        before = itertools.accumulate((shard.rows for shard in self.manifest.shards), initial=0)
         return {shard.key: count for shard, count in zip(self.manifest.shards, before, strict=False)}
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        """i64[E]: the row at which every recording begins, counted over all shards."""
+        return np.array([self._shard_rows[row.shard] + row.row0 for row in self.episodes], np.int64)
+
+    @cached_property
+    def _group_edges(self) -> np.ndarray:
+        """i64[G + 1]: the row at which every row group begins, counted over all shards, and their end. Indexes say it;
+        footers, a file to open each, are asked only where an older upvla wrote the index."""
+        edges = list[np.ndarray]()
+        for shard, ref in zip(self.manifest.shards, self.manifest.index, strict=True):
+            rows = read_index(self.root, ref)
+            known = [start for row in rows for start in row.get("row_groups", ())]
+            edges.append(np.array(known or self._rows.group_starts(shard.key), np.int64) + self._shard_rows[shard.key])
+        return np.concatenate([*edges, [sum(shard.rows for shard in self.manifest.shards)]])
 
     def read(self, episode: int, steps: Sequence[int], columns: Sequence[str]) -> dict[str, Any]:
         """Steps of one recording: numeric columns as arrays [K] or [K,D], `image_<camera>` as K encoded frames."""
@@ -230,7 +252,7 @@ class Dataset:
         }
 
 
-def _reopen(store: Store, manifest: Manifest, pool_mb: int) -> Dataset:
+def _reopen(store: Store, manifest: Manifest, pool_mb: float) -> Dataset:
     return Dataset(store, manifest, pool_mb=pool_mb)
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from upvla.data.commit import DAMAGED, remove
 from upvla.data.objects import read_index
+from upvla.data.rowgroups import starts_of
 from upvla.data.shards import Staged
 from upvla.data.table import Dataset, EpisodeFilter
 from upvla.data.versions import (
@@ -166,12 +167,15 @@ def _problem(root: Store, ref: ShardRef) -> str:
 
 def _disagreement(root: Store, shard: ShardRef, rows: Sequence[dict[str, Any]]) -> str:
     try:
-        total = root.parquet(shard.key).metadata.num_rows
+        footer = root.parquet(shard.key).metadata
     except (pa.ArrowInvalid, OSError) as error:
         return str(error)
-    ends = [row["row0"] + row["length"] for row in rows]
+    total, ends = footer.num_rows, [row["row0"] + row["length"] for row in rows]
     if total != shard.rows or (rows and max(ends) != total):
         return f"it has {total} rows, the manifest says {shard.rows}, the index ends at {max(ends, default=0)}"
+    begun = [start for row in rows for start in row.get("row_groups", ())]
+    if begun and begun != starts_of(footer):
+        return f"its row groups do not begin where the index says, at {begun[:3]}..."
     return ""
 
 

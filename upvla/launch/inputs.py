@@ -19,9 +19,8 @@ from upvla.checkpoint import Bundle, load_bundle
 from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
 from upvla.data.features import FeatureTable
-from upvla.data.mixture import Mixture, plan_from_json
+from upvla.data.mixture import Mixture, open_mixture, plan_from_json
 from upvla.data.samples import SampleReader
-from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError, Mismatch
 from upvla.images import decode_image
 from upvla.launch.tokenizers import load_text, load_vq
@@ -137,8 +136,8 @@ class Inputs:
         return Bundle(self.config, model, self.vq, self.text, self.train.action_space, stats, meta)
 
 
-def open_inputs(spec: TrainSpec) -> Inputs:
-    """Raises `NotFound`, `Corrupt` or `Mismatch` naming the reference that is wrong."""
+def open_inputs(spec: TrainSpec, world_size: int = 1) -> Inputs:
+    """For one of `world_size` workers. `NotFound`, `Corrupt` or `Mismatch` name the reference that is wrong."""
     store = open_store(spec.store_url)
     parent = load_bundle(spec.parent_url) if spec.parent_url else None
     config = parent.config if parent is not None else spec.model
@@ -151,13 +150,10 @@ def open_inputs(spec: TrainSpec) -> Inputs:
     if spec.kind == "policy":
         text = parent.text if parent is not None else load_text(store, spec.text_id)
         vq = parent.vq if parent is not None else load_vq(store, spec.vq_id)
-    mixtures = [open_mixture(store, plan_id) for plan_id in (spec.train_plan, spec.validation_plan)]
+    mixtures = [open_plan(store, plan_id, world_size) for plan_id in (spec.train_plan, spec.validation_plan)]
     return Inputs(store, config, mixtures[0], mixtures[1], parent, text, vq, spec.description_id, spec.tower_id)
 
 
-def open_mixture(store: Store, plan_id: str) -> Mixture:
-    plan = plan_from_json(store.read_json(f"mixtures/{plan_id}.json"))
-    pinned = {source.dataset: source.version for source in plan.sources}
-    return Mixture(
-        plan, {name: Dataset(store, load_manifest(store, name, version)) for name, version in pinned.items()}
-    )
+def open_plan(store: Store, plan_id: str, world_size: int = 1) -> Mixture:
+    """The stored plan's mixture, with a pool of row groups for one of `world_size` workers."""
+    return open_mixture(store, plan_from_json(store.read_json(f"mixtures/{plan_id}.json")), world_size)

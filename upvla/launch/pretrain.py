@@ -11,7 +11,7 @@ from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.table import Dataset
 from upvla.errors import ConfigError
 from upvla.launch.ingest import run_ingest
-from upvla.launch.inputs import open_mixture
+from upvla.launch.inputs import open_plan
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
 from upvla.launch.tokenizers import save_text, save_tower, save_vq
@@ -90,7 +90,7 @@ class Pretraining(Line):
                 folder, _, name = self.config.init.text.rpartition("/")
                 given = TextTokenizer(open_store(folder).read(name).decode(), self.config.model.text_vocab_size)
                 return {"text_id": save_text(self.store, given), "texts": 0}
-            mixture = open_mixture(self.store, plan["train"])
+            mixture = open_plan(self.store, plan["train"])
             texts = {text for one in mixture.plan.sources for text in _texts(mixture.datasets[one.dataset], one)}
             text = TextTokenizer.train(texts, self.config.model.text_vocab_size)
             return {"text_id": save_text(self.store, text), "texts": len(texts)}

@@ -61,7 +61,7 @@ def work(settings: Mapping[str, Any]) -> None:
         return
     torch.set_num_threads(settings["threads"])
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    inputs = open_inputs(spec)
+    inputs = open_inputs(spec, world_size)
     if world_size not in (fitting := inputs.world_sizes(spec)):
         if rank == 0:  # an elastic group was given a number between two that fit: the driver asks for the lower one
             most = max((n for n in fitting if n < world_size), default=fitting[0])
