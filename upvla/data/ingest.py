@@ -37,7 +37,7 @@ class IngestConfig(BaseModel):
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     options: dict[str, JsonValue] = {}
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
-    min_accept_ratio: float = Field(default=0.5, ge=0, le=1)
+    min_accept_ratio: float = Field(default=0.5, ge=0, le=1)  # of the dataset, and of what one ingest brings
     qa_per_episode: int = Field(default=16, ge=0)
     recordings_per_task: int = Field(default=32, gt=0)
     quality: QualityLimits = QualityLimits()
