@@ -125,7 +125,8 @@ def test_other_urls_can_be_read_but_hold_no_dataset() -> None:
     assert (store.read("a/x"), store.list("a/"), store.exists("a/y")) == (b"data", ["a/x"], False)
     with pytest.raises(NotFound):
         store.read("a/y")
-    assert not supports_conditional_create(store)
+    with pytest.raises(StoreError, match=r"cannot be written: keep datasets"):
+        supports_conditional_create(store)
 
 
 def test_content_hash_ignores_key_order_only() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import S3Server
+from tests.conftest import S3Server, free_ports
 from tests.data.test_table import OPTIONS, make_episode, put, staged_of
 from tests.factories import write_calvin
 from tests.faults.proxy import FaultProxy
-from upvla.data.commit import _require_conditional_create, commit
+from upvla.data.commit import commit
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture, MixtureConfig
@@ -80,12 +80,29 @@ def test_a_commit_whose_reply_was_lost_is_there_once(s3_server: S3Server, monkey
 
 
 @pytest.mark.seam
-def test_a_store_that_ignores_conditions_is_found_out(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_ignores_conditions_is_found_out(
+    s3_server: S3Server, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_server.url())
     with FaultProxy(s3_server.endpoint_url, strip=("if-none-match",)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        _require_conditional_create.cache_clear()
         with pytest.raises(StoreError, match=r"If-None-Match.*versions could be lost"):
-            put(open_store(s3_server.url()), [0])
+            commit(store, "d", [], validation_fraction=0.2, options=OPTIONS)
+        with pytest.raises(StoreError, match=r"If-None-Match.*versions could be lost"):
+            ingest(store, CONFIG, str(recordings))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
+    assert store.list() == []  # found out before anything was staged
+    assert ingest(store, CONFIG, str(recordings))["version"] == 1  # a refusal is not remembered
+
+
+def test_a_store_that_is_away_is_no_store_without_conditions(recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a source read before its recordings have a place to go."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    with pytest.raises(StoreError, match="is the object store up") as caught:
+        ingest(open_store("s3://b/p"), CONFIG, str(recordings / "nowhere"))
+    assert "If-None-Match" not in str(caught.value)
 
 
 def _commit_some(url: str, writer: int, commits: int) -> None:

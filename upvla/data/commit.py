@@ -79,7 +79,7 @@ def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, re
 
 def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest]) -> Manifest:
     root = dataset_root(store, dataset)
-    _require_conditional_create(store.url)
+    require_conditional_create(store.url)
     for attempt in range(_COMMIT_ATTEMPTS):
         parent, manifest = _formed(store, dataset, form, remembered(root) if attempt == 0 else None)
         if parent and parent.content_id == manifest.content_id:
@@ -111,8 +111,8 @@ def _formed(
 
 
 @functools.cache
-def _require_conditional_create(url: str) -> None:
-    """Once a process: a store that ignores `If-None-Match` would let two committers overwrite each other unseen."""
+def require_conditional_create(url: str) -> None:
+    """Once a process and store: one that ignores `If-None-Match` would let committers overwrite each other unseen."""
     if not supports_conditional_create(open_store(url)):
         raise StoreError(
             f"{url} does not refuse to create an object that is there (If-None-Match): versions could be lost. "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from upvla.data.commit import DAMAGED, commit
+from upvla.data.commit import DAMAGED, commit, require_conditional_create
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
@@ -77,6 +77,7 @@ def ingest(
     started = time.monotonic()
     report = progress or (lambda done, total: None)
     run = uuid.uuid4().hex
+    require_conditional_create(store.url)  # before hours of staging, not after
     source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
     known = _known(store, parent)
