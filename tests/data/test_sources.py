@@ -421,6 +421,12 @@ def test_libero_demonstrations_stand_upright_and_say_what_they_do(tmp_path: Path
     for mine, theirs in zip(episode.images["static"], pictures(9, seed=1), strict=True):
         assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 3
     assert len(open_source("hdf5", str(path)).keys()) == 11
+    fsspec.filesystem("memory").pipe_file("/kitchen/stove_demo.hdf5", path.read_bytes())
+    remote = open_source("hdf5", "memory://kitchen/stove_demo.hdf5")
+    assert remote.keys() == [key.removeprefix("kitchen/") for key in source.keys()]
+    assert np.array_equal(remote.read("stove_demo.hdf5/demo_1").actions, episode.actions)
+    with pytest.raises(ConfigError, match=r"stove_demo\.hdf5 holds no format that is known; declare one of"):
+        detect_format("memory://kitchen/stove_demo.hdf5")
     assert [key[-7:] for key in open_source("hdf5", str(tmp_path), mask="train").keys()] == ["/demo_0", "demo_10"]
 
 
