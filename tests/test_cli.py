@@ -112,6 +112,8 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert _run(*again)["steps"] == 12
     wrong = CliRunner().invoke(app, ["ingest", "--format", "tape", "--source", out, "--dataset", "x", *root])
     assert wrong.exit_code == 1 and "there is: calvin, lerobot" in str(wrong.exception)
+    none = CliRunner().invoke(app, [*command, "--recordings-per-task", "0"])
+    assert none.exit_code == 1 and re.search(r"recordings_per_task\s.*greater than 0", str(none.exception))
 
 
 def test_a_benchmark_needs_no_stack_nor_looks_for_one_that_was_stopped(

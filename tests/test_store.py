@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pickle
 import socket
+import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +125,8 @@ def test_other_urls_can_be_read_but_hold_no_dataset() -> None:
     assert (store.read("a/x"), store.list("a/"), store.exists("a/y")) == (b"data", ["a/x"], False)
     with pytest.raises(NotFound):
         store.read("a/y")
-    assert not supports_conditional_create(store)
+    with pytest.raises(StoreError, match=r"cannot be written: keep datasets"):
+        supports_conditional_create(store)
 
 
 def test_content_hash_ignores_key_order_only() -> None:
@@ -161,6 +165,30 @@ def test_lost_replies_are_settled_by_reading_back(monkeypatch: pytest.MonkeyPatc
         _point_at(monkeypatch, port)
         with pytest.raises(OutcomeUnknown, match="read it back"):
             open_store("s3://b/p").create("k", b"ours")
+    with _hanging_up(lambda stored, body: stored or body, readable=False) as port:  # its 412 may be about our own put
+        _point_at(monkeypatch, port)
+        with pytest.raises(OutcomeUnknown, match="read it back"):
+            open_store("s3://b/p").create("k", b"ours")
+
+
+def test_a_folder_that_is_not_synced_leaves_a_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, broken = os.fsync, list[bool]()  # is it a folder?
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) in broken:
+            raise OSError(errno.EIO, "Input/output error")
+        real(handle)
+
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", fsync)
+    broken[:] = [True]
+    with pytest.raises(OutcomeUnknown, match=r"creating .*/k: Input/output error.*read it back"):
+        store.create("k", b"ours")
+    assert store.read("k") == b"ours"
+    broken[:] = [False]  # files, so that nothing is there yet
+    with pytest.raises(StoreError, match="Input/output error"):
+        store.create("other", b"ours")
+    assert store.list() == ["k"]
 
 
 def _point_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
@@ -170,9 +198,10 @@ def _point_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 
 class _hanging_up:
-    """`keep(stored, body)` says what the object is after a PUT whose reply is lost; later PUTs get their 412."""
+    """`keep(stored, body)` says what the object is after a PUT whose reply is lost; later PUTs get their 412, and reads
+    that are not allowed a 403."""
 
-    def __init__(self, keep: Callable[[bytes | None, bytes], bytes | None]):
+    def __init__(self, keep: Callable[[bytes | None, bytes], bytes | None], *, readable: bool = True):
         outer = self
         self.stored: bytes | None = None
 
@@ -189,8 +218,8 @@ class _hanging_up:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
             def do_GET(self) -> None:
-                if outer.stored is None:
-                    self.send_error(404)
+                if outer.stored is None or not readable:
+                    self.send_error(404 if readable else 403)
                     return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(outer.stored)))

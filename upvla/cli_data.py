@@ -37,6 +37,9 @@ def ingest(
     options: Annotated[Path | None, typer.Option(help="YAML file of the format's options.")] = None,
     validation_fraction: float | None = None,
     min_accept_ratio: float | None = None,
+    recordings_per_task: Annotated[
+        int | None, typer.Option(help="Size of a portion: what one task does, and a restart repeats (default 32).")
+    ] = None,
     config: Config = "pretrain/full",
     site: SiteName = "local",
     set_: Set = None,
@@ -46,8 +49,13 @@ def ingest(
 
     Example: upvla ingest --format calvin --source task_D_D/training --dataset calvin --root data
     """
+    limits = {
+        "validation_fraction": validation_fraction,
+        "min_accept_ratio": min_accept_ratio,
+        "recordings_per_task": recordings_per_task,
+    }
     if format is None and dataset is None and root is None:
-        if option or options or validation_fraction is not None or min_accept_ratio is not None:
+        if option or options or any(value is not None for value in limits.values()):
             raise ConfigError(
                 "ingest: these options go with --dataset; the line's own are --set data.ingest.NAME=VALUE"
             )
@@ -62,7 +70,6 @@ def ingest(
     from upvla.data.sources import detect_format
     from upvla.launch.ingest import run_ingest
 
-    limits = {"validation_fraction": validation_fraction, "min_accept_ratio": min_accept_ratio}
     try:
         settings = IngestConfig(
             format=detect_format(source) if format in (None, "auto") else str(format),

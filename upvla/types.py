@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -161,6 +161,13 @@ class EpisodeSource(Protocol):
         ...
 
     def read(self, key: str) -> Episode: ...
+
+
+@runtime_checkable
+class KnowsLengths(Protocol):
+    """What an `EpisodeSource` may know besides: how long a recording is, without reading it."""
+
+    def num_steps(self, key: str) -> int: ...
 
 
 # --------------------------------------------------------------------------------------------- a version of a table

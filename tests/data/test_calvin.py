@@ -14,7 +14,7 @@ from upvla.data.sources import open_source
 from upvla.data.sources.pickles import read_object_npy
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import decode_image
-from upvla.types import CALVIN_RELATIVE, Span
+from upvla.types import CALVIN_RELATIVE, KnowsLengths, Span
 
 
 def test_recordings_carry_what_the_files_hold(tmp_path: Path) -> None:
@@ -22,7 +22,8 @@ def test_recordings_carry_what_the_files_hold(tmp_path: Path) -> None:
     source = open_source("calvin", str(folder))
     assert source.keys() == ["0000000-0000004", "0000005-0000024"]
     episode = source.read("0000005-0000024")
-    assert len(episode) == 20 and episode.scene == "calvin_scene_B" and episode.action_space == CALVIN_RELATIVE
+    assert isinstance(source, KnowsLengths) and source.num_steps("0000005-0000024") == len(episode) == 20
+    assert episode.scene == "calvin_scene_B" and episode.action_space == CALVIN_RELATIVE
     frame = np.load(folder / "episode_0000008.npz")
     assert np.array_equal(episode.actions[3], frame["rel_actions"].astype(np.float32))
     assert episode.absolute_actions is not None and episode.scene_state is not None

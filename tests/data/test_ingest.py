@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from tests.factories import write_calvin
-from upvla.data.ingest import IngestConfig, ingest
+from upvla.data.ingest import IngestConfig, ingest, portions_of
+from upvla.data.sources.calvin import CalvinSource
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import Corrupt, NotFound
 from upvla.store import LocalStore, Store, open_store
+from upvla.types import Episode, EpisodeSource
 
 CONFIG = IngestConfig(format="calvin", dataset="table", recordings_per_task=2, validation_fraction=0.3)
 LENGTHS = (6, 8, 5, 7, 6)
@@ -45,6 +47,59 @@ def test_recordings_become_a_version_and_again_the_same(store: Store, recordings
     dataset = Dataset(store, load_manifest(store, "table"))
     assert dataset.qa and {row.template_split for row in dataset.qa} == {"train", "held_out"}
     assert all(0 <= row.step < dataset.episodes[row.episode].length for row in dataset.qa)
+
+
+def test_portions_are_even_in_length(tmp_path: Path) -> None:
+    class Lengths:
+        format, notes = "lengths", dict[str, int]()
+
+        def __init__(self, *lengths: int):
+            self.lengths = lengths
+
+        def keys(self) -> list[str]:
+            return [str(i) for i in range(len(self.lengths))]
+
+        def token(self, key: str) -> str:
+            return "token"
+
+        def read(self, key: str) -> Episode:
+            raise NotImplementedError
+
+    class Measured(Lengths):
+        def num_steps(self, key: str) -> int:
+            return self.lengths[int(key)]
+
+    def sizes(source: EpisodeSource, size: int) -> list[int]:
+        fresh = [(key, source.token(key)) for key in source.keys()]
+        portions = list(portions_of(source, fresh, size))
+        assert [recording for portion in portions for recording in portion] == fresh  # each once, in order
+        return [len(portion) for portion in portions]
+
+    assert sizes(Lengths(*[9000] * 5), 2) == sizes(Measured(*[200] * 5), 2) == [2, 2, 1]
+    assert sizes(Measured(200, 200, 9000, 1000, 200, 200, 200), 4) == [2, 1, 3, 1]
+    assert sizes(Measured(*[1] * 300), 2) == [128, 128, 44]
+    assert sizes(Measured(), 2) == []
+
+
+def test_a_restart_reads_only_what_no_receipt_is_of(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ingest(open_store(str(tmp_path / "calm")), CONFIG, str(recordings))
+    store, keys = open_store(str(tmp_path / "store")), CalvinSource(str(recordings), span_end="exclusive").keys()
+    real, read = CalvinSource.read, list[str]()
+
+    def noted(self: CalvinSource, key: str) -> Episode:
+        read.append(key)
+        if len(read) == 4:  # the second of the second portion
+            raise KeyboardInterrupt
+        return real(self, key)
+
+    monkeypatch.setattr(CalvinSource, "read", noted)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(store, CONFIG, str(recordings))
+    assert read == keys[:4]
+    assert ingest(store, CONFIG, str(recordings))["content_id"] == expected["content_id"]
+    assert read[4:] == keys[2:]
 
 
 def test_an_empty_source_is_said(tmp_path: Path) -> None:

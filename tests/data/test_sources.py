@@ -27,7 +27,7 @@ from upvla.data.table import Dataset, load_manifest
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import decode_image, encode_jpeg
 from upvla.store import open_store
-from upvla.types import CALVIN_RELATIVE, Span
+from upvla.types import CALVIN_RELATIVE, KnowsLengths, Span
 
 STEPS = 12
 
@@ -156,6 +156,7 @@ def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
         for number, key in enumerate(source.keys()):
             episode = source.read(key)
             check(episode, QualityLimits())
+            assert isinstance(source, KnowsLengths) and source.num_steps(key) == len(episode)
             assert episode.embodiment == "so100" and (episode.state == number).all()
             assert episode.spans == (Span(0, 5, "open it", "open it"), Span(5, len(episode), "close it", "close it"))
             for mine, theirs in zip(episode.images["top"], pictures(len(episode), seed=10 * number), strict=True):
@@ -421,6 +422,12 @@ def test_libero_demonstrations_stand_upright_and_say_what_they_do(tmp_path: Path
     for mine, theirs in zip(episode.images["static"], pictures(9, seed=1), strict=True):
         assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 3
     assert len(open_source("hdf5", str(path)).keys()) == 11
+    fsspec.filesystem("memory").pipe_file("/kitchen/stove_demo.hdf5", path.read_bytes())
+    remote = open_source("hdf5", "memory://kitchen/stove_demo.hdf5")
+    assert remote.keys() == [key.removeprefix("kitchen/") for key in source.keys()]
+    assert np.array_equal(remote.read("stove_demo.hdf5/demo_1").actions, episode.actions)
+    with pytest.raises(ConfigError, match=r"stove_demo\.hdf5 holds no format that is known; declare one of"):
+        detect_format("memory://kitchen/stove_demo.hdf5")
     assert [key[-7:] for key in open_source("hdf5", str(tmp_path), mask="train").keys()] == ["/demo_0", "demo_10"]
 
 
@@ -494,6 +501,7 @@ def test_llava_rows_become_questions_or_have_a_reason(tmp_path: Path) -> None:
         store, IngestConfig(format="llava", dataset="qa", min_accept_ratio=0.1, validation_fraction=0.5), str(folder)
     )
     assert (found["recordings"], found["steps"], sum(found["quarantined"].values())) == (2, 2, 7)
+    assert isinstance(source, KnowsLengths) and {source.num_steps(key) for key in source.keys()} == {1}
     dataset = Dataset(store, load_manifest(store, "qa"))
     assert {row.turns for row in dataset.qa} == {
         (('What is thère? "[{"', "A wave."), ("Which colour?", "Ochre.")),

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,20 @@ def test_too_few_accepted_stops_the_commit(tmp_path: Path) -> None:
     assert pq.read_table(listing).num_rows == 3
     manifest = commit(store, "d", [staged], validation_fraction=0.2, options=OPTIONS, min_accept_ratio=0.2)
     assert manifest.quarantined == {"non_finite": 3}
+
+
+def test_a_bad_delivery_onto_a_large_good_set_stops_too(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    before = put(store, range(9))
+    bad = [Rejection(f"bad-{i}", "non_finite", "NaN", "token") for i in range(3)]
+    staged = stage(dataset_root(store, "d"), [(make_episode(10), "token"), *bad])
+    append = partial(commit, store, "d", [staged], validation_fraction=0.2, options=OPTIONS)
+    with pytest.raises(Corrupt, match=r"3 of 4 recordings that came now rejected.*\{'non_finite': 3\}.*quarantine/"):
+        append(min_accept_ratio=0.5)  # ten of thirteen are good
+    assert load_manifest(store, "d") == before
+    after = append(min_accept_ratio=0.25)
+    assert (after.num_episodes, after.quarantined) == (10, {"non_finite": 3})
+    assert append(min_accept_ratio=0.5) == after  # again: what was accepted before is not judged twice
 
 
 def test_concurrent_committers_lose_nothing(store: Store) -> None:

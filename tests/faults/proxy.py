@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+_OF_A_SIGNATURE = ("authorization", "host", "x-amz-date", "x-amz-content-sha256")
+
 FAULTS = ("503", "500", "reset before", "reset after", "cut body", "slow body")
+
+
+def _signed(method: str, url: str, headers: Mapping[str, str], body: bytes) -> dict[str, str]:
+    """The headers with a signature over these, by this process's own keys: the server refuses others."""
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    keys = Credentials(os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+    unsigned = {name: value for name, value in headers.items() if name.lower() not in _OF_A_SIGNATURE}
+    request = AWSRequest(method=method, url=url, headers=unsigned, data=body)
+    S3SigV4Auth(keys, "s3", "us-east-1").add_auth(request)
+    return dict(request.headers.items())
 
 
 class FaultProxy:
     """Forwards to `target_url`; `rate` of the requests meet one of `faults`.
 
     "reset after" lets the server do the work and drops its reply; "cut body" ends a reply half-way, "slow body" stops
-    there for a moment. strip: request headers that are taken away, as a store would that does not know them. `seen`
-    counts what was done; `rate` may be changed while it runs.
+    there for a moment. strip: request headers that are taken away, as a store would that does not know them; what is
+    left is signed again. `seen` counts what was done; `rate` may be changed while it runs.
     """
 
     def __init__(
@@ -57,7 +74,10 @@ class FaultProxy:
                     self.hang_up()
                     return
                 connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
-                headers = {name: value for name, value in self.headers.items() if name.lower() not in strip}
+                headers = dict(self.headers.items())
+                if any(name.lower() in strip for name in headers):
+                    kept = {name: value for name, value in headers.items() if name.lower() not in strip}
+                    headers = _signed(self.command, f"{target_url}{self.path}", kept, body)
                 connection.request(self.command, self.path, body=body, headers=headers)
                 reply = connection.getresponse()
                 data = reply.read()

@@ -59,6 +59,7 @@ def commit(
     """Add staged recordings to the newest version as the next one; atomic, and safe against concurrent committers.
 
     Recordings that are already there are skipped: committing the same things again returns the version that has them.
+    `Corrupt` where fewer than `min_accept_ratio` are good, of all recordings or of the staged ones alone.
     """
 
     def append(root: Store, parent: Manifest | None) -> Manifest:
@@ -78,7 +79,7 @@ def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, re
 
 def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest]) -> Manifest:
     root = dataset_root(store, dataset)
-    _require_conditional_create(store.url)
+    require_conditional_create(store.url)
     for attempt in range(_COMMIT_ATTEMPTS):
         parent, manifest = _formed(store, dataset, form, remembered(root) if attempt == 0 else None)
         if parent and parent.content_id == manifest.content_id:
@@ -110,8 +111,8 @@ def _formed(
 
 
 @functools.cache
-def _require_conditional_create(url: str) -> None:
-    """Once a process: a store that ignores `If-None-Match` would let two committers overwrite each other unseen."""
+def require_conditional_create(url: str) -> None:
+    """Once a process and store: one that ignores `If-None-Match` would let committers overwrite each other unseen."""
     if not supports_conditional_create(open_store(url)):
         raise StoreError(
             f"{url} does not refuse to create an object that is there (If-None-Match): versions could be lost. "
@@ -137,7 +138,7 @@ def _appended(
     rows = {row["episode_id"].hex(): row for ref in reversed(index) for row in reversed(read_index(root, ref))}
     for identity in removed | lost:
         rows.pop(identity, None)
-    before = len(rows)
+    before, judged_before, num_good = len(rows), set(rejected), 0
     for part in staged:
         rejected += part.rejected
         adds = False
@@ -147,7 +148,9 @@ def _appended(
                 if row["episode_id"].hex() in removed:
                     continue
                 first = rows.setdefault(row["episode_id"].hex(), row)
-                if first["source_key"] != row["source_key"]:
+                if first["source_key"] == row["source_key"]:
+                    num_good += 1
+                else:
                     detail = f"the same content as {first['source_key']}"
                     rejected.append(Rejection(row["source_key"], "duplicate", detail, row["source_token"]))
             if len(rows) > had:
@@ -158,14 +161,17 @@ def _appended(
     accepted = {row["source_key"] for row in rows.values()}
     kept = sorted({r for r in rejected if r.reason == REMOVED or (r.key not in accepted and r.episode_id not in rows)})
     quarantine = put_table(root, "quarantine", _quarantine_table(kept)) if kept else None
-    bad = sum(row.reason not in _NOT_BAD for row in kept)
-    if not rows or header is None or len(rows) < min_accept_ratio * (len(rows) + bad):
-        where = f"; each is listed in {root.url}/{quarantine.key}" if quarantine else ""
-        raise Corrupt(
-            f"dataset {dataset}: {bad} of {len(rows) + bad} recordings rejected "
-            f"({dict(Counter(row.reason for row in kept))}), nothing was committed{where}; repair the source, or lower "
-            f"min_accept_ratio ({min_accept_ratio:g})"
-        )
+    new = [row for row in kept if row not in judged_before]
+    for which, good, bad in (("", len(rows), kept), (" that came now", num_good, new)):
+        num_bad = sum(row.reason not in _NOT_BAD for row in bad)
+        if not rows or good < min_accept_ratio * (good + num_bad):
+            where = f"; each is listed in {root.url}/{quarantine.key}" if quarantine else ""
+            raise Corrupt(
+                f"dataset {dataset}: {num_bad} of {good + num_bad} recordings{which} rejected "
+                f"({dict(Counter(row.reason for row in bad))}), nothing was committed{where}; repair the source, or "
+                f"lower min_accept_ratio ({min_accept_ratio:g})"
+            )
+    assert header is not None  # there are recordings
     draft = Manifest(
         dataset=dataset,
         version=parent.version + 1 if parent else 1,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from upvla.data.commit import DAMAGED, commit
+from upvla.data.commit import DAMAGED, commit, require_conditional_create
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
@@ -23,7 +23,10 @@ from upvla.data.table import Dataset
 from upvla.data.versions import dataset_root, newest_manifest
 from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
-from upvla.types import Episode, EpisodeSource, Manifest
+from upvla.types import Episode, EpisodeSource, KnowsLengths, Manifest
+
+_LONG_STEPS = 512  # a recording of so many steps counts as one, and a longer one as several
+_PICTURES = 64  # recordings of a single step that count as one
 
 Progress = Callable[[int, int], None]  # recordings done, recordings in all
 
@@ -37,9 +40,9 @@ class IngestConfig(BaseModel):
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     options: dict[str, JsonValue] = {}
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
-    min_accept_ratio: float = Field(default=0.5, ge=0, le=1)
+    min_accept_ratio: float = Field(default=0.5, ge=0, le=1)  # of the dataset, and of what one ingest brings
     qa_per_episode: int = Field(default=16, ge=0)
-    recordings_per_task: int = Field(default=32, gt=0)
+    recordings_per_task: int = Field(default=32, gt=0)  # as `portions_of` counts
     quality: QualityLimits = QualityLimits()
     layout: Layout = Layout()
 
@@ -77,6 +80,7 @@ def ingest(
     started = time.monotonic()
     report = progress or (lambda done, total: None)
     run = uuid.uuid4().hex
+    require_conditional_create(store.url)  # before hours of staging, not after
     source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
     known = _known(store, parent)
@@ -84,11 +88,8 @@ def ingest(
     if not keys:
         raise NotFound(f"{source_url} holds no recordings; record some, or correct the URL")
     fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
-    size = config.recordings_per_task
-    portions = [
-        Portion(store, config, source_url, tuple(fresh[start : start + size]), run)
-        for start in range(0, len(fresh), size)
-    ]
+    parts = portions_of(source, fresh, config.recordings_per_task)
+    portions = [Portion(store, config, source_url, tuple(part), run) for part in parts]
     manifest = commit(
         store,
         config.dataset,
@@ -108,6 +109,24 @@ def ingest(
         "report": _write_report(store, manifest),
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def portions_of(
+    source: EpisodeSource, recordings: Iterable[tuple[str, str]], size: int
+) -> Iterator[list[tuple[str, str]]]:
+    """Neighbouring (key, token) in portions that cost about the same: `size` recordings, but fewer where they are long
+    and many where they are pictures. A source that does not know its lengths is taken to have usual ones."""
+    portion, counted = list[tuple[str, str]](), 0.0
+    for key, token in recordings:
+        steps = source.num_steps(key) if isinstance(source, KnowsLengths) else _LONG_STEPS
+        share = max(1.0, steps / _LONG_STEPS) if steps > 1 else 1 / _PICTURES
+        if portion and counted + share > size:
+            yield portion
+            portion, counted = [], 0.0
+        portion.append((key, token))
+        counted += share
+    if portion:
+        yield portion
 
 
 def stage_here(portions: Sequence[Portion], progress: Progress) -> list[Staged]:

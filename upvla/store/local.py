@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upvla.errors import AlreadyExists, NotFound, StoreError
+from upvla.errors import AlreadyExists, NotFound, OutcomeUnknown, StoreError
 from upvla.store.base import Store, checked, require_whole
 
 if TYPE_CHECKING:
@@ -40,10 +40,17 @@ class LocalStore(Store):
             temporary.replace(self._path(key))
 
     def create(self, key: str, data: bytes) -> str:
-        with self._translated(key), self._temporary(key) as temporary:
-            _write_synced(temporary, data)
-            os.link(temporary, self._path(key))
-            return _file_token(temporary)
+        linked = False
+        try:
+            with self._translated(key), self._temporary(key) as temporary:
+                _write_synced(temporary, data)
+                os.link(temporary, self._path(key))
+                linked = True
+                return _file_token(temporary)
+        except StoreError as error:
+            if linked:  # others see it, but a power cut may still take it
+                raise OutcomeUnknown(f"creating {error}; read it back before trying again") from error
+            raise
 
     def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
         root, found = Path(self.url), {}

@@ -61,10 +61,12 @@ class S3Store(Store):
             except ClientError as error:
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
                 if status == 412:  # without a put of ours in doubt this is somebody else's object, whatever is in it
-                    if in_doubt and self.read(key) == data:
-                        return ""
+                    if in_doubt:
+                        return self._read_back(key, data, last)
                     raise AlreadyExists(f"{self._url_of(key)} is already there") from error
                 if status < 500 and status != 409:
+                    if in_doubt:
+                        return self._read_back(key, data, str(error))
                     raise self._translate(error, key) from error
                 in_doubt, last = True, str(error)
             except EndpointConnectionError as error:  # never sent, so in doubt only if an earlier one was
@@ -73,11 +75,18 @@ class S3Store(Store):
                 in_doubt, last = True, str(error)
         if not in_doubt:
             raise StoreError(f"{self._url_of(key)}: {last}; is the object store up? (`upvla status`)")
-        with contextlib.suppress(StoreError, NotFound):
-            if self.read(key) == data:
-                return ""
-            raise AlreadyExists(f"{self._url_of(key)} is already there")
-        raise OutcomeUnknown(f"creating {self._url_of(key)}: no reply ({last}); read it back before trying again")
+        return self._read_back(key, data, last)
+
+    def _read_back(self, key: str, data: bytes, said: str) -> str:
+        """What `create` answers after a lost reply: what is there decides, and where nobody says, it stays open."""
+        try:
+            there = self.read(key)
+        except (StoreError, NotFound) as error:
+            message = f"creating {self._url_of(key)}: no reply ({said}); read it back before trying again"
+            raise OutcomeUnknown(message) from error
+        if there == data:
+            return ""
+        raise AlreadyExists(f"{self._url_of(key)} is already there")
 
     def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
         listed = self._listed(prefix, after).items()

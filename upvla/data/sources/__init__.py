@@ -2,7 +2,8 @@
 a path looks.
 
 A format of your own is a class with `keys()`, `token(key)` and `read(key) -> Episode` (`examples/my_robot.py`), named
-as "package.module:Class" wherever a format's name is asked for.
+as "package.module:Class" wherever a format's name is asked for. `num_steps(key)`, where it is cheap, evens out what one
+task of an ingest does.
 """
 
 from __future__ import annotations

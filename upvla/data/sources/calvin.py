@@ -103,6 +103,9 @@ class CalvinSource:
     def keys(self) -> Sequence[str]:
         return list(self._ranges)
 
+    def num_steps(self, key: str) -> int:
+        return len(self._frame_ids(key))
+
     def token(self, key: str) -> str:
         if self._tokens is None:
             self._tokens = self.store.tokens("episode_")

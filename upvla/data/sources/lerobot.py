@@ -81,6 +81,9 @@ class LeRobotSource:
     def keys(self) -> Sequence[str]:
         return list(self._episodes)
 
+    def num_steps(self, key: str) -> int:
+        return int(self._episodes[key]["length"])
+
     def token(self, key: str) -> str:
         row = self._episodes[key]
         files = [self._data_key(row), *(self._video_key(row, feature) for feature in self._video_features())]

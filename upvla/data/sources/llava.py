@@ -56,6 +56,9 @@ class LlavaSource:
     def keys(self) -> Sequence[str]:
         return list(self._places)
 
+    def num_steps(self, key: str) -> int:
+        return 1
+
     def token(self, key: str) -> str:
         _, _, digest, picture = self._places[key]
         return content_hash([digest, self._picture_tokens.get(picture, ""), self.camera])
