@@ -35,10 +35,10 @@ from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.env import world_code
 from upvla.store import Store, content_hash, open_store
-from upvla.tracking import CHAMPION, Registry, Run, Tracker
+from upvla.tracking import CHAMPION, Registry, Run, Tracker, protocol_tags
 from upvla.train.config import EngineConfig, StageConfig
 from upvla.train.guard import unexplained
-from upvla.types import Checkpoint, ModelVersion
+from upvla.types import Checkpoint, Estimate, ModelVersion
 
 Result = dict[str, Any]
 Progress = Callable[[float, str], None]
@@ -134,12 +134,15 @@ class Line:
             for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
         run_id = self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run())
-        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)}
-        tags |= {f"protocol.{suite}": mark for suite, mark in scored["protocols"].items()}
+        with self._scored(checkpoint, scored["protocols"]) as run:
+            scored_in = run.run_id
+        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)} | protocol_tags(scored["protocols"])
         cameras = sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras})
-        version = registry.register(self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags)
-        strips = [path for path in self.tracker.artifacts(run_id, "rollouts") if path.endswith(".png")]
-        card = model_card(self.model_name, bundle, checkpoint, scored, tags, run_id=run_id, strips=strips)
+        version = registry.register(
+            self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags, scored_in=scored_in
+        )
+        strips = [path for path in self.tracker.artifacts(scored_in, "rollouts") if path.endswith(".png")]
+        card = model_card(self.model_name, bundle, checkpoint, scored, version.tags, run_id=scored_in, strips=strips)
         registry.describe(self.model_name, version.version, card)
         champion = registry.by_alias(self.model_name)
         alias = CHAMPION if champion is None or champion.version == version.version else "challenger"
@@ -184,7 +187,7 @@ class Line:
 
     def _scores(self, checkpoint: Checkpoint) -> Result:
         config = self.config.eval
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Estimate]] = {}
         protocols: dict[str, str] = {}
         names = {checkpoint.url: self.model_name}
         for suite in config.suites:
@@ -195,11 +198,16 @@ class Line:
             policies = (checkpoint.url, *config.references)
             for policy, judged in scoring.judge(self.store, self.exam(suite), policies, progress=told).items():
                 name, report = names.get(policy, policy), judged.report
-                found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
-                self._log_scores(checkpoint, name, as_metrics(scores(report)))
+                found.setdefault(name, {}).update(scores(report))
                 protocols[suite.name] = report.fingerprint
-        self._log_films(checkpoint)
-        return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
+        for name, named in found.items():
+            self._log_scores(checkpoint, name, as_metrics(named), protocols)
+        self._log_films(checkpoint, protocols)
+        return {
+            "model_id": checkpoint.model_id,
+            "scores": {name: {k: e._asdict() for k, e in named.items()} for name, named in found.items()},
+            "protocols": protocols,
+        }
 
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
@@ -293,18 +301,36 @@ class Line:
     def pipeline_run(self) -> str:
         return self.tracker.run_id(self.pipeline_key, self.config.name)
 
-    def _log_scores(self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float]) -> None:
-        """The model's scores go to the run that trained it, a reference policy's to a run of its own: comparable."""
-        ours = policy == self.model_name
-        key, name = _training_run(checkpoint) if ours else (f"reference/{policy}", f"reference {policy}")
-        with self.tracked(key, name, parent=self.pipeline_run()) as run:
+    @contextmanager
+    def _scored(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> Iterator[Run]:
+        """The MLflow run with a model's scores under `protocols`, {suite: fingerprint}: the one that trained it, or one
+        below that where it has scores under others, which would stand under the same names."""
+        key, name = _training_run(checkpoint)
+        parent = self.pipeline_run()
+        trained = self.tracker.run_id(key, name, parent)
+        known = self.tracker.protocols(trained)
+        if any(known.get(suite, mark) != mark for suite, mark in protocols.items()):
+            key, name, parent = scoring.run_key(checkpoint.model_id, protocols), f"{name}, other protocol", trained
+        with self.tracked(key, name, parent=parent, tags=protocol_tags(protocols)) as run:
+            yield run
+
+    def _log_scores(
+        self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float], protocols: Mapping[str, str]
+    ) -> None:
+        """A model's scores go to a run of its own, a reference policy's to one of each protocol's: comparable."""
+        if policy == self.model_name:
+            opened = self._scored(checkpoint, protocols)
+        else:
+            about = {"parent": self.pipeline_run(), "tags": protocol_tags(protocols)}
+            opened = self.tracked(scoring.run_key(policy, protocols), f"reference {policy}", **about)
+        with opened as run:
             run.log(metrics, 0)  # all at one step: MLflow then draws bars beside each other, not points on a curve
 
-    def _log_films(self, checkpoint: Checkpoint) -> None:
+    def _log_films(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> None:
         if self.config.eval.videos == 0:
             return
         films = scoring.film(self.exam(self.config.eval.suites[0]), checkpoint.url, self.config.eval.videos)
-        with self.tracked(*_training_run(checkpoint)) as run, tempfile.TemporaryDirectory() as folder:
+        with self._scored(checkpoint, protocols) as run, tempfile.TemporaryDirectory() as folder:
             for name, data in films.items():
                 path = Path(folder, name)
                 path.write_bytes(data)
