@@ -14,7 +14,7 @@ from upvla.checkpoint import Bundle, export, read_marker
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, load
 from upvla.errors import Mismatch
 from upvla.launch.finetune import Finetuning
-from upvla.launch.line import Line
+from upvla.launch.line import Line, git_commit
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.promote import history
 from upvla.model.upvla import UPVLA
@@ -104,3 +104,13 @@ def test_scores_under_another_protocol_stand_beside_the_first_ones(tmp_path: Pat
     (model,) = client.search_logged_models([experiment], f"params.model_id = '{checkpoint.model_id}'")
     scored_in = [metric.run_id for metric in model.metrics if metric.key == "mine_d/avg_len"]
     assert sorted(scored_in) == sorted([ours.info.run_id, again.info.run_id])
+
+
+def test_the_commit_is_said_by_the_image_or_the_checkout_or_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UPVLA_GIT_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() == "unknown"
+    monkeypatch.setenv("UPVLA_GIT_COMMIT", "0123abcd")
+    assert git_commit() == "0123abcd"

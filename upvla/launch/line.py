@@ -7,6 +7,7 @@ flows wrap the same methods in tasks. There is no other implementation of a stag
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
@@ -361,7 +362,12 @@ def require_explained(config: LineConfig, meta: Mapping[str, Any]) -> None:
 
 
 def git_commit() -> str:
-    """Of the code that runs; `unknown` outside of a checkout."""
-    place = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(place), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Of the code that runs: what its image was built from (`UPVLA_GIT_COMMIT`), or the checkout; else `unknown`."""
+    if given := os.environ.get("UPVLA_GIT_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return found.stdout.strip() or "unknown"
