@@ -40,6 +40,9 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
     site = open_site(tmp_path)
     line = Pretraining(site, load("pretrain/ci", RunConfig))
     line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+    plan = {"train": "0123456789abcdef", "validation": "fedcba9876543210"}
+    spec = line._nested(line._spec("vq", line.config.vq, plan, model=line.config.model))
+    assert spec.tracking is not None and spec.tracking.parent == line.pipeline_run()
     score = {"chains_d/avg_len": {"value": 1.5, "low": 1.2, "high": 1.8}}
     scored: dict[str, Any] = {"scores": {line.model_name: score}, "protocols": {"chains_d": "abc"}}
     made = []

@@ -224,7 +224,6 @@ class Line:
             tracking=TrackingSpec(
                 uri=self.site.tracking_url,
                 experiment=self.site.experiment,
-                parent=self.pipeline_run(),
                 tags=tags,
             )
             if self.site.tracking_url
@@ -241,15 +240,21 @@ class Line:
 
         def work() -> Result:
             if self.site.ray_jobs_url:
-                result = run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
+                result = run_training(self.store, self._nested(spec), Jobs(self.site.ray_jobs_url), on_line=on_line)
             else:
                 with connected():
-                    result = train(spec)
+                    result = train(self._nested(spec))
             if "url" in result:
                 self._track(result["url"])
             return result
 
         return once(self.store, spec.stage.name, {"spec": spec.key}, work)
+
+    def _nested(self, spec: TrainSpec) -> TrainSpec:
+        """The stage below the pipeline's run. Asked only where there is something to train."""
+        if spec.tracking is None:
+            return spec
+        return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"parent": self.parent_run()})})
 
     def _tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
         return {
@@ -301,6 +306,14 @@ class Line:
 
     def pipeline_run(self) -> str:
         return self.tracker.run_id(self.pipeline_key, self.config.name)
+
+    def parent_run(self) -> str | None:
+        """Id of the pipeline's run; None while MLflow is away: a run that is there already stays where it hangs."""
+        try:
+            return self.pipeline_run()
+        except StackError as error:
+            self.progress(-1.0, f"going on without MLflow: {error}")
+            return None
 
     @contextmanager
     def _scored(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> Iterator[Run]:

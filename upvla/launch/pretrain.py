@@ -210,7 +210,7 @@ class Pretraining(Line):
         """The dataset's page, where the curves are looked at too."""
         folder, _, name = url.rpartition("/")
         with (
-            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.pipeline_run()) as run,
+            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.parent_run()) as run,
             tempfile.TemporaryDirectory() as local,
         ):
             open_store(folder).download(name, Path(local, name))
