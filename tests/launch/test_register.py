@@ -14,7 +14,7 @@ from upvla.checkpoint import Bundle, export, read_marker
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, load
 from upvla.errors import Mismatch
 from upvla.launch.finetune import Finetuning
-from upvla.launch.line import Line, git_commit
+from upvla.launch.line import Line, git_commit, require_explained
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.promote import history
 from upvla.model.upvla import UPVLA
@@ -56,6 +56,10 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
         made.append(line.register({"url": url}, scored))
     assert [(row["version"], row["alias"]) for row in made] == [("1", "champion"), ("2", "challenger")]
     assert line.register({"url": f"{site.store_url}/models/one/stage2"}, scored)["version"] == "1"
+
+    url = exported(line, "three", bundle, bad_steps_before=[{"stage": "stage1", "step": 5}])
+    with pytest.raises(Mismatch, match=r"the bad steps \[5\] of stage1, .* steps in stage1\.guard\.explained"):
+        line.register({"url": url}, scored)
 
     registry = Registry(line.tracker)
     found = line.tracker.client.get_model_version(line.model_name, "2")
@@ -117,3 +121,15 @@ def test_the_commit_is_said_by_the_image_or_the_checkout_or_nobody(
     assert git_commit() == "unknown"
     monkeypatch.setenv("UPVLA_GIT_COMMIT", "0123abcd")
     assert git_commit() == "0123abcd"
+
+
+def test_bad_steps_need_somebody_to_explain_them_whoever_passed_over_them() -> None:
+    nightly = load("finetune/ci", FinetuneConfig)
+    with pytest.raises(Mismatch, match=r"\[7\] of stage2, .* in guard\.explained of stage2, in a config that has it"):
+        require_explained(nightly, {"run": "one", "stage": "stage2", "bad_steps": [{"step": 7}]})
+    before = [{"stage": "vq", "step": 3}, {"stage": "stage1", "step": 5}]
+    meta = {"run": "two", "stage": "finetune", "parent": "0123", "bad_steps_before": before}
+    with pytest.raises(Mismatch, match=r"\[3\] of vq, "):
+        require_explained(nightly, meta, {"4567"})
+    require_explained(nightly, meta, {"0123"})
+    require_explained(load("pretrain/ci", RunConfig, ["vq.guard.explained=[3]", "stage1.guard.explained=[5]"]), meta)

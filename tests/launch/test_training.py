@@ -42,7 +42,7 @@ from upvla.launch.train import (
     threads_of_worker,
 )
 from upvla.launch.weights import import_weights
-from upvla.launch.worker import work
+from upvla.launch.worker import bad_steps_before, work
 from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
@@ -95,10 +95,8 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
     store, references = prepared
-    freeze = {"freeze": ["token_learner.*", "to_logits.*"]}
-    first = run_stage(
-        two_workers, spec_of(store, references, name="stage1", weights={"pre": 1.0, "mmu": 0.1}, stage=freeze)
-    )
+    about = {"stage": {"freeze": ["token_learner.*", "to_logits.*"]}, "bad_steps_before": [{"stage": "vq", "step": 3}]}
+    first = run_stage(two_workers, spec_of(store, references, name="stage1", weights={"pre": 1.0, "mmu": 0.1}, **about))
     plans = {name: references[name] for name in ("train_plan", "validation_plan")}
     parent = {"parent_url": first["url"], "parent_id": first["model_id"]}
     second = run_stage(
@@ -110,6 +108,7 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     bundle = load_bundle(second["url"])
     assert bundle.meta["parent"] == first["model_id"]
     assert bundle.meta["datasets"]["toy"]["version"] == 1
+    assert bundle.meta["bad_steps_before"] == about["bad_steps_before"]
     assert bundle.stats == load_bundle(first["url"]).stats
     assert bundle.vq.id == references["vq_id"]
     assert (second["step"], second["resumed_from"]) == (8, 0)
@@ -278,6 +277,10 @@ def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
         require_explained(config, meta)
     explained = [f"stage2.guard.explained={steps}"]
     require_explained(load("pretrain/ci", RunConfig, explained), meta)
+
+    parent = {"parent_url": result["url"], "parent_id": result["model_id"]}
+    child = spec_of(store, {**references, **parent, "model": None}, name="finetune", weights={"act": 1.0})
+    assert bad_steps_before(child, open_inputs(child)) == [{"stage": "stage2", **bad} for bad in meta["bad_steps"]]
 
 
 def test_a_rollback_goes_on_from_the_last_resume_point_after_the_bad_batch(

@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -127,8 +127,9 @@ class Line:
         """A version in the model registry. The first one becomes champion; a later one is a challenger."""
         began = time.monotonic()
         bundle = load_bundle(model["url"])  # every hash is checked before anything is registered
-        require_explained(self.config, bundle.meta)
         checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.tracker)
+        registered = {version.checkpoint.model_id for version in registry.versions(self.model_name)}
+        require_explained(self.config, bundle.meta, registered)
         metrics = {
             name + suffix: score[bound]
             for name, score in scored["scores"][self.model_name].items()
@@ -360,17 +361,21 @@ def _training_run(checkpoint: Checkpoint) -> tuple[str, str]:
     return f"{checkpoint.run}/{stage}", stage
 
 
-def require_explained(config: LineConfig, meta: Mapping[str, Any]) -> None:
-    """Refuse a model of a run with bad steps that nobody has looked at; `meta` is its checkpoint's."""
-    stages = [(name, getattr(config, name)) for name in type(config).model_fields]
-    for name, stage in stages:
-        if not isinstance(stage, StageConfig) or stage.name != meta.get("stage"):
-            continue
-        if steps := unexplained(meta.get("bad_steps", ()), stage.guard.explained):
+def require_explained(config: LineConfig, meta: Mapping[str, Any], registered: Collection[str] = ()) -> None:
+    """Refuse a model with bad steps that nobody has looked at, its own or of the stages before; `meta` is its
+    checkpoint's. A parent whose id is among those `registered` was asked about its own by then."""
+    stages = {name: getattr(config, name) for name in type(config).model_fields}
+    known = {stage.name: (name, stage.guard.explained) for name, stage in stages.items() if type(stage) is StageConfig}
+    passed = [{"stage": meta.get("stage"), **bad} for bad in meta.get("bad_steps", ())]
+    if meta.get("parent") not in registered:
+        passed = [*meta.get("bad_steps_before", ()), *passed]
+    for stage_name in dict.fromkeys(bad["stage"] for bad in passed):
+        name, explained = known.get(stage_name, ("", ()))
+        if steps := unexplained([bad for bad in passed if bad["stage"] == stage_name], explained):
+            where = f"{name}.guard.explained" if name else f"guard.explained of {stage_name}, in a config that has it"
             raise Mismatch(
-                f"the run {meta.get('run')} passed over the bad steps {steps} of {stage.name}, so its model is not "
-                f"registered: look at the samples that its meta.json names, then list the steps in "
-                f"{name}.guard.explained"
+                f"the run {meta.get('run')} passed over the bad steps {steps} of {stage_name}, so its model is not "
+                f"registered: look at the samples that its meta.json names, then list the steps in {where}"
             )
 
 

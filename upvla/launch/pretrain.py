@@ -154,6 +154,7 @@ class Pretraining(Line):
                 tower_id=self.tower_id(vq),
                 weights_urls=urls,
                 weights_ids=tuple(weights_id(url) for url in urls),
+                bad_steps_before=tuple({"stage": self.config.vq.name, **bad} for bad in vq.get("bad_steps", ())),
             )
         else:
             from_parent = {"tower_id": self.tower_id(vq), "parent_url": parent["url"], "parent_id": parent["model_id"]}

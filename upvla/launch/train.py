@@ -86,6 +86,9 @@ class TrainSpec(BaseModel):
     weights_urls: tuple[str, ...] = ()
     weights_ids: tuple[str, ...] = ()
     paraphrases: dict[str, tuple[str, ...]] = {}
+    bad_steps_before: tuple[dict[str, Any], ...] = Field(
+        default=(), description="what the image tokenizer's training passed over; a parent's own is in its meta"
+    )
     seed: int = 0
     tracking: TrackingSpec | None = None
     scratch: str = Field(
@@ -95,7 +98,7 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine"}
+        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine", "bad_steps_before"}
         value = self.model_dump(mode="json", exclude=elsewhere) | {"stage": self.stage.identity()}
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
 

@@ -220,6 +220,8 @@ def _finish(
         meta = {"run": spec.key, "step": about["step"], "stage": spec.stage.name, "losses": result["losses"]}
         if about["bad_steps"]:
             meta["bad_steps"] = about["bad_steps"]
+        if before := bad_steps_before(spec, inputs):
+            meta["bad_steps_before"] = before
         meta |= {"train_plan": spec.train_plan, "validation_plan": spec.validation_plan, "parent": spec.parent_id}
         meta["datasets"] = {
             name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
@@ -231,6 +233,15 @@ def _finish(
         place.create_json(RESULT, result)
     except AlreadyExists:
         return  # an earlier attempt had come so far; its result stands
+
+
+def bad_steps_before(spec: TrainSpec, inputs: Inputs) -> list[dict[str, Any]]:
+    """What the stages passed over whose weights this one started from, each with its stage's name."""
+    if inputs.parent is None:
+        return list(spec.bad_steps_before)
+    meta = inputs.parent.meta
+    its_own = [{"stage": meta.get("stage"), **bad} for bad in meta.get("bad_steps", ())]
+    return [*meta.get("bad_steps_before", ()), *its_own]
 
 
 def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:
