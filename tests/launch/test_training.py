@@ -42,7 +42,7 @@ from upvla.launch.train import (
     threads_of_worker,
 )
 from upvla.launch.weights import import_weights
-from upvla.launch.worker import bad_steps_before, work
+from upvla.launch.worker import bad_steps_before, name_samples, work
 from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
@@ -258,7 +258,7 @@ def test_an_error_in_the_driver_is_one_sentence(
 
 
 def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
-    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After the first step of such a learning rate nothing is finite any more, and every step is passed over."""
     store, references = prepared
@@ -268,6 +268,11 @@ def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
     result = run_stage(two_workers, spec)
     steps = [bad["step"] for bad in result["bad_steps"]]
     assert steps and all(bad["positions"] for bad in result["bad_steps"])
+    first, mixture = result["bad_steps"][0], open_inputs(spec).train
+    assert first["samples"] == name_samples("stage2", mixture, 0, first["positions"])
+    named = mixture.origin(first["positions"][0])
+    said = capsys.readouterr().out
+    assert said.startswith(f"stage2: a bad step, of samples toy@1 {named['recording']} step {named['step']}, ")
     meta = load_bundle(result["url"]).meta
     assert meta["bad_steps"] == result["bad_steps"]
     config = load("pretrain/ci", RunConfig)

@@ -40,6 +40,7 @@ from upvla.train.meter import Meter, forward_flops, peak_flops
 from upvla.types import Batch, Losses, Sample
 
 _PICTURED = 8  # held-out frames in the picture of an image tokenizer
+_NAMED = 16  # samples of a bad step in the log; its record has all
 
 
 # ----------------------------------------------------------------------------------------------------- one worker
@@ -96,7 +97,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
 
     engine, point = open_engine()
     meta = point.meta if point else {}
-    guard = Guard(stage.guard, meta.get("guard"))
+    guard = Guard(stage.guard, meta.get("guard"), partial(name_samples, stage.name, inputs.train, engine.rank))
     start = _after_rollback(place, engine, guard, point.step if point else 0)
     journal.begin(start, meta)
     with _loader(spec, inputs, inputs.validation, engine, 0, threads) as validation:
@@ -191,6 +192,16 @@ def _after_rollback(place: Store, engine: Engine, guard: Guard, start: int) -> i
     guard.bad_steps = list(told["bad_steps"])
     engine.skip_schedule(told["go_on_after"] - start)
     return int(told["go_on_after"])
+
+
+def name_samples(stage: str, mixture: Mixture, rank: int, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The samples of a bad step, by what they can be looked up by; the first worker says so."""
+    samples = [mixture.origin(position) for position in positions]
+    if rank == 0 and samples:
+        said = [f"{s['dataset']} {s['recording']} step {s['step']}" for s in samples[:_NAMED]]
+        more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+        print(f"{stage}: a bad step, of samples {', '.join(said)}{more}", flush=True)
+    return samples
 
 
 def _nothing() -> None:
