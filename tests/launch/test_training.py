@@ -19,7 +19,7 @@ import torch
 from tests.launch.conftest import RayHead
 from tests.launch.stages import model, only_shard, prepared, run_stage, spec_of
 from tests.train.toy import Workers
-from upvla.checkpoint import load_bundle
+from upvla.checkpoint import export, load_bundle
 from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
 from upvla.errors import ConfigError, Mismatch, NotFound
@@ -227,6 +227,29 @@ def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, A
     assert spec_of(store, references, name="stage1", weights={"act": 1.0}, **same).key == spec.key
     assert spec_of(store, references, name="stage1", weights={"act": 1.0}, seed=1).key != spec.key
     assert spec_of(store, references, name="stage1", weights={"act": 2.0}).key != spec.key
+
+
+def test_a_checkpoint_of_another_model_than_the_runs_is_named(
+    prepared: tuple[Store, dict[str, Any]], model: ModelConfig
+) -> None:
+    store, references = prepared
+    bundle = open_inputs(spec_of(store, references, name="stage1", weights={"act": 1.0})).bundle(UPVLA(model), {})
+    parent = {"parent_url": export(store, "models/theirs/stage1", bundle).url}
+    open_inputs(spec_of(store, references | parent, name="stage2", weights={"act": 1.0}))
+    ours = {"model": model.model_copy(update={"chunk": model.chunk + 1})}
+    with pytest.raises(Mismatch, match=r"stage2: .*theirs/stage1 is another model than the run's; leave `model`"):
+        open_inputs(spec_of(store, references | parent | ours, name="stage2", weights={"act": 1.0}))
+
+
+def test_what_describes_no_stage_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = open_store(str(tmp_path))
+    for value, said in (({"kind": "vlm"}, "(kind: Input should be 'vq' or 'policy'; store_url: "), ([], "(it: Input ")):
+        place.write_json(SPEC, value)
+        assert main([f"{place.url}/{SPEC}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"upvla: config: {place.url}/{SPEC} describes no stage {said}")
+        assert line.endswith("start the line again, from the version of upvla that the cluster runs")
+        assert place.read_json(FAILURE)["code"] == "config"
 
 
 def test_progress_is_read_from_the_lines() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     folder, _, name = url.rpartition("/")
     place = open_store(folder)
     try:
-        spec = TrainSpec.model_validate(place.read_json(name))
+        spec = _spec(place.read_json(name), url)
         with connected():
             train(spec)
     except UpvlaError as error:
@@ -192,6 +192,16 @@ def main(arguments: Sequence[str]) -> int:
         print(f"upvla: {error.code}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _spec(value: Any, url: str) -> TrainSpec:
+    try:
+        return TrainSpec.model_validate(value)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{url} describes no stage ({said}): start the line again, from the version of upvla that the cluster runs"
+        ) from error
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:
