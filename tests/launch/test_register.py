@@ -11,14 +11,14 @@ import torch
 
 from tests.rollout.test_policy import make_bundle
 from upvla.checkpoint import Bundle, export, read_marker
-from upvla.config import FinetuneConfig, RunConfig, SiteConfig, load
+from upvla.config import FinetuneConfig, RunConfig, SiteConfig, fingerprint, load
 from upvla.errors import Mismatch
 from upvla.launch.finetune import Finetuning
 from upvla.launch.line import Line, git_commit, require_explained
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.promote import history
 from upvla.model.upvla import UPVLA
-from upvla.store import open_store
+from upvla.store import content_hash, open_store
 from upvla.tracking import Registry
 
 pytestmark = pytest.mark.seam
@@ -40,9 +40,11 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
     site = open_site(tmp_path)
     line = Pretraining(site, load("pretrain/ci", RunConfig))
     line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
-    plan = {"train": "0123456789abcdef", "validation": "fedcba9876543210"}
+    plan = {"train": "0123456789abcdef", "validation": "fedcba9876543210", "versions": {"mine": 3, "yours": 1}}
     spec = line._nested(line._spec("vq", line.config.vq, plan, model=line.config.model))
     assert spec.tracking is not None and spec.tracking.parent == line.pipeline_run()
+    tags = {"mixture": plan["train"], "datasets": "mine@3, yours@1", "config": fingerprint(line.config)}
+    assert spec.tracking.tags == tags | {"git_commit": git_commit()}
     score = {"chains_d/avg_len": {"value": 1.5, "low": 1.2, "high": 1.8}}
     scored: dict[str, Any] = {"scores": {line.model_name: score}, "protocols": {"chains_d": "abc"}}
     made = []
@@ -66,6 +68,7 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
     assert "1.50 [1.20, 1.80]" in found.description and found.tags["protocol.chains_d"] == "abc"
     wanted = f"params.model_id = '{made[1]['model_id']}'"
     (model,) = line.tracker.client.search_logged_models([line.tracker.experiment_id()], wanted)
+    assert model.tags["stats_id"] == content_hash({})
     assert {metric.key for metric in model.metrics} >= {"held_out/act", "chains_d/avg_len", "chains_d/avg_len_low"}
 
     nightly = Finetuning(site, load("finetune/ci", FinetuneConfig, [f"model_name={line.model_name}"]))

@@ -47,7 +47,7 @@ from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
 from upvla.model.weights import TOWER
-from upvla.store import Store, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.train.resume import latest
 
 __all__ = ["model", "prepared"]  # fixtures
@@ -357,11 +357,12 @@ def test_pictures_of_what_was_predicted_lie_beside_the_curves(
     tracker.client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     store, references = prepared
     stage = {"picture_every": 4, "ema_decay": 0.5}
-    run_stage(
-        two_workers,
-        spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking),
-    )
+    tags = {"tags": {"datasets": "toy@1"}}
+    spec = spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking | tags)
+    result = run_stage(two_workers, spec)
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
+    stats_id = content_hash(load_bundle(result["url"]).stats)
+    assert (run.data.tags["datasets"], run.data.tags["stats_id"]) == ("toy@1", stats_id)
     found = tracker.artifacts(run.info.run_id, "predicted")
     assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (0, 4, 8)]
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from upvla.checkpoint import load_bundle, read_marker, read_meta
+from upvla.checkpoint import load_bundle, read_facts, read_marker, read_meta
 from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, Mismatch, NotFound, StackError
@@ -213,7 +213,8 @@ class Line:
 
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
-        tags = {"config": fingerprint(self.config), "mixture": plan["train"], "git_commit": git_commit()}
+        versions = {name: {"version": version} for name, version in plan["versions"].items()}
+        tags = self._tags({"train_plan": plan["train"], "datasets": versions})
         return TrainSpec(
             kind=kind,
             store_url=self.site.store_url,
@@ -258,6 +259,7 @@ class Line:
         return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"parent": self.parent_run()})})
 
     def _tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
+        """Of a run, a model or a version: what it was learnt from, and by what."""
         return {
             "mixture": str(meta.get("train_plan", "")),
             "datasets": ", ".join(f"{n}@{d['version']}" for n, d in meta.get("datasets", {}).items()),
@@ -273,6 +275,7 @@ class Line:
         if not self.site.tracking_url:
             return
         checkpoint, meta = read_marker(open_store(url)), read_meta(url)
+        tags = self._tags(meta) | {"stats_id": content_hash(read_facts(url).stats)}
         losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
         try:
             key, stage = _training_run(checkpoint)
@@ -280,7 +283,7 @@ class Line:
             used = [load_manifest(self.store, n, d["version"]) for n, d in meta.get("datasets", {}).items()]
             self.tracker.log_datasets(run_id, used, self.store.url)
             Registry(self.tracker).log_model(
-                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=self._tags(meta)
+                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=tags
             )
         except StackError as error:
             self.progress(-1.0, f"the checkpoint is safe at {url}, MLflow does not know of it yet: {error}")

@@ -30,7 +30,7 @@ from upvla.launch.weights import start_from
 from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
-from upvla.store import Store, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.train import group, resume
 from upvla.train.config import accumulation_steps
 from upvla.train.engine import Engine, build_engine
@@ -65,7 +65,7 @@ def work(settings: Mapping[str, Any]) -> None:
             most = max((n for n in fitting if n < world_size), default=fitting[0])
             place.write_json(LEFT, {"reason": "resize", "num_workers": [fitting[0], most]})
         return
-    journal = Journal(spec, rank, began, inputs.train)
+    journal = Journal(_tagged(spec, inputs) if rank == 0 else spec, rank, began, inputs.train)
     ended = Ended(0, "failed")
     try:
         ended = _train(spec, inputs, place, journal, settings)
@@ -162,6 +162,14 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)
     group.together(finish if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
     return ended
+
+
+def _tagged(spec: TrainSpec, inputs: Inputs) -> TrainSpec:
+    """With the id of its statistics for whoever looks at its curves; the line does not open the data."""
+    if spec.tracking is None:
+        return spec
+    tags = spec.tracking.tags | {"stats_id": content_hash(inputs.stats)}
+    return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"tags": tags})})
 
 
 def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
