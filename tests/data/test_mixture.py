@@ -371,3 +371,11 @@ def test_a_hundred_thousand_draws_keep_their_shares_across_a_resume(dataset: Dat
     assert abs(asked.sum() - share * draws) < min(3 * np.sqrt(draws * share * (1 - share)), found.plan.lanes)
     resumed = mixture(dataset, 7, 3)
     assert [resumed.sample_at(p) for p in range(50_000, 50_400)] == [found.sample_at(p) for p in range(50_000, 50_400)]
+
+
+def test_a_position_is_named_by_what_a_person_can_look_up(dataset: Dataset) -> None:
+    found = mixture(dataset, 0.5, 0.5)
+    for position in range(32):
+        ref, named = found.sample_at(position), found.origin(position)
+        assert (named["position"], named["dataset"], named["step"]) == (position, "table@1", ref.step)
+        assert named["recording"] == dataset.episodes[ref.episode].id

@@ -16,7 +16,7 @@ from upvla.images import Resize
 from upvla.launch.encode import encoding_key
 from upvla.launch.inputs import open_plan
 from upvla.launch.pretrain import Pretraining
-from upvla.launch.steps import step_key
+from upvla.launch.steps import once, step_key
 from upvla.launch.tokenizers import load_text, load_tower, load_vq
 from upvla.launch.weights import import_weights
 from upvla.model.text import TextTokenizer
@@ -29,8 +29,9 @@ PLAN = {"train": "0123456789abcdef", "validation": "fedcba9876543210", "versions
 CLIP = "model.vision={kind: clip, image_size: 32, patch: 16, width: 32, blocks: 2, heads: 2, mlp: 32, pool: [1, 1], frozen: true, keypoints: 0, stem: []}"  # noqa: E501 - one override
 
 
-def line(folder: Path, overrides: Sequence[str], config: str = "pretrain/ci") -> Pretraining:
-    return Pretraining(SiteConfig(store_url=str(folder / "store"), tracking_url=""), load(config, RunConfig, overrides))
+def line(folder: Path, overrides: Sequence[str], config: str = "pretrain/ci", tracking_url: str = "") -> Pretraining:
+    site = SiteConfig(store_url=str(folder / "store"), tracking_url=tracking_url)
+    return Pretraining(site, load(config, RunConfig, overrides))
 
 
 def test_given_tokenizers_are_taken_and_none_is_trained(tmp_path: Path) -> None:
@@ -98,3 +99,15 @@ def test_the_action_stage_alone_cannot_read_descriptions(tmp_path: Path) -> None
     assert run.train_stage("stage1", PLAN, text, vq) == {}
     with pytest.raises(ConfigError, match=r"model\.description needs a stage1"):
         run.train_stage("stage2", PLAN, text, vq, {})
+
+
+def test_without_mlflow_a_finished_stage_is_read_back_and_another_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first start is still refused, by the driver (`test_what_a_cluster_cannot_give_...`)."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = line(tmp_path, [], tracking_url="http://127.0.0.1:9")
+    spec = away._spec("vq", away.config.vq, PLAN, model=away.config.model)
+    assert spec.tracking is not None and away._nested(spec) == spec
+    done = once(away.store, "vq", {"spec": spec.key}, lambda: {"vq_id": "0123456789abcdef"})
+    assert away.train_vq(PLAN) == done

@@ -20,7 +20,7 @@ import torch
 from tests.launch.conftest import RayHead
 from tests.launch.stages import model, only_shard, prepared, run_stage, spec_of
 from tests.train.toy import Workers
-from upvla.checkpoint import load_bundle
+from upvla.checkpoint import export, load_bundle
 from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
 from upvla.errors import ConfigError, Mismatch, NotFound
@@ -43,13 +43,13 @@ from upvla.launch.train import (
     threads_of_worker,
 )
 from upvla.launch.weights import import_weights
-from upvla.launch.worker import work
+from upvla.launch.worker import bad_steps_before, name_samples, work
 from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
 from upvla.model.weights import TOWER
 from upvla.rollout.golden import record
-from upvla.store import Store, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.train.resume import latest
 
 __all__ = ["model", "prepared"]  # fixtures
@@ -97,10 +97,8 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
     store, references = prepared
-    freeze = {"freeze": ["token_learner.*", "to_logits.*"]}
-    first = run_stage(
-        two_workers, spec_of(store, references, name="stage1", weights={"pre": 1.0, "mmu": 0.1}, stage=freeze)
-    )
+    about = {"stage": {"freeze": ["token_learner.*", "to_logits.*"]}, "bad_steps_before": [{"stage": "vq", "step": 3}]}
+    first = run_stage(two_workers, spec_of(store, references, name="stage1", weights={"pre": 1.0, "mmu": 0.1}, **about))
     plans = {name: references[name] for name in ("train_plan", "validation_plan")}
     parent = {"parent_url": first["url"], "parent_id": first["model_id"]}
     second = run_stage(
@@ -112,6 +110,7 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     bundle = load_bundle(second["url"])
     assert bundle.meta["parent"] == first["model_id"]
     assert bundle.meta["datasets"]["toy"]["version"] == 1
+    assert bundle.meta["bad_steps_before"] == about["bad_steps_before"]
     assert bundle.stats == load_bundle(first["url"]).stats
     assert bundle.vq.id == references["vq_id"]
     assert (second["step"], second["resumed_from"]) == (8, 0)
@@ -235,6 +234,29 @@ def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, A
     assert spec_of(store, references, name="stage1", weights={"act": 2.0}).key != spec.key
 
 
+def test_a_checkpoint_of_another_model_than_the_runs_is_named(
+    prepared: tuple[Store, dict[str, Any]], model: ModelConfig
+) -> None:
+    store, references = prepared
+    bundle = open_inputs(spec_of(store, references, name="stage1", weights={"act": 1.0})).bundle(UPVLA(model), {})
+    parent = {"parent_url": export(store, "models/theirs/stage1", bundle).url}
+    open_inputs(spec_of(store, references | parent, name="stage2", weights={"act": 1.0}))
+    ours = {"model": model.model_copy(update={"chunk": model.chunk + 1})}
+    with pytest.raises(Mismatch, match=r"stage2: .*theirs/stage1 is another model than the run's; leave `model`"):
+        open_inputs(spec_of(store, references | parent | ours, name="stage2", weights={"act": 1.0}))
+
+
+def test_what_describes_no_stage_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = open_store(str(tmp_path))
+    for value, said in (({"kind": "vlm"}, "(kind: Input should be 'vq' or 'policy'; store_url: "), ([], "(it: Input ")):
+        place.write_json(SPEC, value)
+        assert main([f"{place.url}/{SPEC}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"upvla: config: {place.url}/{SPEC} describes no stage {said}")
+        assert line.endswith("start the line again, from the version of upvla that the cluster runs")
+        assert place.read_json(FAILURE)["code"] == "config"
+
+
 def test_progress_is_read_from_the_lines() -> None:
     assert share_done("stage1    240/1500   pre 3.21  lr 9.8e-05") == 240 / 1500
     assert share_done("Requesting resources: {'CPU': 1} * 2") is None
@@ -264,7 +286,7 @@ def test_an_error_in_the_driver_is_one_sentence(
 
 
 def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
-    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After the first step of such a learning rate nothing is finite any more, and every step is passed over."""
     store, references = prepared
@@ -274,6 +296,11 @@ def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
     result = run_stage(two_workers, spec)
     steps = [bad["step"] for bad in result["bad_steps"]]
     assert steps and all(bad["positions"] for bad in result["bad_steps"])
+    first, mixture = result["bad_steps"][0], open_inputs(spec).train
+    assert first["samples"] == name_samples("stage2", mixture, 0, first["positions"])
+    named = mixture.origin(first["positions"][0])
+    said = capsys.readouterr().out
+    assert said.startswith(f"stage2: a bad step, of samples toy@1 {named['recording']} step {named['step']}, ")
     meta = load_bundle(result["url"]).meta
     assert meta["bad_steps"] == result["bad_steps"]
     config = load("pretrain/ci", RunConfig)
@@ -283,6 +310,10 @@ def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
         require_explained(config, meta)
     explained = [f"stage2.guard.explained={steps}"]
     require_explained(load("pretrain/ci", RunConfig, explained), meta)
+
+    parent = {"parent_url": result["url"], "parent_id": result["model_id"]}
+    child = spec_of(store, {**references, **parent, "model": None}, name="finetune", weights={"act": 1.0})
+    assert bad_steps_before(child, open_inputs(child)) == [{"stage": "stage2", **bad} for bad in meta["bad_steps"]]
 
 
 def test_a_rollback_goes_on_from_the_last_resume_point_after_the_bad_batch(
@@ -339,13 +370,14 @@ def test_curves_have_names_that_stay_and_pictures_of_what_was_predicted_lie_besi
     tracker.client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     store, references = prepared
     stage = {"picture_every": 4, "ema_decay": 0.5}
-    result = run_stage(
-        two_workers,
-        spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking),
-    )
+    tags = {"tags": {"datasets": "toy@1"}}
+    spec = spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking | tags)
+    result = run_stage(two_workers, spec)
     assert result["speed"]["checkpoint_stall_pct"] > 0 and 0 < result["speed"]["goodput_pct"] < 100
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
     assert set(run.data.metrics) == WATCHED
+    stats_id = content_hash(load_bundle(result["url"]).stats)
+    assert (run.data.tags["datasets"], run.data.tags["stats_id"]) == ("toy@1", stats_id)
     found = tracker.artifacts(run.info.run_id, "predicted")
     assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (4, 8)]
 

@@ -292,6 +292,14 @@ class Mixture:
         nth = period * self._shares[source] + int(self._ranks[turn]) - int(self._before[source, begin])
         return self._samples[source].at(source, self._orders[source].number(lane, nth))
 
+    def origin(self, position: int) -> dict[str, Any]:
+        """What a person looks a sample up by, as JSON: dataset and version, recording, step."""
+        ref = self.sample_at(position)
+        source = self.plan.sources[ref.source]
+        recording = self.datasets[source.dataset].episodes[ref.episode].id
+        dataset = f"{source.dataset}@{source.version}"
+        return {"position": position, "dataset": dataset, "recording": recording, "step": ref.step}
+
     def _summaries(self, number: int) -> Sequence[Mapping[str, Summary]]:
         source, convert = self.plan.sources[number], self.action_map(number)
         dataset, where = self.datasets[source.dataset], EpisodeFilter.model_validate(source.where)

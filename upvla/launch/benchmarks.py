@@ -12,13 +12,13 @@ import numpy as np
 from upvla.data.table import Dataset
 from upvla.data.versions import open_version
 from upvla.errors import ConfigError, Mismatch
-from upvla.launch.scores import Exam, Judged, Progress, Recording, film, judge
+from upvla.launch.scores import Exam, Judged, Progress, Recording, film, judge, run_key
 from upvla.rollout.benchmarks import BUILT_IN, Places, open_suite
 from upvla.rollout.evaluate import Control, Layout, as_metrics, compare, report_from_json, report_to_json, scores
 from upvla.sim.recording import load_expert, record_suite
 from upvla.sim.suite import Suite
 from upvla.store import Store, open_store
-from upvla.tracking import Tracker
+from upvla.tracking import Tracker, protocol_tags
 from upvla.types import Chain
 
 _SUMMARY = ("average_length", "average_length_interval", "success", "success_intervals")
@@ -87,8 +87,9 @@ def _result(judged: Judged, references: Mapping[str, Judged]) -> dict[str, Any]:
 def _publish(tracker: Tracker, policy: str, judged: Judged, films: Mapping[str, bytes]) -> None:
     """A run for who was judged under what protocol: metrics of the same names as everywhere, report, videos."""
     report = judged.report
-    key = f"evaluation/{report.suite}/{report.fingerprint}/{report.policy}"
-    tags = {"protocol": report.fingerprint, "suite": report.suite, "policy": policy}
+    judged_by = {report.suite: report.fingerprint}
+    key = run_key(report.policy, judged_by)
+    tags = {"protocol": report.fingerprint, "suite": report.suite, "policy": policy} | protocol_tags(judged_by)
     run = tracker.start(key, f"{report.suite}: {report.policy}", tags=tags, params={"protocol": report.protocol})
     try:
         run.log(as_metrics(scores(report)), 0)

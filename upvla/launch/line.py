@@ -7,10 +7,11 @@ flows wrap the same methods in tasks. There is no other implementation of a stag
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,10 +37,10 @@ from upvla.rollout.golden import proven
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.env import world_code
 from upvla.store import Store, content_hash, open_store
-from upvla.tracking import CHAMPION, Registry, Run, Tracker
+from upvla.tracking import CHAMPION, Registry, Run, Tracker, protocol_tags
 from upvla.train.config import EngineConfig, StageConfig
 from upvla.train.guard import unexplained
-from upvla.types import Checkpoint, ModelVersion
+from upvla.types import Checkpoint, Estimate, ModelVersion
 
 Result = dict[str, Any]
 Progress = Callable[[float, str], None]
@@ -126,21 +127,25 @@ class Line:
         """A version in the model registry. The first one becomes champion; a later one is a challenger."""
         began = time.monotonic()
         bundle = load_bundle(model["url"])  # every hash is checked before anything is registered
-        require_explained(self.config, bundle.meta)
         proven(bundle, model["url"])
         checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.tracker)
+        registered = {version.checkpoint.model_id for version in registry.versions(self.model_name)}
+        require_explained(self.config, bundle.meta, registered)
         metrics = {
             name + suffix: score[bound]
             for name, score in scored["scores"][self.model_name].items()
             for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
         run_id = self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run())
-        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)}
-        tags |= {f"protocol.{suite}": mark for suite, mark in scored["protocols"].items()}
+        with self._scored(checkpoint, scored["protocols"]) as run:
+            scored_in = run.run_id
+        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)} | protocol_tags(scored["protocols"])
         cameras = sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras})
-        version = registry.register(self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags)
-        strips = [path for path in self.tracker.artifacts(run_id, "rollouts") if path.endswith(".png")]
-        card = model_card(self.model_name, bundle, checkpoint, scored, tags, run_id=run_id, strips=strips)
+        version = registry.register(
+            self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags, scored_in=scored_in
+        )
+        strips = [path for path in self.tracker.artifacts(scored_in, "rollouts") if path.endswith(".png")]
+        card = model_card(self.model_name, bundle, checkpoint, scored, version.tags, run_id=scored_in, strips=strips)
         registry.describe(self.model_name, version.version, card)
         champion = registry.by_alias(self.model_name)
         alias = CHAMPION if champion is None or champion.version == version.version else "challenger"
@@ -185,7 +190,7 @@ class Line:
 
     def _scores(self, checkpoint: Checkpoint) -> Result:
         config = self.config.eval
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Estimate]] = {}
         protocols: dict[str, str] = {}
         names = {checkpoint.url: self.model_name}
         for suite in config.suites:
@@ -196,15 +201,21 @@ class Line:
             policies = (checkpoint.url, *config.references)
             for policy, judged in scoring.judge(self.store, self.exam(suite), policies, progress=told).items():
                 name, report = names.get(policy, policy), judged.report
-                found.setdefault(name, {}).update({k: e._asdict() for k, e in scores(report).items()})
-                self._log_scores(checkpoint, name, as_metrics(scores(report)))
+                found.setdefault(name, {}).update(scores(report))
                 protocols[suite.name] = report.fingerprint
-        self._log_films(checkpoint)
-        return {"model_id": checkpoint.model_id, "scores": found, "protocols": protocols}
+        for name, named in found.items():
+            self._log_scores(checkpoint, name, as_metrics(named), protocols)
+        self._log_films(checkpoint, protocols)
+        return {
+            "model_id": checkpoint.model_id,
+            "scores": {name: {k: e._asdict() for k, e in named.items()} for name, named in found.items()},
+            "protocols": protocols,
+        }
 
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
-        tags = {"config": fingerprint(self.config), "mixture": plan["train"], "git_commit": git_commit()}
+        versions = {name: {"version": version} for name, version in plan["versions"].items()}
+        tags = self._tags({"train_plan": plan["train"], "datasets": versions})
         return TrainSpec(
             kind=kind,
             store_url=self.site.store_url,
@@ -215,7 +226,6 @@ class Line:
             tracking=TrackingSpec(
                 uri=self.site.tracking_url,
                 experiment=self.site.experiment,
-                parent=self.pipeline_run(),
                 tags=tags,
             )
             if self.site.tracking_url
@@ -232,17 +242,24 @@ class Line:
 
         def work() -> Result:
             if self.site.ray_jobs_url:
-                result = run_training(self.store, spec, Jobs(self.site.ray_jobs_url), on_line=on_line)
+                result = run_training(self.store, self._nested(spec), Jobs(self.site.ray_jobs_url), on_line=on_line)
             else:
                 with connected():
-                    result = train(spec)
+                    result = train(self._nested(spec))
             if "url" in result:
                 self._track(result["url"])
             return result
 
         return once(self.store, spec.stage.name, {"spec": spec.key}, work)
 
+    def _nested(self, spec: TrainSpec) -> TrainSpec:
+        """The stage below the pipeline's run. Asked only where there is something to train."""
+        if spec.tracking is None:
+            return spec
+        return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"parent": self.parent_run()})})
+
     def _tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
+        """Of a run, a model or a version: what it was learnt from, and by what."""
         return {
             "mixture": str(meta.get("train_plan", "")),
             "datasets": ", ".join(f"{n}@{d['version']}" for n, d in meta.get("datasets", {}).items()),
@@ -258,6 +275,7 @@ class Line:
         if not self.site.tracking_url:
             return
         checkpoint, meta = read_marker(open_store(url)), read_meta(url)
+        tags = self._tags(meta) | {"stats_id": content_hash(read_facts(url).stats)}
         losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
         try:
             key, stage = _training_run(checkpoint)
@@ -265,7 +283,7 @@ class Line:
             used = [load_manifest(self.store, n, d["version"]) for n, d in meta.get("datasets", {}).items()]
             self.tracker.log_datasets(run_id, used, self.store.url)
             Registry(self.tracker).log_model(
-                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=self._tags(meta)
+                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=tags
             )
         except StackError as error:
             self.progress(-1.0, f"the checkpoint is safe at {url}, MLflow does not know of it yet: {error}")
@@ -293,18 +311,44 @@ class Line:
     def pipeline_run(self) -> str:
         return self.tracker.run_id(self.pipeline_key, self.config.name)
 
-    def _log_scores(self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float]) -> None:
-        """The model's scores go to the run that trained it, a reference policy's to a run of its own: comparable."""
-        ours = policy == self.model_name
-        key, name = _training_run(checkpoint) if ours else (f"reference/{policy}", f"reference {policy}")
-        with self.tracked(key, name, parent=self.pipeline_run()) as run:
+    def parent_run(self) -> str | None:
+        """Id of the pipeline's run; None while MLflow is away: a run that is there already stays where it hangs."""
+        try:
+            return self.pipeline_run()
+        except StackError as error:
+            self.progress(-1.0, f"going on without MLflow: {error}")
+            return None
+
+    @contextmanager
+    def _scored(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> Iterator[Run]:
+        """The MLflow run with a model's scores under `protocols`, {suite: fingerprint}: the one that trained it, or one
+        below that where it has scores under others, which would stand under the same names."""
+        key, name = _training_run(checkpoint)
+        parent = self.pipeline_run()
+        trained = self.tracker.run_id(key, name, parent)
+        known = self.tracker.protocols(trained)
+        if any(known.get(suite, mark) != mark for suite, mark in protocols.items()):
+            key, name, parent = scoring.run_key(checkpoint.model_id, protocols), f"{name}, other protocol", trained
+        with self.tracked(key, name, parent=parent, tags=protocol_tags(protocols)) as run:
+            yield run
+
+    def _log_scores(
+        self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float], protocols: Mapping[str, str]
+    ) -> None:
+        """A model's scores go to a run of its own, a reference policy's to one of each protocol's: comparable."""
+        if policy == self.model_name:
+            opened = self._scored(checkpoint, protocols)
+        else:
+            about = {"parent": self.pipeline_run(), "tags": protocol_tags(protocols)}
+            opened = self.tracked(scoring.run_key(policy, protocols), f"reference {policy}", **about)
+        with opened as run:
             run.log(metrics, 0)  # all at one step: MLflow then draws bars beside each other, not points on a curve
 
-    def _log_films(self, checkpoint: Checkpoint) -> None:
+    def _log_films(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> None:
         if self.config.eval.videos == 0:
             return
         films = scoring.film(self.exam(self.config.eval.suites[0]), checkpoint.url, self.config.eval.videos)
-        with self.tracked(*_training_run(checkpoint)) as run, tempfile.TemporaryDirectory() as folder:
+        with self._scored(checkpoint, protocols) as run, tempfile.TemporaryDirectory() as folder:
             for name, data in films.items():
                 path = Path(folder, name)
                 path.write_bytes(data)
@@ -320,22 +364,31 @@ def _training_run(checkpoint: Checkpoint) -> tuple[str, str]:
     return f"{checkpoint.run}/{stage}", stage
 
 
-def require_explained(config: LineConfig, meta: Mapping[str, Any]) -> None:
-    """Refuse a model of a run with bad steps that nobody has looked at; `meta` is its checkpoint's."""
-    stages = [(name, getattr(config, name)) for name in type(config).model_fields]
-    for name, stage in stages:
-        if not isinstance(stage, StageConfig) or stage.name != meta.get("stage"):
-            continue
-        if steps := unexplained(meta.get("bad_steps", ()), stage.guard.explained):
+def require_explained(config: LineConfig, meta: Mapping[str, Any], registered: Collection[str] = ()) -> None:
+    """Refuse a model with bad steps that nobody has looked at, its own or of the stages before; `meta` is its
+    checkpoint's. A parent whose id is among those `registered` was asked about its own by then."""
+    stages = {name: getattr(config, name) for name in type(config).model_fields}
+    known = {stage.name: (name, stage.guard.explained) for name, stage in stages.items() if type(stage) is StageConfig}
+    passed = [{"stage": meta.get("stage"), **bad} for bad in meta.get("bad_steps", ())]
+    if meta.get("parent") not in registered:
+        passed = [*meta.get("bad_steps_before", ()), *passed]
+    for stage_name in dict.fromkeys(bad["stage"] for bad in passed):
+        name, explained = known.get(stage_name, ("", ()))
+        if steps := unexplained([bad for bad in passed if bad["stage"] == stage_name], explained):
+            where = f"{name}.guard.explained" if name else f"guard.explained of {stage_name}, in a config that has it"
             raise Mismatch(
-                f"the run {meta.get('run')} passed over the bad steps {steps} of {stage.name}, so its model is not "
-                f"registered: look at the samples that its meta.json names, then list the steps in "
-                f"{name}.guard.explained"
+                f"the run {meta.get('run')} passed over the bad steps {steps} of {stage_name}, so its model is not "
+                f"registered: look at the samples that its meta.json names, then list the steps in {where}"
             )
 
 
 def git_commit() -> str:
-    """Of the code that runs; `unknown` outside of a checkout."""
-    place = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(place), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Of the code that runs: what its image was built from (`UPVLA_GIT_COMMIT`), or the checkout; else `unknown`."""
+    if given := os.environ.get("UPVLA_GIT_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return found.stdout.strip() or "unknown"

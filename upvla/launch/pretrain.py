@@ -156,6 +156,7 @@ class Pretraining(Line):
                 tower_id=self.tower_id(vq),
                 weights_urls=urls,
                 weights_ids=tuple(weights_id(url) for url in urls),
+                bad_steps_before=tuple({"stage": self.config.vq.name, **bad} for bad in vq.get("bad_steps", ())),
             )
         else:
             from_parent = {"tower_id": self.tower_id(vq), "parent_url": parent["url"], "parent_id": parent["model_id"]}
@@ -212,7 +213,7 @@ class Pretraining(Line):
         """The dataset's page, where the curves are looked at too."""
         folder, _, name = url.rpartition("/")
         with (
-            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.pipeline_run()) as run,
+            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.parent_run()) as run,
             tempfile.TemporaryDirectory() as local,
         ):
             open_store(folder).download(name, Path(local, name))

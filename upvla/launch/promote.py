@@ -12,7 +12,7 @@ from typing import Any
 
 from upvla.errors import AlreadyExists, Mismatch, NotFound
 from upvla.store import Store
-from upvla.tracking import CHAMPION, Registry
+from upvla.tracking import CHAMPION, PROTOCOL, Registry
 from upvla.types import ModelVersion
 
 
@@ -71,5 +71,5 @@ def _require_evaluated(registry: Registry, name: str, to: str) -> None:
     versions: dict[str, ModelVersion] = {version.version: version for version in registry.versions(name)}
     if to not in versions:
         raise NotFound(f"{name} has no version {to}; versions: {', '.join(versions) or 'none'}")
-    if not any(tag.startswith("protocol.") for tag in versions[to].tags):
+    if not any(tag.startswith(PROTOCOL) for tag in versions[to].tags):
         raise Mismatch(f"{name} version {to} was never evaluated: `upvla evaluate {name}@{to}` first")

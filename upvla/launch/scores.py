@@ -55,6 +55,11 @@ class Judged(NamedTuple):
     self_test: Mapping[str, Any]
 
 
+def run_key(policy: str, protocols: Mapping[str, str]) -> str:
+    """Key of the MLflow run of who was judged under what protocols, {suite: fingerprint}."""
+    return "/".join(["evaluation", *(f"{suite}/{mark}" for suite, mark in sorted(protocols.items())), policy])
+
+
 def judge(
     store: Store,
     exam: Exam,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -86,6 +86,9 @@ class TrainSpec(BaseModel):
     tower_id: str = ""
     weights_urls: tuple[str, ...] = ()
     weights_ids: tuple[str, ...] = ()
+    bad_steps_before: tuple[dict[str, Any], ...] = Field(
+        default=(), description="what the image tokenizer's training passed over; a parent's own is in its meta"
+    )
     seed: int = 0
     tracking: TrackingSpec | None = None
     scratch: str = Field(
@@ -95,7 +98,7 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine"}
+        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine", "bad_steps_before"}
         value = self.model_dump(mode="json", exclude=elsewhere) | {"stage": self.stage.identity()}
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
 
@@ -179,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     folder, _, name = url.rpartition("/")
     place = open_store(folder)
     try:
-        spec = TrainSpec.model_validate(place.read_json(name))
+        spec = _spec(place.read_json(name), url)
         with connected():
             train(spec)
     except UpvlaError as error:
@@ -189,6 +192,16 @@ def main(arguments: Sequence[str]) -> int:
         print(f"upvla: {error.code}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _spec(value: Any, url: str) -> TrainSpec:
+    try:
+        return TrainSpec.model_validate(value)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{url} describes no stage ({said}): start the line again, from the version of upvla that the cluster runs"
+        ) from error
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
 from upvla.rollout.golden import record
-from upvla.store import Store, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.train import group, resume
 from upvla.train.config import accumulation_steps
 from upvla.train.engine import Engine, build_engine
@@ -43,6 +43,7 @@ from upvla.types import Batch, Losses, Sample
 
 _PICTURED = 8  # held-out frames in the picture of an image tokenizer
 _GOLDEN = 4  # held-out observations that go with an exported model
+_NAMED = 16  # samples of a bad step in the log; its record has all
 
 
 # ----------------------------------------------------------------------------------------------------- one worker
@@ -67,7 +68,7 @@ def work(settings: Mapping[str, Any]) -> None:
             most = max((n for n in fitting if n < world_size), default=fitting[0])
             place.write_json(LEFT, {"reason": "resize", "num_workers": [fitting[0], most]})
         return
-    journal = Journal(spec, rank, began, inputs.train)
+    journal = Journal(_tagged(spec, inputs) if rank == 0 else spec, rank, began, inputs.train)
     ended = Ended(0, "failed")
     try:
         ended = _train(spec, inputs, place, journal, settings)
@@ -99,7 +100,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
 
     engine, point = open_engine()
     meta = point.meta if point else {}
-    guard = Guard(stage.guard, meta.get("guard"))
+    guard = Guard(stage.guard, meta.get("guard"), partial(name_samples, stage.name, inputs.train, engine.rank))
     start = _after_rollback(place, engine, guard, point.step if point else 0)
     journal.begin(start, meta)
     with _loader(spec, inputs, inputs.validation, engine, 0, threads) as validation:
@@ -168,6 +169,14 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     return ended
 
 
+def _tagged(spec: TrainSpec, inputs: Inputs) -> TrainSpec:
+    """With the id of its statistics for whoever looks at its curves; the line does not open the data."""
+    if spec.tracking is None:
+        return spec
+    tags = spec.tracking.tags | {"stats_id": content_hash(inputs.stats)}
+    return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"tags": tags})})
+
+
 def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
     stage, world_size = spec.stage, torch.distributed.get_world_size()
     engine = build_engine(
@@ -198,6 +207,16 @@ def _after_rollback(place: Store, engine: Engine, guard: Guard, start: int) -> i
     return int(told["go_on_after"])
 
 
+def name_samples(stage: str, mixture: Mixture, rank: int, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The samples of a bad step, by what they can be looked up by; the first worker says so."""
+    samples = [mixture.origin(position) for position in positions]
+    if rank == 0 and samples:
+        said = [f"{s['dataset']} {s['recording']} step {s['step']}" for s in samples[:_NAMED]]
+        more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+        print(f"{stage}: a bad step, of samples {', '.join(said)}{more}", flush=True)
+    return samples
+
+
 def _nothing() -> None:
     """What the workers do that leave a collective task to one of them."""
 
@@ -226,6 +245,8 @@ def _finish(
         meta = {"run": spec.key, "step": about["step"], "stage": spec.stage.name, "losses": result["losses"]}
         if about["bad_steps"]:
             meta["bad_steps"] = about["bad_steps"]
+        if before := bad_steps_before(spec, inputs):
+            meta["bad_steps_before"] = before
         meta |= {"train_plan": spec.train_plan, "validation_plan": spec.validation_plan, "parent": spec.parent_id}
         meta["datasets"] = {
             name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
@@ -240,6 +261,15 @@ def _finish(
         place.create_json(RESULT, result)
     except AlreadyExists:
         return  # an earlier attempt had come so far; its result stands
+
+
+def bad_steps_before(spec: TrainSpec, inputs: Inputs) -> list[dict[str, Any]]:
+    """What the stages passed over whose weights this one started from, each with its stage's name."""
+    if inputs.parent is None:
+        return list(spec.bad_steps_before)
+    meta = inputs.parent.meta
+    its_own = [{"stage": meta.get("stage"), **bad} for bad in meta.get("bad_steps", ())]
+    return [*meta.get("bad_steps_before", ()), *its_own]
 
 
 def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:

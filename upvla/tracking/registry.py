@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 import upvla.rollout
-from upvla.tracking.runs import BATCH, Tracker, translated
+from upvla.tracking.runs import BATCH, PROTOCOL, Tracker, translated
 from upvla.types import Checkpoint, ModelVersion
 
 CHAMPION = "champion"
@@ -40,18 +41,23 @@ class Registry:
         cameras: Sequence[str],
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
+        scored_in: str = "",
     ) -> ModelVersion:
         """A version of `name` that points at `checkpoint`; registering the same checkpoint again, or by two at once,
-        gives one version.
+        gives one version, which then has the later scores and their protocols, and is otherwise as it was.
 
         What is registered is code (`rollout/pyfunc.py`) and a JSON reference: weights stay where they were exported,
-        and are hash-checked when the model is loaded. `metrics` are attached to the logged model.
+        and are hash-checked when the model is loaded. `metrics` are attached to the logged model; they are of the run
+        `scored_in`, by default `run_id`.
         """
         for known in self.versions(name):
             if known.checkpoint.model_id == checkpoint.model_id:
-                return known
+                protocols = {tag: mark for tag, mark in tags.items() if tag.startswith(PROTOCOL)}
+                self.log_model(name, checkpoint, run_id, metrics=metrics, tags=protocols, scored_in=scored_in)
+                self.tag(name, known.version, protocols)
+                return replace(known, tags={**known.tags, **protocols})
         reference = _reference(checkpoint)
-        model = self.log_model(name, checkpoint, run_id, metrics=metrics, tags=tags)
+        model = self.log_model(name, checkpoint, run_id, metrics=metrics, tags=tags, scored_in=scored_in)
         with translated(self._uri), tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "checkpoint.json")
             path.write_text(json.dumps(reference, indent=1))
@@ -81,12 +87,20 @@ class Registry:
         return first
 
     def log_model(
-        self, name: str, checkpoint: Checkpoint, run_id: str, *, metrics: Mapping[str, float], tags: Mapping[str, str]
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        scored_in: str = "",
     ) -> LoggedModel:
         """MLflow's model of `checkpoint`, which has one whether it is ever registered or not: what its pages compare.
 
-        Metrics that it has already are not logged again.
+        Metrics that it has already of their run (`scored_in`, by default `run_id`) are not logged again.
         """
+        scored_in = scored_in or run_id
         experiment_id = self._tracker.experiment_id()
         with translated(self._uri):
             wanted, oldest_first = f"params.model_id = '{checkpoint.model_id}'", [{"field_name": "creation_timestamp"}]
@@ -98,14 +112,14 @@ class Registry:
                 about: dict[str, Any] = {"tags": dict(tags), "params": _reference(checkpoint), "model_type": "policy"}
                 model = self._client.create_logged_model(experiment_id, name, run_id, **about)
                 model = self._client.finalize_logged_model(model.model_id, "READY")
-            known = {metric.key for metric in model.metrics or ()}
+            known = {metric.key for metric in model.metrics or () if metric.run_id == scored_in}
             now_ms = int(time.time() * 1000)
             new = [
-                Metric(key, metrics[key], now_ms, 0, model_id=model.model_id, run_id=run_id)
+                Metric(key, metrics[key], now_ms, 0, model_id=model.model_id, run_id=scored_in)
                 for key in sorted(metrics.keys() - known)
             ]
             for start in range(0, len(new), BATCH):
-                self._client.log_batch(run_id, metrics=new[start : start + BATCH])
+                self._client.log_batch(scored_in, metrics=new[start : start + BATCH])
             return model
 
     def versions(self, name: str) -> list[ModelVersion]:

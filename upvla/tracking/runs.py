@@ -32,6 +32,8 @@ from upvla.types import Manifest
 
 log = logging.getLogger(__name__)
 
+PROTOCOL = "protocol."
+"""Tags that begin so say by which protocol the scores of a suite came: `protocol.<suite>` = fingerprint."""
 _KEY = "upvla.key"
 _FLUSH_S = 1.0
 _RETRY_S = 10.0
@@ -93,6 +95,14 @@ class Tracker:
             )
         with translated(self.uri):
             self.client.log_inputs(run_id, inputs)
+
+    def protocols(self, run_id: str) -> dict[str, str]:
+        """{suite: fingerprint} of the scores that a run has; `unknown` where nothing says by which they came."""
+        with translated(self.uri):
+            data = self.client.get_run(run_id).data
+        scored = {name.removesuffix("/avg_len"): "unknown" for name in data.metrics if name.endswith("/avg_len")}
+        tagged = {tag: mark for tag, mark in data.tags.items() if tag.startswith(PROTOCOL)}
+        return scored | {tag.removeprefix(PROTOCOL): mark for tag, mark in tagged.items()}
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
         """Paths of a run's artifacts in a folder."""
@@ -266,6 +276,11 @@ class Run:
             if not self._warned:
                 log.warning("%s; going on without it, metrics are kept until it is back", error)
             self._warned = True
+
+
+def protocol_tags(protocols: Mapping[str, str]) -> dict[str, str]:
+    """Of whatever has scores under these protocols, {suite: fingerprint}: a run, a logged model, a version."""
+    return {f"{PROTOCOL}{suite}": mark for suite, mark in protocols.items()}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -17,11 +17,19 @@ from upvla.train.config import BestConfig, GuardConfig
 
 
 class Guard:
-    """Judges gradients before the optimiser moves, and decides whether the run goes on after a bad step."""
+    """Judges gradients before the optimiser moves, and decides whether the run goes on after a bad step.
 
-    def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
+    `name_samples` says what mixture positions are: it belongs to the record of a bad step.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        state: Mapping[str, Any] | None = None,
+        name_samples: Callable[[Sequence[int]], list[dict[str, Any]]] = lambda positions: [],
+    ) -> None:
         state = state or {}
-        self._config = config
+        self._config, self._name_samples = config, name_samples
         self._norms: deque[float] = deque(state.get("norms", ()), maxlen=config.spike_window)
         self.bad_steps: list[dict[str, Any]] = list(state.get("bad_steps", ()))
 
@@ -44,7 +52,13 @@ class Guard:
         """Keep what happened, or raise it: the policy is to stop, or this was one too many."""
         policy = self._config.on_bad_step
         self.bad_steps.append(
-            {"step": bad.step, "action": policy, "positions": list(bad.positions), "reason": str(bad)}
+            {
+                "step": bad.step,
+                "action": policy,
+                "positions": list(bad.positions),
+                "samples": self._name_samples(bad.positions),
+                "reason": str(bad),
+            }
         )
         if policy != "skip" or len(self.bad_steps) > self._config.max_bad_steps:
             raise bad

@@ -325,7 +325,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise NoSpace(
             f"no space left under {place}: a resume point takes {num_bytes / 2**20:.0f} MB there in transit, "
-            f"{free / 2**20:.0f} MB are free; free some, or set `scratch` to a folder on a larger disk, and start again"
+            f"{free / 2**20:.0f} MB are free; free some, or give Ray's workers a TMPDIR on a larger disk, and start it "
+            "again"
         )
 
 
