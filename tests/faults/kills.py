@@ -61,7 +61,7 @@ def trial(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) 
     reached = max(max(life.losses, default=life.start) for life in killed)
     lost = reached - last.start
     assert 0 <= lost <= 2 * SAVE_EVERY, f"{kill}: {lost} steps were lost"  # the set before was still on its way
-    store = open_store(str(folder / "store"))
+    store = open_store(lives.store_url(folder))
     named = {point.name for point in resume.points(store)}
     left = {key.partition("/")[0].removesuffix(".json") for key in store.list()}
     assert left == named, f"{kill}: {sorted(left - named)} was never collected"

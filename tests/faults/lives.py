@@ -2,7 +2,7 @@
 
 A life is W processes that restore what is there, train, and save every few steps. One of them may be told to send
 itself SIGKILL at an exact place; the others find out the way they would, by their group breaking. Processes are forked
-from one that has imported everything, so that a life begins in a second.
+from one that has imported everything, so that a life begins in a second. They save to a folder, or to a bucket.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.train.toy import GLOBAL_BATCH, batches, toy
-from upvla.store import LocalStore, Store
+from upvla.store import LocalStore, S3Store, Store
 from upvla.train import resume
 from upvla.train.config import EngineConfig, OptimizerConfig, StageConfig
 from upvla.train.engine import Engine, build_engine
@@ -61,8 +61,8 @@ class Life(NamedTuple):
     ended_s: float
 
 
-class Deadly(LocalStore):
-    """A store on which this process dies at the nth occasion of one kind of operation."""
+class Deadly(Store):
+    """Before a kind of store: this process dies on it at the nth occasion of one kind of operation."""
 
     kill: Kill | None = None
 
@@ -89,18 +89,30 @@ class Deadly(LocalStore):
         super().download(key, path)
 
 
+class DeadlyFolder(Deadly, LocalStore): ...
+
+
+class DeadlyBucket(Deadly, S3Store): ...
+
+
 def die() -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
 class Lives:
-    def __init__(self) -> None:
+    """`bucket_url` is where their stores lie, by default each in its own folder, and `env` is what leads there."""
+
+    def __init__(self, bucket_url: str = "", env: Mapping[str, str] | None = None) -> None:
+        self._bucket_url, self._env = bucket_url, dict(env or {})
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.preloaded"])
 
+    def store_url(self, folder: Path) -> str:
+        return f"{self._bucket_url}/{folder.name}" if self._bucket_url else str(folder / "store")
+
     def live(self, folder: Path, zero_stage: int, kill: Kill | None = None, world_size: int = 2) -> Life:
-        """One life on the store under `folder`, until all of it has ended."""
+        """One life on the store of `folder`, until all of it has ended."""
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / "told.jsonl"
         out.write_text("")
@@ -108,8 +120,9 @@ class Lives:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         began = time.monotonic()
+        where = (folder, self.store_url(folder), self._env)
         processes = [
-            self._context.Process(target=_live, args=(folder, out, zero_stage, kill, rank, world_size, port))
+            self._context.Process(target=_live, args=(*where, out, zero_stage, kill, rank, world_size, port))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -140,8 +153,18 @@ def _read(out: Path, exit_codes: list[int], began: float) -> Life:
     return Life(exit_codes, start, losses, positions, state, began, first, time.monotonic())
 
 
-def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int, world_size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def _live(
+    folder: Path,
+    store_url: str,
+    env: dict[str, str],
+    out: Path,
+    zero_stage: int,
+    kill: Kill | None,
+    rank: int,
+    world_size: int,
+    port: int,
+) -> None:
+    os.environ |= env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
@@ -149,7 +172,7 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
     torch.manual_seed(rank)
     random.seed(rank)
     mine = kill if kill is not None and kill.rank == rank else None
-    store: Store = Deadly(str(folder / "store"))
+    store: Store = (DeadlyBucket if store_url.startswith("s3://") else DeadlyFolder)(store_url)
     Deadly.kill = mine
     where: dict[str, Any] = {"identity": {"run": "toy"}, "scratch": folder / "scratch"}
     engine, point = resume.open_engine(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import S3Server
 from tests.faults.kills import ZERO_STAGES, draw, trial
 from tests.faults.lives import PHASES, SAVE_EVERY, STALL, Kill, Life, Lives
 
@@ -37,6 +38,21 @@ def test_a_killed_worker_changes_nothing_in_the_result(
     zero_stage, whole = uninterrupted
     assert whole.exit_codes == [0, 0]
     trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)
+
+
+@pytest.fixture(scope="module")
+def lives_on_s3(s3_server: S3Server) -> Lives:
+    return Lives(s3_server.url(), s3_server.env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uninterrupted", [2], indirect=True)
+@pytest.mark.parametrize("phase", PHASES)
+def test_where_resume_points_lie_in_a_bucket_it_changes_nothing_either(
+    lives_on_s3: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
+) -> None:
+    zero_stage, whole = uninterrupted
+    trial(lives_on_s3, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)
 
 
 @pytest.mark.slow
