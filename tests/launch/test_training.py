@@ -22,6 +22,7 @@ from tests.train.toy import Workers
 from upvla.checkpoint import load_bundle
 from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
+from upvla.data.versions import load_manifest
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
@@ -113,6 +114,36 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     assert bundle.stats == load_bundle(first["url"]).stats
     assert bundle.vq.id == references["vq_id"]
     assert (second["step"], second["resumed_from"]) == (8, 0)
+
+
+def test_a_resume_point_says_what_it_was_learnt_from(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    """One from before it said so is gone on from, too."""
+    store, references = prepared
+    spec = spec_of(store, references, name="told", weights={"act": 1.0}, stage={"steps": 4})
+    run_stage(two_workers, spec)
+    place = store.sub(spec.prefix)
+    point = latest(place.sub("resume"))
+    assert point is not None
+    stats = load_manifest(store, "toy", 1).stats_id
+    told = {"position": 4 * 8, "datasets": ["toy@1"], "stats_id": stats, "config": spec.config}
+    assert {name: point.meta[name] for name in told} == told
+    assert load_bundle(place.read_json(RESULT)["url"]).stats == store.sub("datasets/toy").read_json(
+        f"stats/{stats}.json"
+    )
+    secret = {
+        "store_url": "s3://me:secret@a",
+        "parent_url": "s3://me:secret@b",
+        "weights_urls": ("https://me:secret@c",),
+    }
+    tracked = {"tracking": {"uri": "http://me:secret@d", "experiment": "e"}, "scratch": "/secret"}
+    assert TrainSpec.model_validate(spec.model_dump() | secret | tracked).config == point.meta["config"]
+
+    older = asdict(point) | {"meta": {name: value for name, value in point.meta.items() if name not in told}}
+    place.sub("resume").write_json(f"{point.name}.json", older)
+    place.delete(RESULT)
+    assert run_stage(two_workers, spec)["resumed_from"] == 4
 
 
 def test_a_stage_starts_from_imported_weights_and_reads_features_and_descriptions(

@@ -102,12 +102,16 @@ class Inputs:
         every = self.config.description.every_steps
         return {name: DescriptionTable(d, self.description_id, every) for name, d in mixture.datasets.items()}
 
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """A fine-tune keeps the statistics that its parent's weights were trained with."""
+        return self.train.stats.to_json() if self.parent is None else self.parent.stats
+
     def bundle(self, model: UPVLA, meta: Mapping[str, Any]) -> Bundle:
-        """The model with all it needs. A fine-tune keeps the statistics that its parent's weights were trained with."""
+        """The model with all it needs."""
         assert self.vq is not None
         assert self.text is not None
-        stats = self.train.stats.to_json() if self.parent is None else self.parent.stats
-        return Bundle(self.config, model, self.vq, self.text, self.train.action_space, stats, meta)
+        return Bundle(self.config, model, self.vq, self.text, self.train.action_space, self.stats, meta)
 
 
 def open_inputs(spec: TrainSpec) -> Inputs:

@@ -45,6 +45,7 @@ ALLOCATOR = {
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the
 loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say."""
+_ELSEWHERE = {"store_url", "parent_url", "weights_urls", "tracking", "scratch"}
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
 _JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
 
@@ -95,9 +96,13 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine"}
-        value = self.model_dump(mode="json", exclude=elsewhere) | {"stage": self.stage.identity()}
+        value = self.model_dump(mode="json", exclude={*_ELSEWHERE, "engine"}) | {"stage": self.stage.identity()}
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked for, as JSON, without where anything lies: a URL may hold a password."""
+        return self.model_dump(mode="json", exclude=_ELSEWHERE)
 
     @property
     def prefix(self) -> str:

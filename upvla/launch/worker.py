@@ -30,7 +30,7 @@ from upvla.launch.weights import start_from
 from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
-from upvla.store import Store, open_store
+from upvla.store import Store, content_hash, open_store
 from upvla.train import group, resume
 from upvla.train.config import accumulation_steps
 from upvla.train.engine import Engine, build_engine
@@ -108,6 +108,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         peak_flops=peak_flops(engine.device, spec.engine.precision, spec.engine.peak_tflops),
     )
     best = Best(stage.best, journal.history) if stage.best else None
+    learnt_from = _learnt_from(spec, inputs)
     saver = resume.Saver(
         engine,
         points,
@@ -118,7 +119,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     )
 
     def save(step: int) -> None:
-        told = {**journal.state(), "meter": meter.state(), "guard": guard.state()}
+        told = {**learnt_from, "position": step * inputs.train.plan.global_batch}
+        told |= {**journal.state(), "meter": meter.state(), "guard": guard.state()}
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
     def log(metrics: Mapping[str, float], step: int) -> None:
@@ -161,6 +163,13 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     finish = partial(_finish, spec, inputs, weights, held_out, place, journal, about)
     group.together(finish if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
     return ended
+
+
+def _learnt_from(spec: TrainSpec, inputs: Inputs) -> dict[str, Any]:
+    """What a resume point says of its data and its configuration, to whoever finds it."""
+    versions = {name: dataset.manifest.version for name, dataset in inputs.train.datasets.items()}
+    datasets = [f"{name}@{version}" for name, version in sorted(versions.items())]
+    return {"datasets": datasets, "stats_id": content_hash(inputs.stats), "config": spec.config}
 
 
 def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
