@@ -31,11 +31,15 @@ from upvla.train.engine import Engine, build_engine
 from upvla.train.loop import fit
 
 STEPS, SAVE_EVERY = 12, 3
-PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "restore")
+PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "restore", "export")
 """Where a worker dies: in a step; while its shards go to the local disk; between two uploads; before and after the
-manifest is created; while older sets are deleted; and, after a death that left one set, while that is downloaded."""
+manifest is created; while older sets are deleted; after a death that left one set, while that is downloaded; and at the
+end, before or after the whole weights are gathered."""
 
-STALL, _STALL_TIMEOUT_S = "stall", 8
+CONVERT = "convert"
+"""And where one worker is to go on instead of two: while it converts their set."""
+
+STALL, STALL_TIMEOUT_S = "stall", 8
 _LIFE_TIMEOUT_S = 200
 
 
@@ -58,6 +62,7 @@ class Life(NamedTuple):
     weights: dict[str, torch.Tensor]
     began_s: float
     first_step_s: float
+    last_step_s: float
     ended_s: float
 
 
@@ -141,16 +146,16 @@ class Lives:
 
 
 def _read(out: Path, exit_codes: list[int], began: float) -> Life:
-    start, losses, positions, first = 0, {}, {}, 0.0
+    start, losses, positions, first, last = 0, {}, {}, 0.0, 0.0
     for line in out.read_text().splitlines():
         told = json.loads(line)
         start = told.get("start", start)
         if "step" in told:
-            first = first or told["at"]
+            first, last = first or told["at"], told["at"]
             losses[told["step"]], positions[told["step"]] = told["loss"], told["positions"]
     weights = out.with_name("weights.pt")
     state = torch.load(weights, weights_only=True) if weights.exists() else {}
-    return Life(exit_codes, start, losses, positions, state, began, first, time.monotonic())
+    return Life(exit_codes, start, losses, positions, state, began, first, last, time.monotonic())
 
 
 def _live(
@@ -174,6 +179,8 @@ def _live(
     mine = kill if kill is not None and kill.rank == rank else None
     store: Store = (DeadlyBucket if store_url.startswith("s3://") else DeadlyFolder)(store_url)
     Deadly.kill = mine
+    if mine is not None and mine.phase == CONVERT:
+        _die_amid_conversion()
     where: dict[str, Any] = {"identity": {"run": "toy"}, "scratch": folder / "scratch"}
     engine, point = resume.open_engine(
         lambda universal: _engine(zero_stage, universal, kill), store, zero_stage=zero_stage, **where
@@ -207,7 +214,11 @@ def _live(
                         eval_every=99, save_every=SAVE_EVERY)  # fmt: skip
     fit(engine, watched(), stage, start_step=start, validation=[], log=log, save=save)
     saver.wait()
+    if mine == Kill("export", rank, 1):
+        die()
     weights = engine.full_weights()
+    if mine == Kill("export", rank, 2):
+        die()
     if rank == 0:
         torch.save(weights, out.with_name("weights.pt"))
     engine.gather(None)
@@ -216,7 +227,7 @@ def _live(
 
 def _engine(zero_stage: int, universal: bool, kill: Kill | None) -> Engine:
     world_size = torch.distributed.get_world_size()
-    limit = {"stall_timeout_s": _STALL_TIMEOUT_S} if kill is not None and kill.phase == STALL else {}
+    limit = {"stall_timeout_s": STALL_TIMEOUT_S} if kill is not None and kill.phase == STALL else {}
     return build_engine(
         toy(dropout=0.2),
         EngineConfig(num_workers=world_size, zero_stage=zero_stage, **limit),  # type: ignore[arg-type]
@@ -255,6 +266,20 @@ def _die_amid_a_shard(engine: Engine) -> None:
         die()
 
     torch.save, engine.save = half, without_shards  # type: ignore[method-assign]
+
+
+def _die_amid_conversion() -> None:
+    """When half of what was converted lies there."""
+    convert = resume.to_universal
+
+    def half(folder: Path, converted: Path) -> None:
+        convert(folder, converted)
+        written = sorted(path for path in converted.rglob("*") if path.is_file())
+        for path in written[len(written) // 2 :]:
+            path.unlink()
+        die()
+
+    resume.to_universal = half
 
 
 def _tell(out: Path, rank: int, value: dict[str, Any]) -> None:
