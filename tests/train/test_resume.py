@@ -29,12 +29,14 @@ RETENTION = resume.Retention()
 _SLOW_S = 2.0  # an upload
 
 
-def build(zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None) -> Engine:
+def build(
+    zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None, **config: Any
+) -> Engine:
     """With dropout, so that a lost random state shows."""
     world_size = torch.distributed.get_world_size()
     return build_engine(
         toy(dropout=dropout),
-        EngineConfig(num_workers=world_size, zero_stage=zero_stage),
+        EngineConfig(num_workers=world_size, zero_stage=zero_stage, **config),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1),
         total_steps=STEPS,
         micro_batch=GLOBAL_BATCH // world_size,
@@ -100,11 +102,16 @@ def run(
     return found | {"weights": weights, "meta": dict(point.meta) if point else None, "stalled_s": saver.stalled_s}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_resumed_equals_uninterrupted_bit_for_bit(two_workers: Workers, zero_stage: int, tmp_path: Path) -> None:
-    whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage)[0]
-    first = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5)[0]
-    second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage)[0]
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")]
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    two_workers: Workers, zero_stage: int, offload: str, tmp_path: Path
+) -> None:
+    place = {"offload": offload}
+    whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage, **place)[0]
+    first = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5, **place)[0]
+    second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, **place)[0]
     assert (whole["start"], first["start"], second["start"]) == (0, 0, 4)
     assert first["losses"] | second["losses"] == whole["losses"]
     assert second["meta"]["losses"] == {str(step): whole["losses"][step] for step in (1, 2, 3, 4)}
