@@ -43,6 +43,7 @@ from upvla.launch.train import (
     RESULT,
     SPEC,
     TrainSpec,
+    _go_on_after,
     main,
     run_training,
     share_done,
@@ -432,8 +433,11 @@ def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
     spec = spec_of(store, references, name="elastic", weights={"act": 1.0}, stage={"micro_batch": 8})
     spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"num_workers": (1, 8)})})
     two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
-    assert store.sub(spec.prefix).read_json(LEFT) == {"reason": "resize", "num_workers": [1, 1]}
+    left = store.sub(spec.prefix).read_json(LEFT)
+    assert left == {"reason": "resize", "num_workers": [1, 1]}
     assert open_inputs(spec).world_sizes(spec) == [1]
+    assert _go_on_after(spec, left) == (1, 1)
+    assert _go_on_after(spec, {"reason": "preempted", "step": 4, "nodes": []}) == (1, 8), "there may be room again"
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
             if (failure := _read(place, FAILURE)) is not None:
                 raise JobFailed(failure["message"])
             if (left := _read(place, LEFT)) is not None:
-                allowed = _go_on_after(spec, left, allowed)
+                allowed = _go_on_after(spec, left)
                 leaving.update(left.get("nodes", ()))
             elif not place.exists(RESULT):
                 require_owner(place, lease.number, f"training {spec.prefix}")
@@ -240,12 +240,15 @@ def _check(spec: TrainSpec, place: Store) -> None:
         Tracker(spec.tracking.uri, spec.tracking.experiment).experiment_id()
 
 
-def _go_on_after(spec: TrainSpec, left: Mapping[str, Any], allowed: tuple[int, int]) -> tuple[int, int]:
-    """How many workers to ask for next, or `JobFailed` where leaving was the wish."""
+def _go_on_after(spec: TrainSpec, left: Mapping[str, Any]) -> tuple[int, int]:
+    """How many workers to ask for next, or `JobFailed` where leaving was the wish.
+
+    Fewer than the config allows only right after a number that did not fit: there may be room for more by now.
+    """
     if left["reason"] == "stop":
         raise JobFailed(f"{spec.prefix}: stopped after step {left['step']} as asked; start it again to go on")
     print(f"{spec.stage.name}: the workers left ({left['reason']}) and are asked for again", flush=True)
-    least, most = left["num_workers"] if left["reason"] == "resize" else allowed
+    least, most = left["num_workers"] if left["reason"] == "resize" else spec.engine.worker_range
     return int(least), int(most)
 
 
