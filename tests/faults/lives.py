@@ -2,7 +2,7 @@
 
 A life is W processes that restore what is there, train, and save every few steps. One of them may be told to send
 itself SIGKILL at an exact place; the others find out the way they would, by their group breaking. Processes are forked
-from one that has imported everything, so that a life begins in a second.
+from one that has imported everything, so that a life begins in a second. They save to a folder, or to a bucket.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +24,22 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.train.toy import GLOBAL_BATCH, batches, toy
-from upvla.store import LocalStore, Store
+from upvla.store import LocalStore, S3Store, Store
 from upvla.train import resume
 from upvla.train.config import EngineConfig, OptimizerConfig, StageConfig
 from upvla.train.engine import Engine, build_engine
 from upvla.train.loop import fit
 
 STEPS, SAVE_EVERY = 12, 3
-PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "restore")
+PHASES = ("step", "snapshot", "upload", "commit", "committed", "collect", "restore", "export")
 """Where a worker dies: in a step; while its shards go to the local disk; between two uploads; before and after the
-manifest is created; while older sets are deleted; and, after a death that left one set, while that is downloaded."""
+manifest is created; while older sets are deleted; after a death that left one set, while that is downloaded; and at the
+end, before or after the whole weights are gathered."""
 
-STALL, _STALL_TIMEOUT_S = "stall", 8
+CONVERT = "convert"
+"""And where one worker is to go on instead of two: while it converts their set."""
+
+STALL, STALL_TIMEOUT_S = "stall", 8
 _LIFE_TIMEOUT_S = 200
 
 
@@ -58,11 +62,12 @@ class Life(NamedTuple):
     weights: dict[str, torch.Tensor]
     began_s: float
     first_step_s: float
+    last_step_s: float
     ended_s: float
 
 
-class Deadly(LocalStore):
-    """A store on which this process dies at the nth occasion of one kind of operation."""
+class Deadly(Store):
+    """Before a kind of store: this process dies on it at the nth occasion of one kind of operation."""
 
     kill: Kill | None = None
 
@@ -89,18 +94,30 @@ class Deadly(LocalStore):
         super().download(key, path)
 
 
+class DeadlyFolder(Deadly, LocalStore): ...
+
+
+class DeadlyBucket(Deadly, S3Store): ...
+
+
 def die() -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
 class Lives:
-    def __init__(self) -> None:
+    """`bucket_url` is where their stores lie, by default each in its own folder, and `env` is what leads there."""
+
+    def __init__(self, bucket_url: str = "", env: Mapping[str, str] | None = None) -> None:
+        self._bucket_url, self._env = bucket_url, dict(env or {})
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.preloaded"])
 
+    def store_url(self, folder: Path) -> str:
+        return f"{self._bucket_url}/{folder.name}" if self._bucket_url else str(folder / "store")
+
     def live(self, folder: Path, zero_stage: int, kill: Kill | None = None, world_size: int = 2) -> Life:
-        """One life on the store under `folder`, until all of it has ended."""
+        """One life on the store of `folder`, until all of it has ended."""
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / "told.jsonl"
         out.write_text("")
@@ -108,8 +125,9 @@ class Lives:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         began = time.monotonic()
+        where = (folder, self.store_url(folder), self._env)
         processes = [
-            self._context.Process(target=_live, args=(folder, out, zero_stage, kill, rank, world_size, port))
+            self._context.Process(target=_live, args=(*where, out, zero_stage, kill, rank, world_size, port))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -128,20 +146,30 @@ class Lives:
 
 
 def _read(out: Path, exit_codes: list[int], began: float) -> Life:
-    start, losses, positions, first = 0, {}, {}, 0.0
+    start, losses, positions, first, last = 0, {}, {}, 0.0, 0.0
     for line in out.read_text().splitlines():
         told = json.loads(line)
         start = told.get("start", start)
         if "step" in told:
-            first = first or told["at"]
+            first, last = first or told["at"], told["at"]
             losses[told["step"]], positions[told["step"]] = told["loss"], told["positions"]
     weights = out.with_name("weights.pt")
     state = torch.load(weights, weights_only=True) if weights.exists() else {}
-    return Life(exit_codes, start, losses, positions, state, began, first, time.monotonic())
+    return Life(exit_codes, start, losses, positions, state, began, first, last, time.monotonic())
 
 
-def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int, world_size: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def _live(
+    folder: Path,
+    store_url: str,
+    env: dict[str, str],
+    out: Path,
+    zero_stage: int,
+    kill: Kill | None,
+    rank: int,
+    world_size: int,
+    port: int,
+) -> None:
+    os.environ |= env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
@@ -149,8 +177,10 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
     torch.manual_seed(rank)
     random.seed(rank)
     mine = kill if kill is not None and kill.rank == rank else None
-    store: Store = Deadly(str(folder / "store"))
+    store: Store = (DeadlyBucket if store_url.startswith("s3://") else DeadlyFolder)(store_url)
     Deadly.kill = mine
+    if mine is not None and mine.phase == CONVERT:
+        _die_amid_conversion()
     where: dict[str, Any] = {"identity": {"run": "toy"}, "scratch": folder / "scratch"}
     engine, point = resume.open_engine(
         lambda universal: _engine(zero_stage, universal, kill), store, zero_stage=zero_stage, **where
@@ -184,7 +214,11 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
                         eval_every=99, save_every=SAVE_EVERY)  # fmt: skip
     fit(engine, watched(), stage, start_step=start, validation=[], log=log, save=save)
     saver.wait()
+    if mine == Kill("export", rank, 1):
+        die()
     weights = engine.full_weights()
+    if mine == Kill("export", rank, 2):
+        die()
     if rank == 0:
         torch.save(weights, out.with_name("weights.pt"))
     engine.gather(None)
@@ -193,7 +227,7 @@ def _live(folder: Path, out: Path, zero_stage: int, kill: Kill | None, rank: int
 
 def _engine(zero_stage: int, universal: bool, kill: Kill | None) -> Engine:
     world_size = torch.distributed.get_world_size()
-    limit = {"stall_timeout_s": _STALL_TIMEOUT_S} if kill is not None and kill.phase == STALL else {}
+    limit = {"stall_timeout_s": STALL_TIMEOUT_S} if kill is not None and kill.phase == STALL else {}
     return build_engine(
         toy(dropout=0.2),
         EngineConfig(num_workers=world_size, zero_stage=zero_stage, **limit),  # type: ignore[arg-type]
@@ -232,6 +266,20 @@ def _die_amid_a_shard(engine: Engine) -> None:
         die()
 
     torch.save, engine.save = half, without_shards  # type: ignore[method-assign]
+
+
+def _die_amid_conversion() -> None:
+    """When half of what was converted lies there."""
+    convert = resume.to_universal
+
+    def half(folder: Path, converted: Path) -> None:
+        convert(folder, converted)
+        written = sorted(path for path in converted.rglob("*") if path.is_file())
+        for path in written[len(written) // 2 :]:
+            path.unlink()
+        die()
+
+    resume.to_universal = half
 
 
 def _tell(out: Path, rank: int, value: dict[str, Any]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults.kills import ZERO_STAGES, draw, trial
-from tests.faults.lives import PHASES, SAVE_EVERY, STALL, Kill, Life, Lives
+from tests.conftest import S3Server
+from tests.faults.kills import ZERO_STAGES, draw, resized, trial
+from tests.faults.lives import CONVERT, PHASES, SAVE_EVERY, STALL, STALL_TIMEOUT_S, Kill, Life, Lives
 
 pytestmark = pytest.mark.seam
+_MARGIN_S = 15.0  # for the end of a process, on a machine that has other things to do
 
 
 def _slow_but(often: Sequence[object], values: Sequence[object]) -> list[object]:
@@ -36,7 +39,31 @@ def test_a_killed_worker_changes_nothing_in_the_result(
 ) -> None:
     zero_stage, whole = uninterrupted
     assert whole.exit_codes == [0, 0]
-    trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)
+    print(json.dumps(trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)))
+
+
+@pytest.fixture(scope="module")
+def lives_on_s3(s3_server: S3Server) -> Lives:
+    return Lives(s3_server.url(), s3_server.env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uninterrupted", [2], indirect=True)
+@pytest.mark.parametrize("phase", PHASES)
+def test_where_resume_points_lie_in_a_bucket_it_changes_nothing_either(
+    lives_on_s3: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
+) -> None:
+    zero_stage, whole = uninterrupted
+    print(json.dumps(trial(lives_on_s3, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES[1:])
+def test_one_that_is_killed_while_it_converts_the_set_of_two_goes_on_from_it_afterwards(
+    lives: Lives, zero_stage: int, tmp_path: Path
+) -> None:
+    whole = resized(lives, tmp_path / "whole", zero_stage)
+    print(json.dumps(trial(lives, tmp_path / "cut", zero_stage, draw(CONVERT, seed=zero_stage), whole)))
 
 
 @pytest.mark.slow
@@ -47,6 +74,8 @@ def test_a_worker_that_stalls_amid_a_step_is_given_up_by_the_others(
     zero_stage, whole = uninterrupted
     stalled_in = SAVE_EVERY + 2
     stalled = lives.live(tmp_path, zero_stage, Kill(STALL, 1, stalled_in))
+    given_up_s = stalled.ended_s - stalled.last_step_s
+    assert given_up_s < STALL_TIMEOUT_S + _MARGIN_S, "long before any limit that is not ours"
     assert stalled.exit_codes == [1, -9], "the one that lived has raised, and the one that stood still was ended by us"
     assert stalled.losses == {step: loss for step, loss in whole.losses.items() if step < stalled_in}
     last = lives.live(tmp_path, zero_stage)
@@ -54,3 +83,6 @@ def test_a_worker_that_stalls_amid_a_step_is_given_up_by_the_others(
     assert stalled.losses | last.losses == whole.losses
     for name, weight in whole.weights.items():
         assert torch.equal(last.weights[name], weight), name
+    row = {"zero_stage": zero_stage, "phase": STALL, "rank": 1, "nth": stalled_in, "given_up_s": round(given_up_s, 2)}
+    row |= {"lost_steps": max(stalled.losses) - last.start, "bit_identical": True}
+    print(json.dumps(row | {"recovery_s": round(last.first_step_s - last.began_s, 2)}))

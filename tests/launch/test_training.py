@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,10 @@ from tests.train.toy import Workers
 from upvla.checkpoint import export, load_bundle
 from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
+from upvla.data.samples import Collator
+from upvla.data.versions import load_manifest
 from upvla.errors import ConfigError, Mismatch, NotFound
+from upvla.launch import worker
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
 from upvla.launch.inputs import open_inputs
@@ -37,6 +43,7 @@ from upvla.launch.train import (
     RESULT,
     SPEC,
     TrainSpec,
+    _go_on_after,
     main,
     run_training,
     share_done,
@@ -50,7 +57,10 @@ from upvla.model.upvla import UPVLA
 from upvla.model.weights import TOWER
 from upvla.rollout.golden import record
 from upvla.store import Store, content_hash, open_store
+from upvla.train import resume
+from upvla.train.loop import fit
 from upvla.train.resume import latest
+from upvla.types import Batch, Sample
 
 __all__ = ["model", "prepared"]  # fixtures
 
@@ -117,6 +127,36 @@ def test_a_stage_starts_from_its_parents_weights_and_its_own_step_0(
     assert bundle.golden is not None and len(bundle.golden.instructions) == 4
     again = record(bundle, bundle.golden.images, bundle.golden.instructions)
     assert np.abs(again.actions - bundle.golden.actions).max() <= 1e-6, "as in the worker that trained it"
+
+
+def test_a_resume_point_says_what_it_was_learnt_from(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    """One from before it said so is gone on from, too."""
+    store, references = prepared
+    spec = spec_of(store, references, name="told", weights={"act": 1.0}, stage={"steps": 4})
+    run_stage(two_workers, spec)
+    place = store.sub(spec.prefix)
+    point = latest(place.sub("resume"))
+    assert point is not None
+    stats = load_manifest(store, "toy", 1).stats_id
+    told = {"position": 4 * 8, "datasets": ["toy@1"], "stats_id": stats, "config": spec.config}
+    assert {name: point.meta[name] for name in told} == told
+    assert load_bundle(place.read_json(RESULT)["url"]).stats == store.sub("datasets/toy").read_json(
+        f"stats/{stats}.json"
+    )
+    secret = {
+        "store_url": "s3://me:secret@a",
+        "parent_url": "s3://me:secret@b",
+        "weights_urls": ("https://me:secret@c",),
+    }
+    tracked = {"tracking": {"uri": "http://me:secret@d", "experiment": "e"}, "scratch": "/secret"}
+    assert TrainSpec.model_validate(spec.model_dump() | secret | tracked).config == point.meta["config"]
+
+    older = asdict(point) | {"meta": {name: value for name, value in point.meta.items() if name not in told}}
+    place.sub("resume").write_json(f"{point.name}.json", older)
+    place.delete(RESULT)
+    assert run_stage(two_workers, spec)["resumed_from"] == 4
 
 
 def test_a_stage_starts_from_imported_weights_and_reads_features_and_descriptions(
@@ -316,24 +356,68 @@ def test_bad_steps_are_in_the_result_and_keep_the_model_out_of_the_registry(
     assert bad_steps_before(child, open_inputs(child)) == [{"stage": "stage2", **bad} for bad in meta["bad_steps"]]
 
 
+_POISONED = 44  # a mixture position: one of step 6's
+
+
+class _Poisoned(Collator):
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        batch = super().__call__(samples)
+        spoilt = _POISONED in batch.positions
+        return batch._replace(actions=np.full_like(batch.actions, np.nan)) if spoilt else batch
+
+
+def work_on_a_poisoned_batch(settings: dict[str, Any]) -> None:
+    """The worker's own body, on data of which one sample's actions are not finite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "Collator", _Poisoned)
+        work(settings)
+
+
+def train_on(settings: dict[str, Any], saved: int, after: int) -> tuple[dict[int, float], dict[str, np.ndarray]]:
+    """From the set of one step with the batches after another: learning rates by step, and the weights at the end."""
+    spec = TrainSpec.model_validate_json(settings["spec"])
+    inputs, points = open_inputs(spec), open_store(spec.store_url).sub(f"{spec.prefix}/resume")
+    identity = {"key": spec.key, "train_plan": spec.train_plan}
+    engine, _ = resume.open_engine(
+        partial(worker._build, spec, inputs),
+        points,
+        identity=identity,
+        scratch=spec.scratch_folder,
+        zero_stage=spec.engine.zero_stage,
+        step=saved,
+    )
+    engine.skip_schedule(after - saved)
+    rates: dict[int, float] = {}
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        rates.update({step: metrics["train/lr"]} if "train/lr" in metrics else {})
+
+    with worker._loader(spec, inputs, inputs.train, engine, after, 1) as found:
+        fit(engine, found, spec.stage, start_step=after, validation=[], log=log, save=lambda step: None)
+    return rates, {name: weight.numpy() for name, weight in engine.full_weights().items()}
+
+
 def test_a_rollback_goes_on_from_the_last_resume_point_after_the_bad_batch(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
+    """Its weights are those of a run that takes the set before the bad batch and starts after it."""
     store, references = prepared
-    stage = {"guard": {"on_bad_step": "rollback", "spike_factor": 1.0001, "spike_window": 2, "max_bad_steps": 2}}
-    spec = spec_of(store, references, name="rolled", weights={"act": 1.0}, stage=stage | {"steps": 12})
-    place = store.sub(spec.prefix)
-    lives = 0
-    while not place.exists(RESULT) and not place.exists(FAILURE):
-        place.delete(LEFT)
-        two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
-        lives += 1
-        if place.exists(LEFT):
-            assert place.read_json(LEFT)["reason"] == "rollback"
-    bad_steps = place.read_json(BAD_STEPS)["bad_steps"]
-    assert lives == len(bad_steps) + 1 or place.exists(FAILURE)
-    assert [bad["action"] for bad in bad_steps] == ["rollback"] * len(bad_steps)
-    assert bad_steps[0]["step"] < place.read_json(BAD_STEPS)["go_on_after"] or len(bad_steps) == 1
+    stage = {"guard": {"on_bad_step": "rollback"}, "steps": 10, "keep_last": 10}
+    spec = spec_of(store, references, name="rolled", weights={"act": 1.0}, stage=stage)
+    settings, place = {"spec": spec.model_dump_json(), "threads": 1}, store.sub(spec.prefix)
+    two_workers.run(work_on_a_poisoned_batch, settings)
+    assert place.read_json(LEFT) == {"reason": "rollback", "step": 6, "nodes": []} and not place.exists(RESULT)
+    told = place.read_json(BAD_STEPS)
+    (bad,) = told["bad_steps"]
+    assert (bad["step"], bad["action"], told["go_on_after"]) == (6, "rollback", 6) and _POISONED in bad["positions"]
+    two_workers.run(work_on_a_poisoned_batch, settings)
+    result = place.read_json(RESULT)
+    assert (result["step"], result["resumed_from"], result["bad_steps"]) == (10, 6, [bad])
+    rates, weights = two_workers.run(train_on, settings, 4, 6)[0]
+    assert rates[7] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 6 / 10))), "as if no step were missing"
+    exported = load_bundle(result["url"]).model.state_dict()
+    for name, weight in weights.items():
+        assert np.array_equal(exported[name].numpy(), weight), name
 
 
 def test_the_best_validation_is_exported_and_ends_the_run_early(
@@ -349,6 +433,12 @@ def test_the_best_validation_is_exported_and_ends_the_run_early(
     assert result["ended"] == "early"
     assert meta["step"] == result["step"] < 30
     assert meta["losses"]["act"]["last"] == result["losses"]["act"]["last"]
+    plans = {name: references[name] for name in ("train_plan", "validation_plan")}
+    parent = {"parent_url": result["url"], "parent_id": result["model_id"]}
+    again = run_stage(
+        two_workers, spec_of(store, plans | parent, name="again", weights={"act": 1.0}, stage={"steps": 1})
+    )
+    assert again["losses"]["act"]["first"] == pytest.approx(result["losses"]["act"]["last"], rel=1e-5)
 
 
 WATCHED = {
@@ -389,8 +479,11 @@ def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
     spec = spec_of(store, references, name="elastic", weights={"act": 1.0}, stage={"micro_batch": 8})
     spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"num_workers": (1, 8)})})
     two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
-    assert store.sub(spec.prefix).read_json(LEFT) == {"reason": "resize", "num_workers": [1, 1]}
+    left = store.sub(spec.prefix).read_json(LEFT)
+    assert left == {"reason": "resize", "num_workers": [1, 1]}
     assert open_inputs(spec).world_sizes(spec) == [1]
+    assert _go_on_after(spec, left) == (1, 1)
+    assert _go_on_after(spec, {"reason": "preempted", "step": 4, "nodes": []}) == (1, 8), "there may be room again"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engi
 from upvla.train.guard import Best, Guard
 from upvla.train.loop import Ended, StageConfig, fit, validate
 from upvla.train.meter import Meter, forward_flops
+from upvla.train.zero import import_deepspeed
 from upvla.types import Batch
 
 pytestmark = pytest.mark.seam
@@ -436,9 +438,23 @@ def test_goodput_counts_what_a_killed_life_had_not_saved_and_the_time_to_come_ba
     )
 
 
-@pytest.mark.parametrize("offload", ["cpu"])
-def test_offloaded_optimiser_state_gives_the_same_run(two_workers: Workers, offload: str) -> None:
-    here, there = (two_workers.run(train, 2, 1, (), offload=place)[0] for place in ("none", offload))
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offloaded_optimiser_state_gives_the_same_run(two_workers: Workers, zero_stage: int) -> None:
+    here, there = (two_workers.run(train, zero_stage, 1, (), offload=place)[0] for place in ("none", "cpu"))
+    assert curve(there, "loss/total") == pytest.approx(curve(here, "loss/total"), rel=1e-6)
+
+
+def test_state_and_weights_on_a_local_disk_give_the_same_run(two_workers: Workers, tmp_path: Path) -> None:
+    import_deepspeed(use_gpu=False)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("DeepSpeed's async_io does not build here: install libaio's headers (apt-get install libaio-dev)")
+    here, there = (
+        two_workers.run(train, 3, 1, (), **place)[0]
+        for place in ({}, {"offload": "nvme", "nvme_folder": str(tmp_path)})
+    )
+    assert list(tmp_path.rglob("*.swp")), "and there they were"
     assert curve(there, "loss/total") == pytest.approx(curve(here, "loss/total"), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
 from upvla.errors import AlreadyOwned, Mismatch, NoSpace, StoreError
-from upvla.store import Store, open_store
+from upvla.store import LocalStore, Store, open_store
 from upvla.train import resume, scratch
 from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engine
 from upvla.train.loop import StageConfig, fit
@@ -26,14 +26,17 @@ pytestmark = pytest.mark.seam
 STEPS = 8
 IDENTITY = {"run": "toy", "plan": "p1"}
 RETENTION = resume.Retention()
+_SLOW_S = 2.0  # an upload
 
 
-def build(zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None) -> Engine:
+def build(
+    zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None, **config: Any
+) -> Engine:
     """With dropout, so that a lost random state shows."""
     world_size = torch.distributed.get_world_size()
     return build_engine(
         toy(dropout=dropout),
-        EngineConfig(num_workers=world_size, zero_stage=zero_stage),
+        EngineConfig(num_workers=world_size, zero_stage=zero_stage, **config),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1),
         total_steps=STEPS,
         micro_batch=GLOBAL_BATCH // world_size,
@@ -99,11 +102,16 @@ def run(
     return found | {"weights": weights, "meta": dict(point.meta) if point else None, "stalled_s": saver.stalled_s}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_resumed_equals_uninterrupted_bit_for_bit(two_workers: Workers, zero_stage: int, tmp_path: Path) -> None:
-    whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage)[0]
-    first = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5)[0]
-    second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage)[0]
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")]
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    two_workers: Workers, zero_stage: int, offload: str, tmp_path: Path
+) -> None:
+    place = {"offload": offload}
+    whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage, **place)[0]
+    first = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5, **place)[0]
+    second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, **place)[0]
     assert (whole["start"], first["start"], second["start"]) == (0, 0, 4)
     assert first["losses"] | second["losses"] == whole["losses"]
     assert second["meta"]["losses"] == {str(step): whole["losses"][step] for step in (1, 2, 3, 4)}
@@ -284,6 +292,29 @@ def test_a_trainer_that_lost_the_run_commits_nothing(two_workers: Workers, tmp_p
     assert owner[0] == ("", [2, 1])
     for answer in two_workers.run(save_twice, str(tmp_path / "other"), str(tmp_path / "s"), False):
         assert answer == ("somebody else trains this", [])
+
+
+def save_to_a_slow_store(url: str, scratch_folder: str) -> dict[str, Any]:
+    class Slow(LocalStore):
+        def upload(self, path: str | Path, key: str) -> None:
+            if not key.endswith(".json"):  # of the two files of a worker one
+                time.sleep(_SLOW_S)
+            super().upload(path, key)
+
+    engine, store = build(0), Slow(url)
+    saver = resume.Saver(engine, store, identity={}, scratch=Path(scratch_folder))
+    began = time.monotonic()
+    saver.save(1, {})
+    told = {"save_s": time.monotonic() - began, "stalled_s": saver.stalled_s, "before": resume.points(store)}
+    saver.wait()
+    return told | {"committed_s": time.monotonic() - began, "after": [point.step for point in resume.points(store)]}
+
+
+def test_training_does_not_wait_for_a_slow_store(one_worker: Workers, tmp_path: Path) -> None:
+    told = one_worker.run(save_to_a_slow_store, str(tmp_path / "run"), str(tmp_path / "s"))[0]
+    assert told["stalled_s"] <= told["save_s"] < _SLOW_S, "training goes on when the shards lie on the local disk"
+    assert told["before"] == [] and told["after"] == [1]
+    assert told["committed_s"] >= _SLOW_S
 
 
 def save_where_rank_1_cannot_write(url: str, scratch: str) -> str:

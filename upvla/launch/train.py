@@ -46,6 +46,7 @@ ALLOCATOR = {
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the
 loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say."""
+_ELSEWHERE = {"store_url", "parent_url", "weights_urls", "tracking", "scratch"}
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
 _JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
 
@@ -98,9 +99,13 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        elsewhere = {"store_url", "parent_url", "weights_urls", "tracking", "scratch", "engine", "bad_steps_before"}
-        value = self.model_dump(mode="json", exclude=elsewhere) | {"stage": self.stage.identity()}
+        value = self.model_dump(mode="json", exclude={*_ELSEWHERE, "engine", "bad_steps_before"}) | {"stage": self.stage.identity()}
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked for, as JSON, without where anything lies: a URL may hold a password."""
+        return self.model_dump(mode="json", exclude=_ELSEWHERE)
 
     @property
     def prefix(self) -> str:
@@ -223,7 +228,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
             if (failure := _read(place, FAILURE)) is not None:
                 raise JobFailed(failure["message"])
             if (left := _read(place, LEFT)) is not None:
-                allowed = _go_on_after(spec, left, allowed)
+                allowed = _go_on_after(spec, left)
                 leaving.update(left.get("nodes", ()))
             elif not place.exists(RESULT):
                 require_owner(place, lease.number, f"training {spec.prefix}")
@@ -248,12 +253,15 @@ def _check(spec: TrainSpec, place: Store) -> None:
         Tracker(spec.tracking.uri, spec.tracking.experiment).experiment_id()
 
 
-def _go_on_after(spec: TrainSpec, left: Mapping[str, Any], allowed: tuple[int, int]) -> tuple[int, int]:
-    """How many workers to ask for next, or `JobFailed` where leaving was the wish."""
+def _go_on_after(spec: TrainSpec, left: Mapping[str, Any]) -> tuple[int, int]:
+    """How many workers to ask for next, or `JobFailed` where leaving was the wish.
+
+    Fewer than the config allows only right after a number that did not fit: there may be room for more by now.
+    """
     if left["reason"] == "stop":
         raise JobFailed(f"{spec.prefix}: stopped after step {left['step']} as asked; start it again to go on")
     print(f"{spec.stage.name}: the workers left ({left['reason']}) and are asked for again", flush=True)
-    least, most = left["num_workers"] if left["reason"] == "resize" else allowed
+    least, most = left["num_workers"] if left["reason"] == "resize" else spec.engine.worker_range
     return int(least), int(most)
 
 

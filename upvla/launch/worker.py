@@ -113,6 +113,7 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         peak_flops=peak_flops(engine.device, spec.engine.precision, spec.engine.peak_tflops),
     )
     best = Best(stage.best, journal.history) if stage.best else None
+    learnt_from = _learnt_from(spec, inputs)
     saver = resume.Saver(
         engine,
         points,
@@ -123,7 +124,8 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     )
 
     def save(step: int) -> None:
-        told = {**journal.state(), "meter": meter.state(), "guard": guard.state()}
+        told = {**learnt_from, "position": step * inputs.train.plan.global_batch}
+        told |= {**journal.state(), "meter": meter.state(), "guard": guard.state()}
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
     def picture(step: int) -> None:  # on every worker: each holds a part of an average
@@ -175,6 +177,13 @@ def _tagged(spec: TrainSpec, inputs: Inputs) -> TrainSpec:
         return spec
     tags = spec.tracking.tags | {"stats_id": content_hash(inputs.stats)}
     return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"tags": tags})})
+
+
+def _learnt_from(spec: TrainSpec, inputs: Inputs) -> dict[str, Any]:
+    """What a resume point says of its data and its configuration, to whoever finds it."""
+    versions = {name: dataset.manifest.version for name, dataset in inputs.train.datasets.items()}
+    datasets = [f"{name}@{version}" for name, version in sorted(versions.items())]
+    return {"datasets": datasets, "stats_id": content_hash(inputs.stats), "config": spec.config}
 
 
 def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
