@@ -60,6 +60,23 @@ def test_every_service_is_pinned_healthy_and_not_root() -> None:
     assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
 
 
+def test_flows_run_on_a_node_of_ray_that_sees_the_same_recordings() -> None:
+    """Ray connects a program to a node on its own machine only; tasks read what the flow has listed."""
+    joins = re.search(r"^ *ray start (.*)$", (ROOT / "infra/flow_worker.sh").read_text(), re.MULTILINE)
+    assert joins is not None and {'--address="$RAY_ADDRESS"', "--num-cpus=0"} <= set(joins[1].split())
+    assert (ROOT / "infra/flow_worker.sh").stat().st_mode & 0o111
+    assert services()["worker"]["command"] == "/app/infra/flow_worker.sh"
+    assert services()["worker"]["volumes"] == services()["ray-worker"]["volumes"] == ["home:/var/lib/upvla"]
+    cluster, _, worker, claim = manifests()
+    flows, (ray_pod,) = pod_of(worker), (pod_of(group) for group in cluster["spec"]["workerGroupSpecs"])
+    assert flows["containers"][0]["command"] == ["/app/infra/flow_worker.sh"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    shared = {"name": "home", "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}}
+    for pod in (flows, ray_pod):
+        assert shared in pod["volumes"]
+        assert {"name": "home", "mountPath": "/var/lib/upvla"} in pod["containers"][0]["volumeMounts"]
+
+
 def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_path: Path) -> None:
     """A variable that only one of them sets is a run that behaves differently after it has moved."""
     config = stack.StackConfig(home=tmp_path, auth=True)
@@ -88,14 +105,16 @@ def manifests() -> list[dict[str, Any]]:
     return [document for path in sorted(folder.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
 
 
+def pod_of(owner: dict[str, Any]) -> dict[str, Any]:
+    return dict(owner.get("spec", owner)["template"]["spec"])
+
+
 def test_the_clusters_manifests_name_one_image_and_run_as_nobody_special() -> None:
     kinds = [manifest["kind"] for manifest in manifests()]
     assert kinds == ["RayCluster", "RayJob", "Deployment", "PersistentVolumeClaim"]
     assert {manifest["metadata"]["namespace"] for manifest in manifests()} == {"upvla"}
     cluster, job, worker, _ = manifests()
-    pods = [cluster["spec"]["headGroupSpec"]["template"]["spec"], worker["spec"]["template"]["spec"]]
-    pods += [group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]]
-    for pod in pods:
+    for pod in map(pod_of, (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"], worker)):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             assert container["image"] == "upvla:0.1.0"
