@@ -83,12 +83,18 @@ def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_pat
     stack.prepare(config)
     local = set(stack.environment(config)) - OF_ONE_MACHINE - {"AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     local -= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness", "DS_ACCELERATOR"}
-    in_containers = set(services()["worker"]["environment"]) - {"PREFECT_WORKER_QUERY_SECONDS", "RAY_AUTH_TOKEN"}
-    assert in_containers - {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY"} == local
-    lines = (ROOT / "infra/kuberay/site.env").read_text().splitlines()
-    on_cluster = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
-    secret = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"}
-    assert local - secret - {"DO_NOT_TRACK"} == on_cluster - {"DS_ACCELERATOR", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"}
+    in_containers = set(services()["worker"]["environment"]) - {"PREFECT_WORKER_QUERY_SECONDS"}
+    assert in_containers - {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "RAY_AUTH_TOKEN"} == local
+    site, secret = (names_in(ROOT / "infra/kuberay" / name) for name in ("site.env", "secret.env.example"))
+    assert not site & secret
+    assert (site | secret) - {"DS_ACCELERATOR"} == in_containers
+    given = services()["worker"]["environment"]
+    proof = {name for name, value in given.items() if "secret-" in value} | {"MLFLOW_TRACKING_USERNAME"}
+    assert secret == proof, "a cluster's pods get a client's secrets, all of them and no server's"
+
+
+def names_in(path: Path) -> set[str]:
+    return {line.partition("=")[0] for line in path.read_text().splitlines() if line and not line.startswith("#")}
 
 
 def test_a_site_file_says_where_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +120,18 @@ def test_the_clusters_manifests_name_one_image_and_run_as_nobody_special() -> No
     assert kinds == ["RayCluster", "RayJob", "Deployment", "PersistentVolumeClaim"]
     assert {manifest["metadata"]["namespace"] for manifest in manifests()} == {"upvla"}
     cluster, job, worker, _ = manifests()
-    for pod in map(pod_of, (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"], worker)):
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for pod in map(pod_of, (*groups, worker)):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             assert container["image"] == "upvla:0.1.0"
             assert {"secretRef": {"name": "upvla"}} in container["envFrom"]
         for container in pod["containers"]:
             assert container["resources"]["limits"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    (submitter,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+    nodes = [pod_of(group)["containers"][0] for group in groups]
+    for container in (submitter, cluster["spec"]["autoscalerOptions"], *nodes):
+        assert [variable["name"] for variable in container["env"]] == ["RAY_AUTH_TOKEN"]
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
     locked = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert locked is not None and cluster["spec"]["rayVersion"] == locked[1]
