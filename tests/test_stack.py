@@ -24,6 +24,7 @@ from botocore.exceptions import ClientError
 from upvla import stack
 from upvla.errors import ConfigError, StackError
 from upvla.stack import Ports, StackConfig, processes
+from upvla.stack.servers import parts
 
 pytestmark = pytest.mark.timeout(1500)  # a busy machine needs minutes to start five servers
 
@@ -236,6 +237,8 @@ def test_passwords_are_drawn_once_and_only_where_others_reach_the_stack(tmp_path
     found = stack.environment(shared)
     assert found["PREFECT_API_AUTH_STRING"].startswith("upvla:") and len(found["MLFLOW_TRACKING_PASSWORD"]) >= 24
     assert found["MLFLOW_TRACKING_URI"] == "http://10.1.2.3:5000"
+    (mlflow,) = [part.command for part in parts(shared) if part.name == "mlflow"]
+    assert "--cors-allowed-origins=http://10.1.2.3:5000" in mlflow  # else its page could not ask for anything
     stack.prepare(shared)
     assert stack.environment(shared) == found
     assert {oct(path.stat().st_mode)[-3:] for path in (shared.home / "secrets").iterdir()} == {"600"}

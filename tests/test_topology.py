@@ -8,6 +8,7 @@ drivers look for a node among the processes beside them.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -33,7 +34,9 @@ from upvla.stack import processes
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
 PATIENCE_S = 600
+BROWSERS_NAME = "upvla.example.org"
 VALUES = {name: value or f"secret-{name.lower()}" for name, value in compose.example().items()}
+VALUES["PUBLIC_HOST"] = BROWSERS_NAME
 OTHERS = ("postgres", "ray-worker-gpu", "policy")  # the first is Debian's here, the others are of a profile
 HOSTS = re.compile(r"\b(?:s3|mlflow|prefect|ray-head|postgres|localhost)(?=:\d)|(?<=-ip=)s3\b|\b0\.0\.0\.0\b")
 APART = ("unshare", "--pid", "--fork", "--mount-proc")
@@ -194,6 +197,27 @@ def test_every_door_asks_for_a_password(topology: Topology) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=60)
         assert refused.value.code in (401, 403), url
+
+
+def test_pages_work_under_the_machines_public_name_and_no_other(topology: Topology) -> None:
+    environment = topology.environment("worker")
+    login = f"{environment['MLFLOW_TRACKING_USERNAME']}:{environment['MLFLOW_TRACKING_PASSWORD']}"
+    url, port = f"{environment['MLFLOW_TRACKING_URI']}/ajax-api/2.0/mlflow/experiments/search", topology.ports["5000"]
+    for page, host, expected in (
+        (BROWSERS_NAME, BROWSERS_NAME, 200), ("evil.example", BROWSERS_NAME, 403), (BROWSERS_NAME, "evil.example", 403)
+    ):  # fmt: skip
+        headers = {"Host": f"{host}:{port}", "Origin": f"http://{page}:{port}", "Content-Type": "application/json"}
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+        request = urllib.request.Request(url, b'{"max_results": 1}', headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                code = reply.status
+        except urllib.error.HTTPError as error:
+            code = error.code
+        assert code == expected, (page, host)
+    settings = f"{environment['PREFECT_API_URL'].removesuffix('/api')}/ui-settings"
+    with urllib.request.urlopen(settings, timeout=60) as reply:
+        assert json.load(reply)["api_url"] == f"http://{BROWSERS_NAME}:{topology.ports['4200']}/api"
 
 
 def test_the_flow_worker_is_a_node_of_its_own(topology: Topology) -> None:

@@ -278,6 +278,7 @@ def parts(config: StackConfig) -> list[Part]:
         part(
             "mlflow",
             "mlflow server --host {host} --port {mlflow_port} --workers 1 --serve-artifacts {mlflow_app}"
+            " --allowed-hosts=localhost:*,127.0.0.1:*,{host}:* --cors-allowed-origins=http://{host}:{mlflow_port}"
             " --backend-store-uri sqlite:///{home}/mlflow/mlflow.db --artifacts-destination s3://{artifacts}",
             mlflow,
             {ports.mlflow: "mlflow"},
