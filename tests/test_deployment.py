@@ -54,9 +54,12 @@ def test_every_service_is_pinned_healthy_and_not_root() -> None:
             assert how == {"condition": expected}, (name, needed)
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} is published beyond loopback by default"
-    last_user = re.findall(r"^USER (\S+)", (ROOT / "infra/Dockerfile").read_text(), re.MULTILINE)[-1]
+    dockerfile = (ROOT / "infra/Dockerfile").read_text()
+    last_user = re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1]
     own_image = {service["image"] for service in services().values() if not service.get("user")}
     assert (last_user, own_image) == ("upvla", {"upvla:0.1.0"})
+    (build,) = [service["build"] for service in services().values() if "build" in service]
+    assert set(build["args"]) == set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
     assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
 
 
