@@ -24,8 +24,10 @@ from tests.rollout.test_policy import observation
 from tests.test_stack import small_stack
 from tests.toy_line import JUDGED, NIGHTLY, record
 from upvla import stack
+from upvla.config import SiteConfig, load
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.stack import StackConfig
+from upvla.stack.doctor import examine
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
 CANARY = {"MY_CLOUD_TOKEN": "canary-0f3a9c51d2e84b67"}
@@ -88,6 +90,26 @@ def test_nobody_gets_in_without_a_password(shell: Shell) -> None:
         for given, expected in ((None, 401), ("upvla:wrong", 401), (key, 200)):
             sent = httpx.BasicAuth(*given.split(":", 1)) if given else None
             assert httpx.post(url, json={"limit": 1, "max_results": 1}, auth=sent).status_code == expected, (url, given)
+
+
+def test_doctor_knows_a_key_that_fits_from_one_that_does_not(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a client of servers elsewhere: addresses and credentials are the shell's."""
+    for name, value in stack.environment(shell.config).items():
+        monkeypatch.setenv(name, value)
+    doors = {
+        "object store": ("AWS_SECRET_ACCESS_KEY", "AWS_ keys"),
+        "MLflow": ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD"),
+        "Prefect": ("PREFECT_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"),
+        "Ray": ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN"),
+    }
+    site = load("site/compose", SiteConfig)
+    found = {check.what: check for check in examine(site, None)}
+    assert {what: found[what].state for what in (*doors, "Ray token")} == dict.fromkeys((*doors, "Ray token"), "ok")
+    for variable, _ in doors.values():
+        monkeypatch.setenv(variable, "upvla:wrong")
+    found = {check.what: check for check in examine(site, None)}
+    for what, (_, move) in doors.items():
+        assert found[what].state == "broken" and move in found[what].next_move, found[what]
 
 
 def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> None:

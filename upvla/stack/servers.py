@@ -213,8 +213,12 @@ def _server_passwords(config: StackConfig) -> dict[str, str]:
 
 
 def _prefect_header(config: StackConfig) -> dict[str, str]:
-    known = _client_passwords(config).get("PREFECT_API_AUTH_STRING")
-    return {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"} if known else {}
+    return basic_login(_client_passwords(config).get("PREFECT_API_AUTH_STRING", ""))
+
+
+def basic_login(pair: str) -> dict[str, str]:
+    """The header for `USER:PASSWORD`; none for an empty one."""
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"} if pair else {}
 
 
 def auth_files(config: StackConfig) -> dict[str, str]:
