@@ -306,6 +306,18 @@ def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -
     assert processes.marked(tmp_path) == []
 
 
+def test_ports_are_looked_for_on_the_address_that_servers_listen_on() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        processes.require_free("mlflow", "127.0.0.1", {port: "mlflow"})
+        with pytest.raises(StackError, match=rf"port {port}, which mlflow needs"):
+            processes.require_free("mlflow", "127.0.0.2", {port: "mlflow"})
+    with pytest.raises(StackError, match=r"192\.0\.2\.1 is no address of this machine"):
+        processes.require_free("mlflow", "192.0.2.1", {port: "mlflow"})
+
+
 def test_a_full_disk_is_seen_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="MB are free under"):
         stack.up(small_stack(tmp_path, min_free_mb=10**12))

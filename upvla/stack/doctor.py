@@ -129,7 +129,7 @@ def _ports(config: StackConfig) -> Iterator[Check]:
             yield Check(f"port of {part.name}", "ok", f"ours, {part.address}")
             continue
         try:
-            processes.require_free(part.name, part.ports)
+            processes.require_free(part.name, config.host, part.ports)
         except StackError as error:
             what, _, move = str(error).partition(": ")
             yield Check(f"port of {part.name}", "broken", what, move)
