@@ -54,10 +54,30 @@ def test_every_service_is_pinned_healthy_and_not_root() -> None:
             assert how == {"condition": expected}, (name, needed)
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} is published beyond loopback by default"
-    last_user = re.findall(r"^USER (\S+)", (ROOT / "infra/Dockerfile").read_text(), re.MULTILINE)[-1]
+    dockerfile = (ROOT / "infra/Dockerfile").read_text()
+    last_user = re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1]
     own_image = {service["image"] for service in services().values() if not service.get("user")}
     assert (last_user, own_image) == ("upvla", {"upvla:0.1.0"})
+    (build,) = [service["build"] for service in services().values() if "build" in service]
+    assert set(build["args"]) == set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
     assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
+
+
+def test_flows_run_on_a_node_of_ray_that_sees_the_same_recordings() -> None:
+    """Ray connects a program to a node on its own machine only; tasks read what the flow has listed."""
+    joins = re.search(r"^ *ray start (.*)$", (ROOT / "infra/flow_worker.sh").read_text(), re.MULTILINE)
+    assert joins is not None and {'--address="$RAY_ADDRESS"', "--num-cpus=0"} <= set(joins[1].split())
+    assert (ROOT / "infra/flow_worker.sh").stat().st_mode & 0o111
+    assert services()["worker"]["command"] == "/app/infra/flow_worker.sh"
+    assert services()["worker"]["volumes"] == services()["ray-worker"]["volumes"] == ["home:/var/lib/upvla"]
+    cluster, _, worker, claim = manifests()
+    flows, (ray_pod,) = pod_of(worker), (pod_of(group) for group in cluster["spec"]["workerGroupSpecs"])
+    assert flows["containers"][0]["command"] == ["/app/infra/flow_worker.sh"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    shared = {"name": "home", "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}}
+    for pod in (flows, ray_pod):
+        assert shared in pod["volumes"]
+        assert {"name": "home", "mountPath": "/var/lib/upvla"} in pod["containers"][0]["volumeMounts"]
 
 
 def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_path: Path) -> None:
@@ -66,12 +86,18 @@ def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_pat
     stack.prepare(config)
     local = set(stack.environment(config)) - OF_ONE_MACHINE - {"AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     local -= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness", "DS_ACCELERATOR"}
-    in_containers = set(services()["worker"]["environment"]) - {"PREFECT_WORKER_QUERY_SECONDS", "RAY_AUTH_TOKEN"}
-    assert in_containers - {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY"} == local
-    lines = (ROOT / "infra/kuberay/site.env").read_text().splitlines()
-    on_cluster = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
-    secret = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"}
-    assert local - secret - {"DO_NOT_TRACK"} == on_cluster - {"DS_ACCELERATOR", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"}
+    in_containers = set(services()["worker"]["environment"]) - {"PREFECT_WORKER_QUERY_SECONDS"}
+    assert in_containers - {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "RAY_AUTH_TOKEN"} == local
+    site, secret = (names_in(ROOT / "infra/kuberay" / name) for name in ("site.env", "secret.env.example"))
+    assert not site & secret
+    assert (site | secret) - {"DS_ACCELERATOR"} == in_containers
+    given = services()["worker"]["environment"]
+    proof = {name for name, value in given.items() if "secret-" in value} | {"MLFLOW_TRACKING_USERNAME"}
+    assert secret == proof, "a cluster's pods get a client's secrets, all of them and no server's"
+
+
+def names_in(path: Path) -> set[str]:
+    return {line.partition("=")[0] for line in path.read_text().splitlines() if line and not line.startswith("#")}
 
 
 def test_a_site_file_says_where_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,20 +114,27 @@ def manifests() -> list[dict[str, Any]]:
     return [document for path in sorted(folder.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
 
 
+def pod_of(owner: dict[str, Any]) -> dict[str, Any]:
+    return dict(owner.get("spec", owner)["template"]["spec"])
+
+
 def test_the_clusters_manifests_name_one_image_and_run_as_nobody_special() -> None:
     kinds = [manifest["kind"] for manifest in manifests()]
     assert kinds == ["RayCluster", "RayJob", "Deployment", "PersistentVolumeClaim"]
     assert {manifest["metadata"]["namespace"] for manifest in manifests()} == {"upvla"}
     cluster, job, worker, _ = manifests()
-    pods = [cluster["spec"]["headGroupSpec"]["template"]["spec"], worker["spec"]["template"]["spec"]]
-    pods += [group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]]
-    for pod in pods:
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for pod in map(pod_of, (*groups, worker)):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             assert container["image"] == "upvla:0.1.0"
             assert {"secretRef": {"name": "upvla"}} in container["envFrom"]
         for container in pod["containers"]:
             assert container["resources"]["limits"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    (submitter,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+    nodes = [pod_of(group)["containers"][0] for group in groups]
+    for container in (submitter, cluster["spec"]["autoscalerOptions"], *nodes):
+        assert [variable["name"] for variable in container["env"]] == ["RAY_AUTH_TOKEN"]
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
     locked = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert locked is not None and cluster["spec"]["rayVersion"] == locked[1]

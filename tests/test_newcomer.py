@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT
@@ -19,8 +24,10 @@ from tests.rollout.test_policy import observation
 from tests.test_stack import small_stack
 from tests.toy_line import JUDGED, NIGHTLY, record
 from upvla import stack
+from upvla.config import SiteConfig, load
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.stack import StackConfig
+from upvla.stack.doctor import examine
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
 CANARY = {"MY_CLOUD_TOKEN": "canary-0f3a9c51d2e84b67"}
@@ -85,6 +92,26 @@ def test_nobody_gets_in_without_a_password(shell: Shell) -> None:
             assert httpx.post(url, json={"limit": 1, "max_results": 1}, auth=sent).status_code == expected, (url, given)
 
 
+def test_doctor_knows_a_key_that_fits_from_one_that_does_not(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a client of servers elsewhere: addresses and credentials are the shell's."""
+    for name, value in stack.environment(shell.config).items():
+        monkeypatch.setenv(name, value)
+    doors = {
+        "object store": ("AWS_SECRET_ACCESS_KEY", "AWS_ keys"),
+        "MLflow": ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_PASSWORD"),
+        "Prefect": ("PREFECT_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"),
+        "Ray": ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN"),
+    }
+    site = load("site/compose", SiteConfig)
+    found = {check.what: check for check in examine(site, None)}
+    assert {what: found[what].state for what in (*doors, "Ray token")} == dict.fromkeys((*doors, "Ray token"), "ok")
+    for variable, _ in doors.values():
+        monkeypatch.setenv(variable, "upvla:wrong")
+    found = {check.what: check for check in examine(site, None)}
+    for what, (_, move) in doors.items():
+        assert found[what].state == "broken" and move in found[what].next_move, found[what]
+
+
 def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> None:
     judged, nightly = setting(*JUDGED), ["--config", "finetune/ci", *setting(*NIGHTLY)]
     recordings = record(tmp_path, "mine", (20, 24, 18, 22, 26, 20, 19, 21))
@@ -133,6 +160,61 @@ def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> Non
     assert list(dict.fromkeys(shell.typed)) == documented()
 
 
+class Buckets:
+    """Both, as a client reads them: on its disk SeaweedFS keeps what it can compress compressed."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._s3 = boto3.client(
+            "s3",
+            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
+    def put(self, key: str, body: bytes) -> None:
+        bucket, _, name = key.partition("/")
+        self._s3.put_object(Bucket=bucket, Key=name, Body=body)
+
+    def holding(self, values: Mapping[str, str]) -> set[tuple[str, str]]:
+        """Which value lies in which object."""
+        found = set()
+        for key, body in self._objects():
+            for plain in unpacked(body):
+                found |= {(name, key) for name, value in values.items() if value.encode() in plain}
+        return found
+
+    def _objects(self) -> Iterator[tuple[str, bytes]]:
+        for bucket in ("upvla", "mlflow"):
+            listed = 0
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+                for entry in page.get("Contents", ()):
+                    listed += 1
+                    body = self._s3.get_object(Bucket=bucket, Key=entry["Key"])["Body"]
+                    yield f"{bucket}/{entry['Key']}", body.read()
+            assert listed, f"nothing lies in {bucket}"
+
+
+def unpacked(body: bytes) -> Iterator[bytes]:
+    """The bytes themselves, and what gzip or Parquet's columns hide."""
+    yield body
+    if body.startswith(b"\x1f\x8b"):
+        yield from unpacked(gzip.decompress(body))
+    elif body.startswith(b"PAR1"):
+        table, plain = pq.read_table(io.BytesIO(body)), pa.BufferOutputStream()
+        with pa.ipc.new_stream(plain, table.schema) as stream:
+            stream.write_table(table)
+        yield plain.getvalue().to_pybytes()
+
+
+def parquet(note: str, about: str) -> bytes:
+    lines = [f"line {number}" for number in range(999)]
+    table = pa.table({"said": [[{"note": line}] for line in (*lines, f"line 500: {note}")]})  # neither first nor last
+    plain = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"about": about}), plain, compression="zstd")
+    return plain.getvalue()
+
+
 def test_no_secret_was_written_anywhere(shell: Shell) -> None:
     """After all of it: logs, databases, artifacts, Parquet and models in the object store, Ray's session."""
     secrets = {**CANARY, **json.loads((shell.home / "secrets/passwords.json").read_text())}
@@ -147,3 +229,17 @@ def test_no_secret_was_written_anywhere(shell: Shell) -> None:
     ]
     assert leaks == []
     assert not [name for name, value in secrets.items() if value in shell.shown]
+    buckets = Buckets(stack.environment(shell.config))
+    assert buckets.holding(secrets) == set()
+
+    column, log = "upvla/planted/column.parquet", "mlflow/planted/log.gz"
+    planted = {
+        "upvla/planted/report.json": json.dumps(["planted-42b7c1", *["a line of some length"] * 999]).encode(),
+        "upvla/planted/metadata.parquet": parquet("nothing", "planted-42b7c1"),
+        column: parquet("planted-42b7c1", "nothing"),
+        log: gzip.compress(b"a line of some length, planted-42b7c1"),
+    }
+    assert [key for key, body in planted.items() if b"planted-42b7c1" not in body] == [column, log]  # these hide it
+    for key, body in planted.items():
+        buckets.put(key, body)
+    assert buckets.holding({"marker": "planted-42b7c1"}) == {("marker", key) for key in planted}

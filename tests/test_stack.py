@@ -24,6 +24,7 @@ from botocore.exceptions import ClientError
 from upvla import stack
 from upvla.errors import ConfigError, StackError
 from upvla.stack import Ports, StackConfig, processes
+from upvla.stack.servers import parts
 
 pytestmark = pytest.mark.timeout(1500)  # a busy machine needs minutes to start five servers
 
@@ -236,6 +237,8 @@ def test_passwords_are_drawn_once_and_only_where_others_reach_the_stack(tmp_path
     found = stack.environment(shared)
     assert found["PREFECT_API_AUTH_STRING"].startswith("upvla:") and len(found["MLFLOW_TRACKING_PASSWORD"]) >= 24
     assert found["MLFLOW_TRACKING_URI"] == "http://10.1.2.3:5000"
+    (mlflow,) = [part.command for part in parts(shared) if part.name == "mlflow"]
+    assert "--cors-allowed-origins=http://10.1.2.3:5000" in mlflow  # else its page could not ask for anything
     stack.prepare(shared)
     assert stack.environment(shared) == found
     assert {oct(path.stat().st_mode)[-3:] for path in (shared.home / "secrets").iterdir()} == {"600"}
@@ -301,6 +304,18 @@ def test_a_taken_port_is_named_with_its_holder_and_the_way_out(tmp_path: Path) -
     assert f"(pid {os.getpid()})" in message
     assert "UPVLA_PORTS=mlflow=NUMBER" in message
     assert processes.marked(tmp_path) == []
+
+
+def test_ports_are_looked_for_on_the_address_that_servers_listen_on() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        processes.require_free("mlflow", "127.0.0.1", {port: "mlflow"})
+        with pytest.raises(StackError, match=rf"port {port}, which mlflow needs"):
+            processes.require_free("mlflow", "127.0.0.2", {port: "mlflow"})
+    with pytest.raises(StackError, match=r"192\.0\.2\.1 is no address of this machine"):
+        processes.require_free("mlflow", "192.0.2.1", {port: "mlflow"})
 
 
 def test_a_full_disk_is_seen_before_anything_starts(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 health checks and order, on a PostgreSQL of their own; and a night's flows through all of it.
 
 What a machine without names and containers needs is replaced: host names by loopback, ports by free ones, /var/lib by a
-folder. Everything else is the file's.
+folder. Everything else is the file's. The flow worker sees no processes but its own, where the machine allows it: Ray's
+drivers look for a node among the processes beside them.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,12 @@ from upvla.stack import processes
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
 PATIENCE_S = 600
+BROWSERS_NAME = "upvla.example.org"
 VALUES = {name: value or f"secret-{name.lower()}" for name, value in compose.example().items()}
+VALUES["PUBLIC_HOST"] = BROWSERS_NAME
 OTHERS = ("postgres", "ray-worker-gpu", "policy")  # the first is Debian's here, the others are of a profile
 HOSTS = re.compile(r"\b(?:s3|mlflow|prefect|ray-head|postgres|localhost)(?=:\d)|(?<=-ip=)s3\b|\b0\.0\.0\.0\b")
+APART = ("unshare", "--pid", "--fork", "--mount-proc")
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 
 
@@ -41,22 +47,29 @@ class Topology:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "var/lib/upvla"
         self.home.mkdir(parents=True)
-        names = ("8333", "5000", "4200", "6379", "8265", "52365", "5432")
-        master, volume, filer, admin, client, agent, *ports = free_ports(6 + len(names))
+        names = ("8333", "5000", "4200", "6379", "8265", "52365", "5432", "8080")
+        master, volume, filer, admin, client, of_worker, of_flows, *ports = free_ports(7 + len(names))
         self.ports = dict(zip(names, map(str, ports), strict=True))
         node = "--node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 --object-store-memory=100000000"
         self._more = {
             "s3": f"-master.port={master} -volume.port={volume} -filer.port={filer} -admin.port={admin}",
             "ray-head": f"{node} --ray-client-server-port={client} --temp-dir={folder}/ray",
-            "ray-worker": f"{node} --dashboard-agent-listen-port={agent}",
         }
         whole = compose.load(VALUES)
         self.services = {name: service for name, service in whole["services"].items() if name not in OTHERS}
-        self.services["ray-worker"]["healthcheck"] = None  # its port is the head's, on one machine
+        for name, agent in (("ray-worker", of_worker), ("worker", of_flows)):  # on one machine, 52365 is the head's
+            self._more[name] = f"{node} --dashboard-agent-listen-port={agent}"
+            check = self.services[name]["healthcheck"]
+            words = [word.replace("52365", str(agent)) for word in check["test"]]
+            self.services[name]["healthcheck"] = {**check, "test": words}
+        self.apart = bool(shutil.which(APART[0])) and subprocess.run([*APART, "true"], check=False).returncode == 0
+        if not self.apart:
+            warnings.warn("no process namespace here: the flow worker sees the processes of Ray's head", stacklevel=2)
         (folder / "mlflow_auth.ini").write_text(self.here(whole["configs"]["mlflow_auth"]["content"]))
 
     def here(self, text: str) -> str:
         text = text.replace("/var/lib/", f"{self.folder}/var/lib/").replace("/etc/", f"{self.folder}/")
+        text = text.replace("/app/", f"{ROOT}/")
         for number, free in self.ports.items():
             text = re.sub(rf"\b{number}\b", free, text)
         return HOSTS.sub("127.0.0.1", text)
@@ -67,7 +80,8 @@ class Topology:
         given = {name: self.here(str(value)) for name, value in self.services[service]["environment"].items()}
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         image = {"UPVLA_HOME": str(self.home), "PATH": path, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
-        return kept | image | given | {"SPT_NOENV": "1"}
+        health = {"PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1", "PREFECT_WORKER_WEBSERVER_PORT": self.ports["8080"]}
+        return kept | image | health | given | {"SPT_NOENV": "1"}
 
     def up(self) -> None:
         """Each service when those that it depends on are healthy, or have ended well."""
@@ -87,16 +101,16 @@ class Topology:
             time.sleep(0.5)
 
     def _start(self, name: str, command: str) -> None:
-        words = shlex.split(self.here(f"{command} {self._more.get(name, '')}"))
-        (program, *rest) = words
+        (program, *rest) = shlex.split(self.here(f"{command} {self._more.get(name, '')}"))
         found = shutil.which(program, path=self.environment(name)["PATH"])
         assert found is not None, program
-        processes.start(self.folder, name, [found, *rest], self.environment(name), self.folder / f"{name}.log")
+        alone = APART if self.apart and name == "worker" else ()
+        processes.start(self.folder, name, [*alone, found, *rest], self.environment(name), self.folder / f"{name}.log")
 
     def _is_done(self, name: str, service: dict[str, Any]) -> bool:
         check = service.get("healthcheck")
         if not check:
-            return name == "ray-worker" or (not processes.marked(self.folder, name) and "deployed" in self.log(name))
+            return not processes.marked(self.folder, name) and "deployed" in self.log(name)
         (_, *words) = [self.here(word) for word in check["test"]]
         done = subprocess.run(words, env=self.environment(name), capture_output=True, timeout=120, check=False)
         return done.returncode == 0
@@ -105,17 +119,24 @@ class Topology:
         return (self.folder / f"{name}.log").read_text()[-3000:]
 
     def run(self, *command: str) -> str:
-        """In the worker's place: `docker compose exec worker ...`."""
+        """In the worker's place: `docker compose exec worker python ...`."""
         done = subprocess.run(
-            [sys.executable, "-m", *command], env=self.environment("worker"), cwd=ROOT, capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
+            [*self._inside(), sys.executable, *command], env=self.environment("worker"), cwd=ROOT, capture_output=True,
+            text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + self.log("worker")
         return done.stdout
 
+    def _inside(self) -> list[str]:
+        if not self.apart:
+            return []
+        (outside,) = [found for found in processes.marked(self.folder, "worker") if found.name() == "unshare"]
+        (first,) = outside.children()
+        return ["nsenter", f"--target={first.pid}", "--pid", "--mount", "env", f"--chdir={ROOT}"]
+
     def deployment(self, name: str, **parameters: Any) -> None:
         given = json.dumps({"site": "compose", **parameters})
-        self.run("prefect", "deployment", "run", name, "--params", given, "--watch", "--watch-interval", "1")
+        self.run("-m", "prefect", "deployment", "run", name, "--params", given, "--watch", "--watch-interval", "1")
 
 
 def start_postgres(topology: Topology) -> None:
@@ -178,16 +199,49 @@ def test_every_door_asks_for_a_password(topology: Topology) -> None:
         assert refused.value.code in (401, 403), url
 
 
+def test_pages_work_under_the_machines_public_name_and_no_other(topology: Topology) -> None:
+    environment = topology.environment("worker")
+    login = f"{environment['MLFLOW_TRACKING_USERNAME']}:{environment['MLFLOW_TRACKING_PASSWORD']}"
+    url, port = f"{environment['MLFLOW_TRACKING_URI']}/ajax-api/2.0/mlflow/experiments/search", topology.ports["5000"]
+    for page, host, expected in (
+        (BROWSERS_NAME, BROWSERS_NAME, 200), ("evil.example", BROWSERS_NAME, 403), (BROWSERS_NAME, "evil.example", 403)
+    ):  # fmt: skip
+        headers = {"Host": f"{host}:{port}", "Origin": f"http://{page}:{port}", "Content-Type": "application/json"}
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+        request = urllib.request.Request(url, b'{"max_results": 1}', headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                code = reply.status
+        except urllib.error.HTTPError as error:
+            code = error.code
+        assert code == expected, (page, host)
+    settings = f"{environment['PREFECT_API_URL'].removesuffix('/api')}/ui-settings"
+    with urllib.request.urlopen(settings, timeout=60) as reply:
+        assert json.load(reply)["api_url"] == f"http://{BROWSERS_NAME}:{topology.ports['4200']}/api"
+
+
+def test_the_flow_worker_is_a_node_of_its_own(topology: Topology) -> None:
+    asked = """
+import json, ray
+ray.init(log_to_driver=False)
+nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+print(json.dumps([nodes.pop(ray.get_runtime_context().get_node_id()), *nodes.values()]))
+"""
+    ours, *others = json.loads(topology.run("-c", asked).splitlines()[-1])
+    assert "CPU" not in ours and sorted(node.get("CPU", 0) for node in others) == [0, 4]
+    assert ("node:__internal_head__" in ours) is not topology.apart
+
+
 def test_a_night_runs_through_it(topology: Topology) -> None:
     record(topology.home / "raw", "inbox", (20, 24, 18, 22, 26, 20, 19))
     landing = {"config": "pretrain/ci", "settle_s": 0}
     landing["overrides"] = ["data.ingest.dataset=mine", "data.ingest.options.span_end=exclusive"]
     topology.deployment("ingest/watch", **landing)
-    assert json.loads(topology.run("tests.toy_line").splitlines()[-1])["alias"] == "champion"
+    assert json.loads(topology.run("-m", "tests.toy_line").splitlines()[-1])["alias"] == "champion"
     record(topology.home / "raw", "inbox", (20, 24, 18, 22, 26, 20, 19, 21, 23))
     topology.deployment("ingest/watch", **landing)
     topology.deployment("finetune/nightly", config="finetune/ci", overrides=list(NIGHTLY))
-    found = topology.run("upvla.cli", "data", "ls", "--site", "compose", "--json")
+    found = topology.run("-m", "upvla.cli", "data", "ls", "--site", "compose", "--json")
     assert [row["recordings"] for row in json.loads(found)] == [7, 9]
     asked = """
 import json, os
@@ -195,9 +249,5 @@ from upvla.tracking import Registry, Tracker
 versions = Registry(Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")).versions("upvla-tiny")
 print(json.dumps([[version.version, version.tags["datasets"], version.tags.get("gate", "")] for version in versions]))
 """
-    command = [sys.executable, "-c", asked]
-    said = subprocess.run(
-        command, env=topology.environment("worker"), cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
-    )
-    (newest, trained_on, gate), (first, *_) = json.loads(said.stdout)
+    (newest, trained_on, gate), (first, *_) = json.loads(topology.run("-c", asked))
     assert (newest, first, trained_on) == ("2", "1", "mine@2") and "mine_d" in gate

@@ -57,7 +57,7 @@ def up(config: StackConfig, progress: Progress = print) -> None:
                 if _process(config, part) is None:
                     if part.owns_children:
                         processes.stop(processes.marked(config.home, part.name), _REMAINS_S)
-                    processes.require_free(part.name, part.ports)
+                    processes.require_free(part.name, config.host, part.ports)
             _converge(config, listing, attempts, progress)
         except BaseException:
             processes.stop([process for name in attempts for process in processes.marked(config.home, name)])
@@ -120,7 +120,7 @@ def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, 
                     processes.stop(processes.marked(config.home, name), _REMAINS_S)
                 elif process is not None:
                     processes.stop([process], _REMAINS_S)
-                processes.require_free(name, part.ports)
+                processes.require_free(name, config.host, part.ports)
                 if part.before and (done := part.before()):
                     progress(f"{name}: {done}")
                 since[name] = since[name] if ours else now

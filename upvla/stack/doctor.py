@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 from upvla.config import SiteConfig
 from upvla.errors import StackError, UpvlaError
 from upvla.stack import processes
-from upvla.stack.servers import StackConfig, environment, parts
+from upvla.stack.servers import StackConfig, basic_login, environment, parts
 from upvla.store import open_store, supports_conditional_create
 
 State = Literal["ok", "warning", "broken"]
@@ -129,7 +129,7 @@ def _ports(config: StackConfig) -> Iterator[Check]:
             yield Check(f"port of {part.name}", "ok", f"ours, {part.address}")
             continue
         try:
-            processes.require_free(part.name, part.ports)
+            processes.require_free(part.name, config.host, part.ports)
         except StackError as error:
             what, _, move = str(error).partition(": ")
             yield Check(f"port of {part.name}", "broken", what, move)
@@ -164,11 +164,16 @@ def _store(site: SiteConfig) -> Check:
 
 
 def _servers(site: SiteConfig) -> Iterator[Check]:
-    yield _answers("MLflow", site.tracking_url, "/health", {}, "MLFLOW_TRACKING_URI")
-    prefect = os.environ.get("PREFECT_API_URL", "")
-    yield _answers("Prefect", prefect, "/health", {}, "PREFECT_API_URL")
-    token = os.environ.get("RAY_AUTH_TOKEN") or _text(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
-    ray = _answers("Ray", site.ray_jobs_url, "/api/version", {"Authorization": f"Bearer {token}"}, "UPVLA_RAY_JOBS_URL")
+    """Each is asked for what it gives to nobody without a password; `/health` would answer everyone."""
+    user, password, prefect = map(_value, ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_URL"))
+    asked, login = "/api/2.0/mlflow/experiments/search", basic_login(f"{user}:{password}" if password else "")
+    proof = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    yield _answers("MLflow", site.tracking_url, asked, login, "MLFLOW_TRACKING_URI", proof, b'{"max_results": 1}')
+    login, proof = basic_login(_value("PREFECT_API_AUTH_STRING")), "PREFECT_API_AUTH_STRING"
+    yield _answers("Prefect", prefect, "/flows/filter", login, "PREFECT_API_URL", proof, b'{"limit": 1}')
+    token = _value("RAY_AUTH_TOKEN") or _text(_value("RAY_AUTH_TOKEN_PATH"))
+    login, proof = {"Authorization": f"Bearer {token}"}, "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    ray = _answers("Ray", site.ray_jobs_url, "/api/version", login, "UPVLA_RAY_JOBS_URL", proof)
     yield ray
     if ray.state == "ok":
         code = _status(f"{site.ray_jobs_url}/api/jobs/", {})
@@ -178,14 +183,17 @@ def _servers(site: SiteConfig) -> Iterator[Check]:
         yield Check("Ray token", "ok" if closed else "broken", detail, move)
 
 
-def _answers(name: str, url: str, path: str, headers: dict[str, str], variable: str) -> Check:
+def _answers(
+    name: str, url: str, path: str, login: dict[str, str], variable: str, proof: str, body: bytes | None = None
+) -> Check:
+    """`variable` holds its address, `proof` our right to ask. With a body it is a POST of JSON."""
     if not url:
         return Check(name, "broken", "no address", f"set {variable}, or the site file's field")
-    code = _status(url.rstrip("/") + path, headers)
+    code = _status(url.rstrip("/") + path, login, body)
     if code == 200:
         return Check(name, "ok", url)
     if code in (401, 403):
-        return Check(name, "broken", f"{url} refuses our credentials ({code})", 'eval "$(upvla env)", or set its token')
+        return Check(name, "broken", f"{url} refuses our credentials ({code})", f'eval "$(upvla env)", or set {proof}')
     detail = f"{url} does not answer" if code is None else f"{url} answers with status {code}"
     return Check(name, "broken", detail, "`upvla status` shows its log; `upvla up` starts what does not run")
 
@@ -207,15 +215,20 @@ def _rendering() -> Check:
 _direct: Callable[..., http.client.HTTPResponse] = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
-def _status(url: str, headers: dict[str, str]) -> int | None:
-    """Status code of a GET, None where nobody answers."""
+def _status(url: str, headers: dict[str, str], body: bytes | None = None) -> int | None:
+    """Status code of a GET, or of a POST of JSON; None where nobody answers."""
     try:
-        with _direct(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+        with _direct(request, timeout=10) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as error:
         return error.code
     except (OSError, ValueError, http.client.HTTPException):
         return None
+
+
+def _value(variable: str) -> str:
+    return os.environ.get(variable, "")
 
 
 def _text(path: str) -> str:

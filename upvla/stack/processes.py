@@ -8,6 +8,7 @@ number, and nothing of ours is left behind, not even when the home folder was de
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -124,11 +125,11 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def require_free(name: str, ports: Mapping[int, str]) -> None:
+def require_free(name: str, host: str, ports: Mapping[int, str]) -> None:
     """Raise `StackError` naming the first port that cannot be bound, who holds it, and the setting that moves it."""
     deadline = time.monotonic() + _RELEASE_S
     for port, setting in ports.items():
-        while not _is_free(port):
+        while not _is_free(host, port):
             if time.monotonic() > deadline:
                 raise StackError(
                     f"port {port}, which {name} needs, is held by {_holder(port)}: stop that, or move ours with "
@@ -137,12 +138,14 @@ def require_free(name: str, ports: Mapping[int, str]) -> None:
             time.sleep(0.1)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise StackError(f"{host} is no address of this machine: correct `stack.host` of the site") from error
             return False
     return True
 

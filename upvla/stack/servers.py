@@ -213,8 +213,12 @@ def _server_passwords(config: StackConfig) -> dict[str, str]:
 
 
 def _prefect_header(config: StackConfig) -> dict[str, str]:
-    known = _client_passwords(config).get("PREFECT_API_AUTH_STRING")
-    return {"Authorization": f"Basic {base64.b64encode(known.encode()).decode()}"} if known else {}
+    return basic_login(_client_passwords(config).get("PREFECT_API_AUTH_STRING", ""))
+
+
+def basic_login(pair: str) -> dict[str, str]:
+    """The header for `USER:PASSWORD`; none for an empty one."""
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"} if pair else {}
 
 
 def auth_files(config: StackConfig) -> dict[str, str]:
@@ -278,6 +282,7 @@ def parts(config: StackConfig) -> list[Part]:
         part(
             "mlflow",
             "mlflow server --host {host} --port {mlflow_port} --workers 1 --serve-artifacts {mlflow_app}"
+            " --allowed-hosts=localhost:*,127.0.0.1:*,{host}:* --cors-allowed-origins=http://{host}:{mlflow_port}"
             " --backend-store-uri sqlite:///{home}/mlflow/mlflow.db --artifacts-destination s3://{artifacts}",
             mlflow,
             {ports.mlflow: "mlflow"},
