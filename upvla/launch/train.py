@@ -99,7 +99,9 @@ class TrainSpec(BaseModel):
     @property
     def key(self) -> str:
         """Identity of the result: what is learnt from what, not where, nor on how many workers."""
-        value = self.model_dump(mode="json", exclude={*_ELSEWHERE, "engine", "bad_steps_before"}) | {"stage": self.stage.identity()}
+        value = self.model_dump(mode="json", exclude={*_ELSEWHERE, "engine", "bad_steps_before"}) | {
+            "stage": self.stage.identity()
+        }
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
 
     @property
