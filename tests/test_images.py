@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from upvla.errors import BadEpisode
+from upvla.images import Jpeg, decode_image, encode_jpeg, verify_image
+
+ROWS, COLUMNS = np.mgrid[:40, :56]
+PICTURE = np.stack([120 + 60 * np.sin(ROWS / 5), 100 + 40 * np.cos(COLUMNS / 7), ROWS + COLUMNS], -1).astype(np.uint8)
+
+
+def _saved(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, "png" if kind == "png" else "jpeg", progressive=kind == "progressive")
+    return file.getvalue()
+
+
+def _decodes(data: bytes) -> bool:
+    try:
+        decode_image(data)
+    except BadEpisode:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "png"])
+def test_what_is_verified_decodes_and_what_does_not_decode_is_refused(kind: str) -> None:
+    whole, rng = _saved(kind), np.random.Generator(np.random.Philox(3))
+    assert verify_image(whole) == decode_image(whole).shape[:2] == (40, 56)
+    verdicts = set()
+    for number in range(300):
+        data, place = bytearray(whole), int(rng.integers(len(whole)))
+        if number % 3 == 0:
+            del data[place:]
+        elif number % 3 == 1:
+            data[place] ^= 1 << int(rng.integers(8))
+        else:
+            data[place : place + 20] = bytes(len(data[place : place + 20]))
+        verdicts.add(expected := _decodes(bytes(data)))
+        if expected:
+            verify_image(bytes(data))
+        else:
+            with pytest.raises(BadEpisode, match="unreadable_image"):
+                verify_image(bytes(data))
+    assert False in verdicts
+
+
+def test_a_picture_of_our_own_is_not_decoded_again_but_a_part_of_it_is() -> None:
+    own = encode_jpeg(PICTURE)
+    assert verify_image(own) == verify_image(Jpeg(own[:-9])) == (40, 56)
+    with pytest.raises(BadEpisode, match="unreadable_image"):
+        verify_image(own[:-1])
+    with pytest.raises(BadEpisode, match="unreadable_image"):
+        verify_image(bytes(own)[:-1] + b"\0")
