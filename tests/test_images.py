@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -56,3 +58,30 @@ def test_a_picture_of_our_own_is_not_decoded_again_but_a_part_of_it_is() -> None
         verify_image(own[:-1])
     with pytest.raises(BadEpisode, match="unreadable_image"):
         verify_image(bytes(own)[:-1] + b"\0")
+
+
+def _claiming(kind: str, rows: int, columns: int) -> bytes:
+    """A whole picture whose header says that it is larger."""
+    data = bytearray(_saved(kind))
+    if kind == "png":
+        data[16:24] = struct.pack(">II", columns, rows)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    else:
+        frame = data.index(b"\xff\xc0") + 5
+        data[frame : frame + 4] = struct.pack(">HH", rows, columns)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "reason"),
+    [
+        ("baseline", 65000, 65000, "zip_bomb"),
+        ("png", 2**31 - 1, 2**31 - 1, "zip_bomb"),
+        ("png", 1, 2**22, "unreadable_image"),  # few pixels, but more columns than OpenCV takes
+    ],
+)
+def test_a_header_that_claims_too_much_is_believed_and_refused(kind: str, rows: int, columns: int, reason: str) -> None:
+    for judge in (decode_image, verify_image):
+        with pytest.raises(BadEpisode) as caught:
+            judge(_claiming(kind, rows, columns))
+        assert caught.value.reason == reason

@@ -162,6 +162,14 @@ def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
                 assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 8
 
 
+def test_a_video_of_huge_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("lerobot", str(write_lerobot_v21(tmp_path / "set")), action_space="calvin_relative")
+    monkeypatch.setattr("upvla.data.sources.lerobot.MAX_PIXELS", 32 * 32 - 1)
+    with pytest.raises(BadEpisode, match=r"episode_000000: .*mp4 claims frames of 32x32 pixels") as caught:
+        source.read("episode_000000")
+    assert caught.value.reason == "zip_bomb"
+
+
 def _broken_lerobot(folder: Path, how: str) -> None:
     data = folder / "data/chunk-000/episode_000000.parquet"
     video = folder / "videos/chunk-000/observation.images.top/episode_000000.mp4"
@@ -376,6 +384,16 @@ def test_records_are_read_in_any_order(tmp_path: Path) -> None:
     assert [file.read(n)[0] for n in (4, 0, 2)] == [4, 0, 2] and file.count() == 5
 
 
+def test_a_record_beyond_the_limit_is_one_bad_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_bridge(tmp_path / "set", [(20, 5)])
+    monkeypatch.setattr("upvla.data.sources.tfrecord._MAX_RECORD_BYTES", len(example_bytes(bridge_episode(5, 1))) + 4)
+    source = open_source("rlds", str(folder), layout="bridge_v2")
+    large, small = source.keys()
+    with pytest.raises(BadEpisode, match=r"record 0 has \d+ bytes, the most is") as caught:
+        source.read(large)
+    assert caught.value.reason == "zip_bomb" and len(source.read(small)) == 5
+
+
 # ------------------------------------------------------------------------------------------------------------- HDF5
 
 CONTROLLER = {
@@ -448,6 +466,32 @@ def test_broken_hdf5_spoils_its_own_demonstrations_only(tmp_path: Path) -> None:
     assert len(source.read("a.hdf5/demo_1")) == 6
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "chunks"),
+    [
+        ("actions", (10**9, 7), (1000, 7)),
+        ("obs/ee_states", (10**9, 6), (1000, 6)),
+        ("obs/agentview_rgb", (10**8, 64, 64, 3), (1, 64, 64, 3)),
+        ("obs/agentview_rgb", (5, 8000, 8000, 3), (1, 100, 100, 3)),
+        ("obs/agentview_rgb", (5, 64, 64, 3), (5000, 300, 300, 3)),
+    ],
+)
+def test_shapes_that_no_demonstration_has_are_refused_unread(
+    tmp_path: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> None:
+    write_libero(tmp_path / "a.hdf5", [5, 6])
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        demo = file["data/demo_0"]
+        dtype = demo[path].dtype
+        del demo[path]
+        most = tuple(max(sizes) for sizes in zip(shape, chunks, strict=True))
+        demo.create_dataset(path, shape, dtype, chunks=chunks, maxshape=most)  # a kilobyte: nothing is written
+    source = open_source("hdf5", str(tmp_path))
+    with pytest.raises(BadEpisode, match=f"{path} claims") as caught:
+        source.read("a.hdf5/demo_0")
+    assert caught.value.reason == "zip_bomb" and len(source.read("a.hdf5/demo_1")) == 6
+
+
 # ------------------------------------------------------------------------------------------------------------ LLaVA
 
 
@@ -511,6 +555,18 @@ def test_a_long_list_is_walked_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(Corrupt, match=r"rows\.json: byte \d+"):
         open_source("llava", str(tmp_path / "llava")).keys()
+
+
+@pytest.mark.parametrize("kind", ["png", "gif"])
+def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    folder = write_llava(tmp_path / "llava")
+    Image.fromarray(pictures(1)[0]).save(folder / f"huge.{kind}")
+    (folder / "rows.json").write_text(json.dumps([llava_row(f"huge.{kind}", "What?", "Noise.")]))
+    for module in ("images", "data.sources.llava"):
+        monkeypatch.setattr(f"upvla.{module}.MAX_PIXELS", 32 * 32 - 1)
+    with pytest.raises(BadEpisode, match=f"00000000: huge.{kind} claims 32x32 pixels") as caught:
+        open_source("llava", str(folder)).read("00000000")
+    assert caught.value.reason == "zip_bomb"
 
 
 # ------------------------------------------------------------------------------------------------- the robot at home

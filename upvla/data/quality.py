@@ -26,7 +26,7 @@ REASONS = {
     "missing_array": "a frame lacks an array",
     "unreadable_frame": "a frame's file is damaged",
     "unreadable_image": "an encoded image does not decode",
-    "zip_bomb": "an archive claims to unpack to more than any frame holds",
+    "zip_bomb": "an archive, a picture or an array claims to hold more than any recording does",
     "shape": "an array of another shape than its format says",
     "frame_count": "the arrays of one recording differ in length",
     "too_short": "fewer steps than the limit",

@@ -11,6 +11,7 @@ down and are turned. Frames are read and encoded in blocks: memory holds a few p
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from upvla.types import ActionDim, ActionSpace, Episode, Span
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _BLOCK = 32  # frames read at a time
+_MAX_BYTES = 1 << 30  # of what is read at once: an array of numbers, a block of frames, a stored chunk
+_MAX_VIDEO_BYTES = 64 << 30  # of one camera's frames in a demonstration
 
 
 class DemoMap(BaseModel):
@@ -107,7 +110,7 @@ class HDF5Source:
             images = {camera: _encoded(demo, path, layout, key) for camera, path in layout.cameras.items()}
             state = joined([_array(demo, path, key)[()] for path in layout.state])
             actions = np.asarray(_array(demo, layout.action, key)[()], np.float32)
-        except (OSError, RuntimeError) as error:  # what h5py raises for damaged files
+        except (OSError, RuntimeError, MemoryError) as error:  # what h5py raises for damaged files
             raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
         except KeyError as error:
             raise BadEpisode("schema", f"{key}: {error}") from error
@@ -212,18 +215,28 @@ def _begins_so(store: Store, key: str) -> bool:
     return store.size(key) >= len(_MAGIC) and store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
 
 
-def _array(demo: h5py.Group, path: str, key: str) -> h5py.Dataset:
-    if path not in demo:
+def _array(demo: h5py.Group, path: str, key: str, most: int = _MAX_BYTES) -> h5py.Dataset:
+    """An array that fits into memory: a file of a kilobyte may claim any shape."""
+    array = demo.get(path)
+    if not isinstance(array, h5py.Dataset):
         raise BadEpisode("schema", f"{key}: there is no array {path!r}")
-    return demo[path]
+    chunk = math.prod(array.chunks or ()) * array.dtype.itemsize
+    if array.nbytes > most or chunk > _MAX_BYTES:
+        raise BadEpisode(
+            "zip_bomb",
+            f"{key}: {path} claims {array.nbytes} bytes in chunks of {chunk}; the most is {most} in {_MAX_BYTES}",
+        )
+    return array
 
 
 def _encoded(demo: h5py.Group, path: str, layout: DemoMap, key: str) -> list[bytes]:
-    frames = _array(demo, path, key)
+    frames = _array(demo, path, key, _MAX_VIDEO_BYTES)
     if frames.dtype != np.uint8:
         raise BadEpisode("dtype", f"{key}: {path} is {frames.dtype}, pictures are uint8")
     if frames.ndim != 4 or frames.shape[3] != 3:
         raise BadEpisode("shape", f"{key}: {path} is {frames.shape}, must be (T, H, W, 3)")
+    if math.prod(frames.shape[1:]) * _BLOCK > _MAX_BYTES:
+        raise BadEpisode("zip_bomb", f"{key}: {path} claims frames of {frames.shape[1]}x{frames.shape[2]} pixels")
     turned = slice(None, None, -1 if layout.upside_down else 1)
     blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
     return [encode_jpeg(frame[turned]) for block in blocks for frame in block]

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from upvla.data.actions import declared_space
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, UpvlaError
-from upvla.images import encode_jpeg
+from upvla.images import MAX_PIXELS, encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionSpace, Episode, Span
 
@@ -269,6 +269,8 @@ def decode_video(path: Path, times: np.ndarray, tolerance_s: float, name: str) -
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert stream.time_base is not None
+            if stream.width * stream.height > MAX_PIXELS:
+                raise BadEpisode("zip_bomb", f"{name} claims frames of {stream.width}x{stream.height} pixels")
             container.seek(max(0, int(times[0] / stream.time_base)), stream=stream)
             for frame in container.decode(stream):
                 shown = float((frame.pts or 0) * stream.time_base)
