@@ -466,6 +466,22 @@ def test_broken_hdf5_spoils_its_own_demonstrations_only(tmp_path: Path) -> None:
     assert len(source.read("a.hdf5/demo_1")) == 6
 
 
+def test_hdf5_is_what_begins_as_hdf5(tmp_path: Path) -> None:
+    (tmp_path / "notes.hdf5").write_bytes(b"no demonstrations")
+    (tmp_path / "empty.h5").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds no format that is known"):
+        detect_format(str(tmp_path))
+    for url in (tmp_path, tmp_path / "notes.hdf5"):
+        with pytest.raises(NotFound, match=r"holds no HDF5 files, \d are only called so"):
+            open_source("hdf5", str(url))
+    write_libero(tmp_path / "recorded on monday", [5])
+    assert detect_format(str(tmp_path)) == "hdf5"
+    for url in (tmp_path, tmp_path / "recorded on monday"):
+        source = open_source("hdf5", str(url))
+        assert source.keys() == ["recorded on monday/demo_0"] and len(source.read(source.keys()[0])) == 5
+        assert source.notes == ({"files called HDF5 that are none": 2} if url == tmp_path else {})
+
+
 @pytest.mark.parametrize(
     ("path", "shape", "chunks"),
     [

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
-from upvla.errors import BadEpisode, ConfigError, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
@@ -77,21 +77,21 @@ class HDF5Source:
         mask: str = "",
     ):
         self.store = open_store(url)
-        self.notes: Mapping[str, int] = {}
         self._layout, self._space, self._instruction, self._mask = layout, action_space, instruction, mask
-        self._tokens = _hdf5_files(self.store)
+        self._tokens, misnamed = _hdf5_files(self.store)
         folder, _, name = self.store.url.rpartition("/")
-        if not self._tokens and folder and name:  # one file
+        if not (self._tokens or misnamed) and folder and name:  # one file
             self.store = open_store(folder)
-            self._tokens = {key: token for key, token in self.store.tokens(name).items() if key == name}
+            self._tokens, misnamed = _hdf5_files(self.store, name)
         if not self._tokens:
-            raise NotFound(f"{url} holds no HDF5 files")
+            raise NotFound(f"{url} holds no HDF5 files{f', {misnamed} are only called so' if misnamed else ''}")
+        self.notes: Mapping[str, int] = {"files called HDF5 that are none": misnamed} if misnamed else {}
         self._scratch = tempfile.TemporaryDirectory(prefix="upvla-hdf5-")
         self._open: tuple[str, h5py.File, Path] | None = None
 
     @staticmethod
     def recognises(store: Store) -> bool:
-        return bool(_hdf5_files(store))
+        return bool(_hdf5_files(store)[0])
 
     def keys(self) -> Sequence[str]:
         return [f"{file}/{name}" for file in self._tokens for name in self._demos(file)]
@@ -201,18 +201,25 @@ def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
     return ActionSpace("osc_pose", (*dims, gripper), dt_s)
 
 
-def _hdf5_files(store: Store) -> dict[str, str]:
-    """Objects that begin with HDF5's signature, whatever they are called; names only save looking into pictures."""
+def _hdf5_files(store: Store, only: str = "") -> tuple[dict[str, str], int]:
+    """Objects that begin with HDF5's signature, with their tokens, and how many others are merely called HDF5. Names
+    save looking into pictures and nothing else. only: the one object to look at."""
     plain = (".json", ".jpg", ".png", ".mp4", ".parquet", ".npz", ".npy", ".txt", ".md")
-    return {
-        key: token
-        for key, token in store.tokens().items()
-        if not key.endswith(plain) and (key.endswith((".hdf5", ".h5")) or _begins_so(store, key))
-    }
+    found, misnamed = dict[str, str](), 0
+    for key, token in store.tokens(only).items():
+        if key == only or not (only or key.endswith(plain)):
+            if _begins_so(store, key):
+                found[key] = token
+            else:
+                misnamed += key.endswith((".hdf5", ".h5"))
+    return found, misnamed
 
 
 def _begins_so(store: Store, key: str) -> bool:
-    return store.size(key) >= len(_MAGIC) and store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
+    try:
+        return store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
+    except Corrupt:  # shorter than the signature
+        return False
 
 
 def _array(demo: h5py.Group, path: str, key: str, most: int = _MAX_BYTES) -> h5py.Dataset:
