@@ -4,7 +4,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, S3Server
+from tests.factories import write_calvin
 from upvla.data.actions import LIBERO
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.quality import QualityLimits, check
@@ -325,6 +326,100 @@ def test_rlds_episodes_come_through_the_declared_layout(tmp_path: Path) -> None:
         open_source("rlds", str(folder), layout="bridge_v2", split="val")
 
 
+def write_known(folder: Path, frames: Sequence[str], numbers: Mapping[str, int], words: str) -> Path:
+    """A set of one episode of six steps: pictures under the names `frames`, columns of a width each under `numbers`,
+    and under `words` an instruction that changes half-way."""
+    features: dict[str, Any] = {
+        name: [encode_jpeg(picture) for picture in pictures(6, seed=place)] for place, name in enumerate(frames)
+    }
+    for place, (name, width) in enumerate(numbers.items()):
+        features[name] = np.full((6, width), 0.125 * place) + np.arange(6)[:, None] / 64
+    features[words] = [b"pick the can"] * 3 + [b""] + [b"open the drawer"] * 2
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
+    write_records(folder / "known-train.tfrecord-00000-of-00001", [example_bytes(features)])
+    return folder
+
+
+_STEPS, _SEEN = "steps", "steps/observation"
+FRACTAL_ACTIONS = {
+    "name": "fractal",
+    "dt_s": 1 / 3,
+    "dims": [
+        *({"name": f"d{n}", "unit": "m", "frame": "world", "mode": "relative"} for n in "xyz"),
+        *(
+            {"name": f"r{n}", "unit": "rad", "frame": "world", "mode": "relative", "convention": "euler_xyz"}
+            for n in "xyz"
+        ),
+        {
+            "name": "gripper",
+            "unit": "gripper",
+            "frame": "none",
+            "mode": "absolute",
+            "convention": "-1=open,+1=close,continuous",
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "space", "frames", "state", "action", "words", "robot"),
+    [
+        (
+            "droid",
+            None,
+            {"static": f"{_SEEN}/exterior_image_1_left", "gripper": f"{_SEEN}/wrist_image_left"},
+            {f"{_SEEN}/cartesian_position": 6, f"{_SEEN}/gripper_position": 1, f"{_SEEN}/joint_position": 7},
+            {f"{_STEPS}/action_dict/cartesian_position": 6, f"{_STEPS}/action_dict/gripper_position": 1},
+            f"{_STEPS}/language_instruction",
+            ("franka_panda", 15, "droid", "absolute"),
+        ),
+        (
+            "fractal",
+            FRACTAL_ACTIONS,
+            {"static": f"{_SEEN}/image"},
+            {f"{_SEEN}/base_pose_tool_reached": 7, f"{_SEEN}/gripper_closed": 1},
+            {
+                f"{_STEPS}/action/world_vector": 3,
+                f"{_STEPS}/action/rotation_delta": 3,
+                f"{_STEPS}/action/gripper_closedness_action": 1,
+            },
+            f"{_SEEN}/natural_language_instruction",
+            ("google_robot", 3, "fractal", "relative"),
+        ),
+    ],
+)
+def test_known_layouts_are_read_as_their_sets_have_them(
+    tmp_path: Path,
+    layout: str,
+    space: dict[str, Any] | None,
+    frames: dict[str, str],
+    state: dict[str, int],
+    action: dict[str, int],
+    words: str,
+    robot: tuple[str, float, str, str],
+) -> None:
+    folder = write_known(tmp_path / "set", [*frames.values(), "steps/observation/depth"], state | action, words)
+    source = open_source("rlds", str(folder), layout=layout, **({"action_space": space} if space else {}))
+    (key,) = source.keys()
+    episode = source.read(key)
+    check(episode, QualityLimits())
+    dims = episode.action_space.dims
+    assert (episode.embodiment, episode.rate_hz, episode.action_space.name, dims[0].mode) == robot
+    assert [dim.unit for dim in dims] == ["m"] * 3 + ["rad"] * 3 + ["gripper"]
+    assert list(episode.images) == list(frames)
+    for place, camera in enumerate(frames):
+        assert episode.images[camera] == [encode_jpeg(picture) for picture in pictures(6, seed=place)]
+    places = np.repeat(np.arange(len(state | action)), list((state | action).values()))
+    meant = 0.125 * places + np.arange(6)[:, None] / 64
+    assert np.allclose(np.c_[episode.state, episode.actions], meant)
+    assert episode.state.shape == (6, sum(state.values())) and episode.actions.shape == (6, 7)
+    assert episode.spans == (
+        Span(0, 3, "pick the can", "pick the can"),
+        Span(4, 6, "open the drawer", "open the drawer"),
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -440,6 +535,30 @@ def test_libero_demonstrations_stand_upright_and_say_what_they_do(tmp_path: Path
         assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 3
     assert len(open_source("hdf5", str(path)).keys()) == 11
     assert [key[-7:] for key in open_source("hdf5", str(tmp_path), mask="train").keys()] == ["/demo_0", "demo_10"]
+
+
+def test_robomimic_demonstrations_are_told_by_their_arrays(tmp_path: Path) -> None:
+    with h5py.File(write_libero(tmp_path / "lift.hdf5", [STEPS, 9]), "a") as file:  # as robomimic writes them
+        del file["data"].attrs["problem_info"]
+        for number, demo in enumerate(file["data"].values()):
+            frames = demo["obs/agentview_rgb"][:]
+            del demo["obs"]
+            for name in ("agentview_image", "robot0_eye_in_hand_image"):
+                demo[f"obs/{name}"] = frames[:, ::-1] if name == "agentview_image" else frames
+            for place, (name, width) in enumerate((("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2))):
+                demo[f"obs/robot0_{name}"] = np.full((len(frames), width), 10.0 * number + place)
+            demo["states"] = np.zeros((len(frames), 32))
+    assert detect_format(str(tmp_path)) == "hdf5"
+    source = open_source("hdf5", str(tmp_path), instruction="lift the cube")
+    episode = source.read("lift.hdf5/demo_1")
+    check(episode, QualityLimits())
+    assert (episode.embodiment, episode.rate_hz, episode.action_space.name) == ("franka_panda", 20, "osc_pose")
+    assert [dim.scale for dim in episode.action_space.dims[:6]] == [0.05] * 3 + [0.5] * 3
+    assert episode.spans == (Span(0, 9, "lift the cube", "lift the cube"),)
+    assert (episode.state == [10] * 3 + [11] * 4 + [12] * 2).all() and np.abs(episode.actions).max() <= 1
+    for camera, turn in (("static", 1), ("gripper", -1)):  # pictures are taken as they stand
+        for mine, theirs in zip(episode.images[camera], pictures(9, seed=1), strict=True):
+            assert np.abs(decode_image(mine).astype(int) - theirs[::turn]).mean() < 3
 
 
 def test_a_controller_without_deltas_has_to_be_declared(tmp_path: Path) -> None:
@@ -604,6 +723,48 @@ def test_the_documented_example_ingests(tmp_path: Path) -> None:
     assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 60
     with pytest.raises(ConfigError, match="cannot be imported"):
         open_source("examples.my_robot:Nobody", str(tmp_path))
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize(
+    ("format", "write", "options"),
+    [
+        ("calvin", lambda folder: write_calvin(folder, (3, 4), static=(24, 24, 3), gripper=(16, 16, 3)), {}),
+        ("lerobot", write_lerobot_v21, {"action_space": "calvin_relative"}),
+        ("rlds", write_bridge, {"layout": "bridge_v2"}),
+        ("hdf5", lambda folder: write_libero(folder / "kitchen" / "stove.hdf5", (5, 4)), {}),
+        ("llava", write_llava, {}),
+    ],
+)
+def test_a_source_on_s3_is_the_source_in_its_folder(
+    tmp_path: Path, s3_server: S3Server, format: str, write: Callable[[Path], object], options: dict[str, Any]
+) -> None:
+    folder, url = tmp_path / "set", s3_server.url()
+    write(folder)
+    store = open_store(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
+    assert detect_format(url) == format
+    here, there = (open_source(format, where, **options) for where in (str(folder), url))
+    again = open_source(format, url, **options)
+    assert here.keys() == there.keys() == again.keys()
+    assert [there.token(key) for key in there.keys()] == [again.token(key) for key in again.keys()]
+    read = 0
+    for key in here.keys():
+        try:
+            meant = here.read(key)
+        except BadEpisode as error:
+            with pytest.raises(BadEpisode) as caught:
+                there.read(key)
+            assert caught.value.reason == error.reason
+        else:
+            found = there.read(key)
+            check(found, QualityLimits())
+            assert found.images == meant.images and (found.spans, found.talks) == (meant.spans, meant.talks)
+            assert np.array_equal(found.state, meant.state) and np.array_equal(found.actions, meant.actions)
+            read += 1
+    assert read >= 2
 
 
 def test_what_lies_there_decides_or_nothing_does(tmp_path: Path) -> None:
