@@ -23,6 +23,7 @@ from upvla.data.actions import LIBERO
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.quality import QualityLimits, check
 from upvla.data.sources import detect_format, open_source
+from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
@@ -161,6 +162,56 @@ def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
             assert episode.spans == (Span(0, 5, "open it", "open it"), Span(5, len(episode), "close it", "close it"))
             for mine, theirs in zip(episode.images["top"], pictures(len(episode), seed=10 * number), strict=True):
                 assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 8
+
+
+def write_lerobot_v30(folder: Path, files: Sequence[Sequence[int]]) -> Path:
+    """Numbers without pictures: data files of several episodes each, whose actions are their numbers."""
+    (folder / "meta/episodes/chunk-000").mkdir(parents=True)
+    (folder / "data/chunk-000").mkdir(parents=True)
+    numbers = {"dtype": "float32", "shape": [7]}
+    info = {"codebase_version": "v3.0", "fps": 30, "features": {"observation.state": numbers, "action": numbers}}
+    info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    pq.write_table(pa.table({"task_index": [0], "task": ["open it"]}), folder / "meta/tasks.parquet")
+    episodes: list[dict[str, int]] = []
+    start = 0
+    for file, lengths in enumerate(files):
+        tables = []
+        for length in lengths:
+            columns = {
+                "observation.state": np.full((length, 7), len(episodes), np.float32).tolist(),
+                "action": np.full((length, 7), len(episodes), np.float32).tolist(),
+                "timestamp": np.arange(length, dtype=np.float32) / np.float32(30),
+                "frame_index": np.arange(length),
+                "episode_index": np.full(length, len(episodes)),
+                "task_index": np.zeros(length, int),
+            }
+            tables.append(pa.table(columns))
+            where = {"data/chunk_index": 0, "data/file_index": file, "dataset_from_index": start}
+            episodes.append({"episode_index": len(episodes), "length": length} | where)
+            start += length
+        pq.write_table(pa.concat_tables(tables), folder / f"data/chunk-000/file-{file:03d}.parquet", row_group_size=8)
+    pq.write_table(pa.Table.from_pylist(episodes), folder / "meta/episodes/chunk-000/file-000.parquet")
+    return folder
+
+
+def test_lerobot_v3_episodes_are_found_without_looking_through_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [[3, 9, 4] * 4, [5, 2] * 5]
+    source = open_source("lerobot", str(write_lerobot_v30(tmp_path / "set", lengths)), action_space="calvin_relative")
+    asked: list[int] = []
+    data_key = LeRobotSource._data_key
+
+    def counted(self: LeRobotSource, row: Mapping[str, Any]) -> str:
+        asked.append(int(row["episode_index"]))
+        return data_key(self, row)
+
+    monkeypatch.setattr(LeRobotSource, "_data_key", counted)
+    for number, (key, length) in enumerate(zip(source.keys(), [*lengths[0], *lengths[1]], strict=True)):
+        episode = source.read(key)
+        assert episode.actions.shape == (length, 7) and (episode.actions == number).all()
+    assert sorted(asked) == sorted([*range(22), *range(22)])  # once for itself, once to learn where its file begins
 
 
 def test_a_video_of_huge_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
