@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Literal
 
 import cv2
@@ -11,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.errors import BadEpisode
 
+MAX_PIXELS = 64 << 20  # of one picture; a 4K frame has 8 million, so more is a bomb or a mistake
 JPEG_QUALITY = 92  # with 4:4:4 chroma: smaller than q95 4:2:0 and sharper on small saturated objects
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 
 class Resize(BaseModel):
@@ -66,21 +69,58 @@ def _scale(frame: np.ndarray, target: tuple[int, int], name: str, out: np.ndarra
     return np.asarray(cv2.resize(frame, target, dst=out, interpolation=flags[name]))
 
 
-def encode_jpeg(frame: np.ndarray) -> bytes:
+class Jpeg(bytes):
+    """Bytes that `encode_jpeg` made of a whole picture: nothing in them needs decoding to be trusted."""
+
+
+def encode_jpeg(frame: np.ndarray) -> Jpeg:
     """u8[H,W,3] RGB -> JPEG, 4:4:4."""
     frame = np.ascontiguousarray(frame)
-    return bytes(simplejpeg.encode_jpeg(frame, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444"))
+    return Jpeg(simplejpeg.encode_jpeg(frame, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444"))
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(rows, columns) as the header of a JPEG or PNG says. Raises `BadEpisode`: "unreadable_image" for anything else,
+    "zip_bomb" above `MAX_PIXELS`.
+    """
+    if data[:3] == _JPEG:
+        try:
+            rows, columns, *_ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise BadEpisode("unreadable_image", str(error)) from error
+    elif data[:8] == _PNG and len(data) >= 24:
+        columns, rows = struct.unpack(">II", data[16:24])
+    else:
+        raise BadEpisode("unreadable_image", f"{len(data)} bytes are neither a JPEG nor a PNG")
+    if rows * columns > MAX_PIXELS:
+        raise BadEpisode("zip_bomb", f"{len(data)} bytes claim {rows}x{columns} pixels, the most is {MAX_PIXELS}")
+    return rows, columns
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """JPEG or PNG bytes, told apart by their magic -> u8[H,W,3] RGB. Raises `BadEpisode("unreadable_image")`."""
+    """JPEG or PNG bytes, told apart by their magic -> u8[H,W,3] RGB. Raises `BadEpisode` as `image_size` does."""
+    image_size(data)
     try:
-        if data[:3] == b"\xff\xd8\xff":
+        if data[:3] == _JPEG:
             return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-            if decoded is not None:
-                return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
-    except ValueError as error:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if decoded is not None:
+            return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
+    except (ValueError, MemoryError, cv2.error) as error:
         raise BadEpisode("unreadable_image", str(error)) from error
-    raise BadEpisode("unreadable_image", f"{len(data)} bytes are neither a JPEG nor a PNG that decodes")
+    raise BadEpisode("unreadable_image", f"{len(data)} bytes begin as a PNG and do not decode")
+
+
+def verify_image(data: bytes) -> tuple[int, int]:
+    """(rows, columns) of an image that `decode_image` will decode; `BadEpisode` as there. A JPEG is decoded at an
+    eighth of its size: that reads every one of its bits, so it refuses what a full decode refuses, in half the time.
+    """
+    size = image_size(data)
+    if data[:3] != _JPEG:
+        decode_image(data)
+    elif not isinstance(data, Jpeg):
+        try:
+            simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=1, min_width=1, min_factor=8)
+        except (ValueError, MemoryError) as error:
+            raise BadEpisode("unreadable_image", str(error)) from error
+    return size

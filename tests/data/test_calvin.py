@@ -183,13 +183,16 @@ def test_honest_pickles_of_any_protocol_are_read(tmp_path: Path, protocol: int) 
     assert np.array_equal(read["emb"], value["emb"])
 
 
-def test_annotations_outside_of_recordings_are_ignored(tmp_path: Path) -> None:
-    folder = write_calvin(tmp_path, (4, 4))
-    np.save(folder / "ep_start_end_ids.npy", np.array([[4, 7]]))
+def test_annotations_and_frames_outside_of_recordings_are_ignored_and_counted(tmp_path: Path) -> None:
+    folder = write_calvin(tmp_path, (4, 4, 3))
+    np.save(folder / "ep_start_end_ids.npy", np.array([[4, 7], [9, 9]]))
     source = open_source("calvin", str(folder))
-    assert list(source.keys()) == ["0000004-0000007"]
+    assert list(source.keys()) == ["0000004-0000007", "0000009-0000009"]
     assert [(span.start, span.end) for span in source.read("0000004-0000007").spans] == [(0, 4), (0, 4)]
-    assert source.notes == {"annotations outside of every recording": 2}
+    assert source.notes == {"annotations outside of every recording": 4}
+    assert len({source.token(key) for key in source.keys()}) == 2
+    frames = {"frames outside of every recording": 6}  # 0 to 3, 8 and 10
+    assert source.notes == {"annotations outside of every recording": 4} | frames
 
 
 def test_a_recording_in_two_scenes_is_in_none(tmp_path: Path) -> None:

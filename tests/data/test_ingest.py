@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.test_sources import shared
 from tests.factories import write_calvin
 from upvla.data.ingest import IngestConfig, ingest, portions_of
 from upvla.data.sources.calvin import CalvinSource
@@ -195,11 +196,23 @@ def test_the_report_shows_what_is_in_it(tmp_path: Path, recordings: Path) -> Non
         assert expected in page
 
 
-def test_the_public_environments_recordings(tmp_path: Path, calvin_mini: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "folder", "options", "counts"),
+    [
+        ("calvin", "calvin_mini/training", {"span_end": "inclusive"}, (3, 9, 446)),
+        ("lerobot", "lerobot_v3_image", {"action_space": "calvin_relative"}, (4, 4, 154)),
+        ("lerobot", "lerobot_v3_video", {"action_space": "calvin_relative"}, (4, 4, 154)),
+    ],
+)
+def test_the_small_real_sets_have_their_counts(
+    tmp_path: Path, format: str, folder: str, options: dict[str, str], counts: tuple[int, int, int]
+) -> None:
+    name, _, split = folder.partition("/")
     store = open_store(str(tmp_path))
-    config = IngestConfig(format="calvin", dataset="mini", options={"span_end": "inclusive"})
-    found = ingest(store, config, str(calvin_mini / "training"))
-    assert (found["recordings"], found["segments"], found["steps"], found["quarantined"]) == (3, 9, 446, {})
-    dataset = Dataset(store, load_manifest(store, "mini"))
-    assert dataset.manifest.options["source"]["options"] == {"span_end": "inclusive"}
-    assert {row.topic for row in dataset.qa} >= {"drawer", "led"}
+    config = IngestConfig(format=format, dataset="real", options=options)
+    found = ingest(store, config, str(shared(name) / split))
+    assert (found["recordings"], found["segments"], found["steps"]) == counts
+    assert (found["quarantined"], found["notes"]) == ({}, {})
+    dataset = Dataset(store, load_manifest(store, "real"))
+    assert dataset.manifest.options["source"]["options"] == options
+    assert format != "calvin" or {row.topic for row in dataset.qa} >= {"drawer", "led"}

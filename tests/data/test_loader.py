@@ -179,7 +179,7 @@ def test_datasets_travel_to_workers(dataset: Dataset) -> None:
 def test_a_picture_that_does_not_decode_is_named_and_nothing_takes_its_place(tmp_path: Path) -> None:
     episodes = [make_episode(n) for n in range(4)]
     frames = [encode_jpeg(frame) for frame in np.asarray(episodes[2].images["static"])]
-    frames[5] = frames[5][:20] + b"not a picture" * 9  # a check sees the first and the last frame only
+    frames[5] = frames[5][:20] + b"not a picture" * 9  # damaged after its check: it is staged without one
     episodes[2] = replace(episodes[2], images={"static": frames})
     store = open_store(str(tmp_path))
     commit(store, "d", [staged_of(store, episodes)], validation_fraction=0.0, options={})

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, S3Server
+from tests.factories import write_calvin
 from upvla.data.actions import LIBERO
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.quality import QualityLimits, check
 from upvla.data.sources import detect_format, open_source
+from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
@@ -161,6 +163,64 @@ def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
             assert episode.spans == (Span(0, 5, "open it", "open it"), Span(5, len(episode), "close it", "close it"))
             for mine, theirs in zip(episode.images["top"], pictures(len(episode), seed=10 * number), strict=True):
                 assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 8
+
+
+def write_lerobot_v30(folder: Path, files: Sequence[Sequence[int]]) -> Path:
+    """Numbers without pictures: data files of several episodes each, whose actions are their numbers."""
+    (folder / "meta/episodes/chunk-000").mkdir(parents=True)
+    (folder / "data/chunk-000").mkdir(parents=True)
+    numbers = {"dtype": "float32", "shape": [7]}
+    info = {"codebase_version": "v3.0", "fps": 30, "features": {"observation.state": numbers, "action": numbers}}
+    info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    pq.write_table(pa.table({"task_index": [0], "task": ["open it"]}), folder / "meta/tasks.parquet")
+    episodes: list[dict[str, int]] = []
+    start = 0
+    for file, lengths in enumerate(files):
+        tables = []
+        for length in lengths:
+            columns = {
+                "observation.state": np.full((length, 7), len(episodes), np.float32).tolist(),
+                "action": np.full((length, 7), len(episodes), np.float32).tolist(),
+                "timestamp": np.arange(length, dtype=np.float32) / np.float32(30),
+                "frame_index": np.arange(length),
+                "episode_index": np.full(length, len(episodes)),
+                "task_index": np.zeros(length, int),
+            }
+            tables.append(pa.table(columns))
+            where = {"data/chunk_index": 0, "data/file_index": file, "dataset_from_index": start}
+            episodes.append({"episode_index": len(episodes), "length": length} | where)
+            start += length
+        pq.write_table(pa.concat_tables(tables), folder / f"data/chunk-000/file-{file:03d}.parquet", row_group_size=8)
+    pq.write_table(pa.Table.from_pylist(episodes), folder / "meta/episodes/chunk-000/file-000.parquet")
+    return folder
+
+
+def test_lerobot_v3_episodes_are_found_without_looking_through_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [[3, 9, 4] * 4, [5, 2] * 5]
+    source = open_source("lerobot", str(write_lerobot_v30(tmp_path / "set", lengths)), action_space="calvin_relative")
+    asked: list[int] = []
+    data_key = LeRobotSource._data_key
+
+    def counted(self: LeRobotSource, row: Mapping[str, Any]) -> str:
+        asked.append(int(row["episode_index"]))
+        return data_key(self, row)
+
+    monkeypatch.setattr(LeRobotSource, "_data_key", counted)
+    for number, (key, length) in enumerate(zip(source.keys(), [*lengths[0], *lengths[1]], strict=True)):
+        episode = source.read(key)
+        assert episode.actions.shape == (length, 7) and (episode.actions == number).all()
+    assert sorted(asked) == sorted([*range(22), *range(22)])  # once for itself, once to learn where its file begins
+
+
+def test_a_video_of_huge_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("lerobot", str(write_lerobot_v21(tmp_path / "set")), action_space="calvin_relative")
+    monkeypatch.setattr("upvla.data.sources.lerobot.MAX_PIXELS", 32 * 32 - 1)
+    with pytest.raises(BadEpisode, match=r"episode_000000: .*mp4 claims frames of 32x32 pixels") as caught:
+        source.read("episode_000000")
+    assert caught.value.reason == "zip_bomb"
 
 
 def _broken_lerobot(folder: Path, how: str) -> None:
@@ -318,6 +378,100 @@ def test_rlds_episodes_come_through_the_declared_layout(tmp_path: Path) -> None:
         open_source("rlds", str(folder), layout="bridge_v2", split="val")
 
 
+def write_known(folder: Path, frames: Sequence[str], numbers: Mapping[str, int], words: str) -> Path:
+    """A set of one episode of six steps: pictures under the names `frames`, columns of a width each under `numbers`,
+    and under `words` an instruction that changes half-way."""
+    features: dict[str, Any] = {
+        name: [encode_jpeg(picture) for picture in pictures(6, seed=place)] for place, name in enumerate(frames)
+    }
+    for place, (name, width) in enumerate(numbers.items()):
+        features[name] = np.full((6, width), 0.125 * place) + np.arange(6)[:, None] / 64
+    features[words] = [b"pick the can"] * 3 + [b""] + [b"open the drawer"] * 2
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text("{}")
+    write_records(folder / "known-train.tfrecord-00000-of-00001", [example_bytes(features)])
+    return folder
+
+
+_STEPS, _SEEN = "steps", "steps/observation"
+FRACTAL_ACTIONS = {
+    "name": "fractal",
+    "dt_s": 1 / 3,
+    "dims": [
+        *({"name": f"d{n}", "unit": "m", "frame": "world", "mode": "relative"} for n in "xyz"),
+        *(
+            {"name": f"r{n}", "unit": "rad", "frame": "world", "mode": "relative", "convention": "euler_xyz"}
+            for n in "xyz"
+        ),
+        {
+            "name": "gripper",
+            "unit": "gripper",
+            "frame": "none",
+            "mode": "absolute",
+            "convention": "-1=open,+1=close,continuous",
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "space", "frames", "state", "action", "words", "robot"),
+    [
+        (
+            "droid",
+            None,
+            {"static": f"{_SEEN}/exterior_image_1_left", "gripper": f"{_SEEN}/wrist_image_left"},
+            {f"{_SEEN}/cartesian_position": 6, f"{_SEEN}/gripper_position": 1, f"{_SEEN}/joint_position": 7},
+            {f"{_STEPS}/action_dict/cartesian_position": 6, f"{_STEPS}/action_dict/gripper_position": 1},
+            f"{_STEPS}/language_instruction",
+            ("franka_panda", 15, "droid", "absolute"),
+        ),
+        (
+            "fractal",
+            FRACTAL_ACTIONS,
+            {"static": f"{_SEEN}/image"},
+            {f"{_SEEN}/base_pose_tool_reached": 7, f"{_SEEN}/gripper_closed": 1},
+            {
+                f"{_STEPS}/action/world_vector": 3,
+                f"{_STEPS}/action/rotation_delta": 3,
+                f"{_STEPS}/action/gripper_closedness_action": 1,
+            },
+            f"{_SEEN}/natural_language_instruction",
+            ("google_robot", 3, "fractal", "relative"),
+        ),
+    ],
+)
+def test_known_layouts_are_read_as_their_sets_have_them(
+    tmp_path: Path,
+    layout: str,
+    space: dict[str, Any] | None,
+    frames: dict[str, str],
+    state: dict[str, int],
+    action: dict[str, int],
+    words: str,
+    robot: tuple[str, float, str, str],
+) -> None:
+    folder = write_known(tmp_path / "set", [*frames.values(), "steps/observation/depth"], state | action, words)
+    source = open_source("rlds", str(folder), layout=layout, **({"action_space": space} if space else {}))
+    (key,) = source.keys()
+    episode = source.read(key)
+    check(episode, QualityLimits())
+    dims = episode.action_space.dims
+    assert (episode.embodiment, episode.rate_hz, episode.action_space.name, dims[0].mode) == robot
+    assert [dim.unit for dim in dims] == ["m"] * 3 + ["rad"] * 3 + ["gripper"]
+    assert list(episode.images) == list(frames)
+    for place, camera in enumerate(frames):
+        assert episode.images[camera] == [encode_jpeg(picture) for picture in pictures(6, seed=place)]
+    places = np.repeat(np.arange(len(state | action)), list((state | action).values()))
+    meant = 0.125 * places + np.arange(6)[:, None] / 64
+    assert np.allclose(np.c_[episode.state, episode.actions], meant)
+    assert episode.state.shape == (6, sum(state.values())) and episode.actions.shape == (6, 7)
+    assert episode.spans == (
+        Span(0, 3, "pick the can", "pick the can"),
+        Span(4, 6, "open the drawer", "open the drawer"),
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -377,6 +531,16 @@ def test_records_are_read_in_any_order(tmp_path: Path) -> None:
     assert [file.read(n)[0] for n in (4, 0, 2)] == [4, 0, 2] and file.count() == 5
 
 
+def test_a_record_beyond_the_limit_is_one_bad_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_bridge(tmp_path / "set", [(20, 5)])
+    monkeypatch.setattr("upvla.data.sources.tfrecord._MAX_RECORD_BYTES", len(example_bytes(bridge_episode(5, 1))) + 4)
+    source = open_source("rlds", str(folder), layout="bridge_v2")
+    large, small = source.keys()
+    with pytest.raises(BadEpisode, match=r"record 0 has \d+ bytes, the most is") as caught:
+        source.read(large)
+    assert caught.value.reason == "zip_bomb" and len(source.read(small)) == 5
+
+
 # ------------------------------------------------------------------------------------------------------------- HDF5
 
 CONTROLLER = {
@@ -431,6 +595,30 @@ def test_libero_demonstrations_stand_upright_and_say_what_they_do(tmp_path: Path
     assert [key[-7:] for key in open_source("hdf5", str(tmp_path), mask="train").keys()] == ["/demo_0", "demo_10"]
 
 
+def test_robomimic_demonstrations_are_told_by_their_arrays(tmp_path: Path) -> None:
+    with h5py.File(write_libero(tmp_path / "lift.hdf5", [STEPS, 9]), "a") as file:  # as robomimic writes them
+        del file["data"].attrs["problem_info"]
+        for number, demo in enumerate(file["data"].values()):
+            frames = demo["obs/agentview_rgb"][:]
+            del demo["obs"]
+            for name in ("agentview_image", "robot0_eye_in_hand_image"):
+                demo[f"obs/{name}"] = frames[:, ::-1] if name == "agentview_image" else frames
+            for place, (name, width) in enumerate((("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2))):
+                demo[f"obs/robot0_{name}"] = np.full((len(frames), width), 10.0 * number + place)
+            demo["states"] = np.zeros((len(frames), 32))
+    assert detect_format(str(tmp_path)) == "hdf5"
+    source = open_source("hdf5", str(tmp_path), instruction="lift the cube")
+    episode = source.read("lift.hdf5/demo_1")
+    check(episode, QualityLimits())
+    assert (episode.embodiment, episode.rate_hz, episode.action_space.name) == ("franka_panda", 20, "osc_pose")
+    assert [dim.scale for dim in episode.action_space.dims[:6]] == [0.05] * 3 + [0.5] * 3
+    assert episode.spans == (Span(0, 9, "lift the cube", "lift the cube"),)
+    assert (episode.state == [10] * 3 + [11] * 4 + [12] * 2).all() and np.abs(episode.actions).max() <= 1
+    for camera, turn in (("static", 1), ("gripper", -1)):  # pictures are taken as they stand
+        for mine, theirs in zip(episode.images[camera], pictures(9, seed=1), strict=True):
+            assert np.abs(decode_image(mine).astype(int) - theirs[::turn]).mean() < 3
+
+
 def test_a_controller_without_deltas_has_to_be_declared(tmp_path: Path) -> None:
     path = write_libero(tmp_path / "a.hdf5", [5], type="JOINT_VELOCITY")
     with pytest.raises(ConfigError, match="does not say what its actions mean"):
@@ -453,6 +641,48 @@ def test_broken_hdf5_spoils_its_own_demonstrations_only(tmp_path: Path) -> None:
             source.read(key)
         assert caught.value.reason == reason
     assert len(source.read("a.hdf5/demo_1")) == 6
+
+
+def test_hdf5_is_what_begins_as_hdf5(tmp_path: Path) -> None:
+    (tmp_path / "notes.hdf5").write_bytes(b"no demonstrations")
+    (tmp_path / "empty.h5").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds no format that is known"):
+        detect_format(str(tmp_path))
+    for url in (tmp_path, tmp_path / "notes.hdf5"):
+        with pytest.raises(NotFound, match=r"holds no HDF5 files, \d are only called so"):
+            open_source("hdf5", str(url))
+    write_libero(tmp_path / "recorded on monday", [5])
+    assert detect_format(str(tmp_path)) == "hdf5"
+    for url in (tmp_path, tmp_path / "recorded on monday"):
+        source = open_source("hdf5", str(url))
+        assert source.keys() == ["recorded on monday/demo_0"] and len(source.read(source.keys()[0])) == 5
+        assert source.notes == ({"files called HDF5 that are none": 2} if url == tmp_path else {})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "chunks"),
+    [
+        ("actions", (10**9, 7), (1000, 7)),
+        ("obs/ee_states", (10**9, 6), (1000, 6)),
+        ("obs/agentview_rgb", (10**8, 64, 64, 3), (1, 64, 64, 3)),
+        ("obs/agentview_rgb", (5, 8000, 8000, 3), (1, 100, 100, 3)),
+        ("obs/agentview_rgb", (5, 64, 64, 3), (5000, 300, 300, 3)),
+    ],
+)
+def test_shapes_that_no_demonstration_has_are_refused_unread(
+    tmp_path: Path, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> None:
+    write_libero(tmp_path / "a.hdf5", [5, 6])
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        demo = file["data/demo_0"]
+        dtype = demo[path].dtype
+        del demo[path]
+        most = tuple(max(sizes) for sizes in zip(shape, chunks, strict=True))
+        demo.create_dataset(path, shape, dtype, chunks=chunks, maxshape=most)  # a kilobyte: nothing is written
+    source = open_source("hdf5", str(tmp_path))
+    with pytest.raises(BadEpisode, match=f"{path} claims") as caught:
+        source.read("a.hdf5/demo_0")
+    assert caught.value.reason == "zip_bomb" and len(source.read("a.hdf5/demo_1")) == 6
 
 
 # ------------------------------------------------------------------------------------------------------------ LLaVA
@@ -521,6 +751,18 @@ def test_a_long_list_is_walked_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
         open_source("llava", str(tmp_path / "llava")).keys()
 
 
+@pytest.mark.parametrize("kind", ["png", "gif"])
+def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    folder = write_llava(tmp_path / "llava")
+    Image.fromarray(pictures(1)[0]).save(folder / f"huge.{kind}")
+    (folder / "rows.json").write_text(json.dumps([llava_row(f"huge.{kind}", "What?", "Noise.")]))
+    for module in ("images", "data.sources.llava"):
+        monkeypatch.setattr(f"upvla.{module}.MAX_PIXELS", 32 * 32 - 1)
+    with pytest.raises(BadEpisode, match=f"00000000: huge.{kind} claims 32x32 pixels") as caught:
+        open_source("llava", str(folder)).read("00000000")
+    assert caught.value.reason == "zip_bomb"
+
+
 # ------------------------------------------------------------------------------------------------- the robot at home
 
 
@@ -540,6 +782,48 @@ def test_the_documented_example_ingests(tmp_path: Path) -> None:
     assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 60
     with pytest.raises(ConfigError, match="cannot be imported"):
         open_source("examples.my_robot:Nobody", str(tmp_path))
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize(
+    ("format", "write", "options"),
+    [
+        ("calvin", lambda folder: write_calvin(folder, (3, 4), static=(24, 24, 3), gripper=(16, 16, 3)), {}),
+        ("lerobot", write_lerobot_v21, {"action_space": "calvin_relative"}),
+        ("rlds", write_bridge, {"layout": "bridge_v2"}),
+        ("hdf5", lambda folder: write_libero(folder / "kitchen" / "stove.hdf5", (5, 4)), {}),
+        ("llava", write_llava, {}),
+    ],
+)
+def test_a_source_on_s3_is_the_source_in_its_folder(
+    tmp_path: Path, s3_server: S3Server, format: str, write: Callable[[Path], object], options: dict[str, Any]
+) -> None:
+    folder, url = tmp_path / "set", s3_server.url()
+    write(folder)
+    store = open_store(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.write(path.relative_to(folder).as_posix(), path.read_bytes())
+    assert detect_format(url) == format
+    here, there = (open_source(format, where, **options) for where in (str(folder), url))
+    again = open_source(format, url, **options)
+    assert here.keys() == there.keys() == again.keys()
+    assert [there.token(key) for key in there.keys()] == [again.token(key) for key in again.keys()]
+    read = 0
+    for key in here.keys():
+        try:
+            meant = here.read(key)
+        except BadEpisode as error:
+            with pytest.raises(BadEpisode) as caught:
+                there.read(key)
+            assert caught.value.reason == error.reason
+        else:
+            found = there.read(key)
+            check(found, QualityLimits())
+            assert found.images == meant.images and (found.spans, found.talks) == (meant.spans, meant.talks)
+            assert np.array_equal(found.state, meant.state) and np.array_equal(found.actions, meant.actions)
+            read += 1
+    assert read >= 2
 
 
 def test_what_lies_there_decides_or_nothing_does(tmp_path: Path) -> None:

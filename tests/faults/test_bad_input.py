@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.test_sources import png
 from tests.factories import write_calvin
 from upvla.data.quality import REASONS, QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.data.sources.pickles import UnsafePickle, read_object_npy
 from upvla.errors import BadEpisode, Corrupt
+from upvla.images import decode_image, encode_jpeg
 from upvla.types import Episode, Span
 
 MUTATIONS = 1000
@@ -80,7 +82,13 @@ def _episode_fault(rng: np.random.Generator, episode: Episode) -> tuple[str, dic
     reversed_[step] = reversed_[step - 1] - rng.uniform(0, 1)
     gap = times + (np.arange(len(times)) >= step) * rng.uniform(0.1, 100)
     static, span = list(episode.images["static"]), Span(0, 4, "open", "open")
-    noise = rng.integers(0, 256, 200, dtype=np.uint8).tobytes()
+    place, noise = int(rng.integers(len(static))), rng.integers(0, 256, 200, dtype=np.uint8).tobytes()
+    picture, cut = decode_image(static[place]), int(rng.integers(len(static[place])))
+    other = png(picture)
+
+    def with_frame(frame: bytes) -> dict[str, Any]:
+        return {"images": {**episode.images, "static": [*static[:place], frame, *static[place + 1 :]]}}
+
     faults: list[tuple[str, dict[str, Any]]] = [
         ("time", {"timestamps": reversed_}),
         ("time", {"timestamps": gap}),
@@ -88,8 +96,11 @@ def _episode_fault(rng: np.random.Generator, episode: Episode) -> tuple[str, dic
         ("span_range", {"spans": (replace(span, end=int(rng.integers(9, 10**6))),)}),
         ("span_range", {"spans": (replace(span, start=-int(rng.integers(1, 9))),)}),
         ("bad_id", {"id": str(rng.choice(["", "../x", "a/../b", "a\0b", "x" * 600, "a\nb"]))}),
-        ("unreadable_image", {"images": {**episode.images, "static": [noise, *static[1:]]}}),
-        ("unreadable_image", {"images": {**episode.images, "static": [*static[:-1], static[-1][:60]]}}),
+        ("unreadable_image", with_frame(noise)),
+        ("unreadable_image", with_frame(static[place][:cut])),
+        ("unreadable_image", with_frame(static[place][:cut] + bytes(len(static[place]) - cut))),
+        ("unreadable_image", with_frame(other[: int(rng.integers(len(other)))])),
+        ("shape", with_frame(encode_jpeg(picture[:-1]))),
         ("frozen_camera", {"images": {**episode.images, "static": static[:1] * len(static)}}),
         (
             "too_short",

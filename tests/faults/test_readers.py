@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.data.test_sources import write_bridge, write_lerobot_v21, write_libero, write_llava
 from tests.factories import write_calvin
@@ -18,7 +19,7 @@ from upvla.data.quality import QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.errors import BadEpisode, UpvlaError
 
-MUTATIONS = 40  # a format
+FUZZ = settings(max_examples=40, deadline=None, derandomize=True, database=None)  # a format
 SETS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "calvin": (lambda folder: write_calvin(folder, (3, 4), static=(24, 24, 3), gripper=(16, 16, 3)), {}),
     "lerobot": (write_lerobot_v21, {"action_space": "calvin_relative"}),
@@ -28,22 +29,39 @@ SETS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
 }
 
 
-def _mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut, lengthened, a stretch zeroed or repeated, or a few bytes changed."""
-    changed, place = bytearray(data), int(rng.integers(max(1, len(data))))
-    how, length = int(rng.integers(5)), int(rng.integers(1, 64))
-    if how == 0:
-        return data[:place]
-    if how == 1:
-        return data[:place] + rng.integers(0, 256, length, dtype=np.uint8).tobytes() + data[place:]
-    if how == 2:
-        changed[place : place + length] = bytes(len(changed[place : place + length]))
-    elif how == 3:
-        changed[place:place] = changed[place : place + length]
-    else:
-        for at in rng.integers(0, max(1, len(data)), min(4, len(data))).tolist():
-            changed[at] ^= 1 << int(rng.integers(8))
-    return bytes(changed)
+class Change(NamedTuple):
+    """What happens to one file. Numbers are taken modulo what there is: files, bytes."""
+
+    file: int
+    how: str
+    places: list[int]
+    filler: bytes
+
+    def of(self, data: bytes) -> bytes:
+        """Cut, lengthened, a stretch zeroed or repeated, or a few bits changed."""
+        changed, places = bytearray(data), [place % max(1, len(data)) for place in self.places]
+        stretch = slice(places[0], places[0] + len(self.filler))
+        if self.how == "cut":
+            del changed[places[0] :]
+        elif self.how == "insert":
+            changed[places[0] : places[0]] = self.filler
+        elif self.how == "zero":
+            changed[stretch] = bytes(len(changed[stretch]))
+        elif self.how == "repeat":
+            changed[places[0] : places[0]] = changed[stretch]
+        elif data:
+            for place, byte in zip(places, self.filler, strict=False):
+                changed[place] ^= 1 << byte % 8
+        return bytes(changed)
+
+
+CHANGES = st.builds(
+    Change,
+    file=st.integers(0, 2**16),
+    how=st.sampled_from(["cut", "insert", "zero", "repeat", "flip"]),
+    places=st.lists(st.integers(0, 2**32), min_size=1, max_size=4),
+    filler=st.binary(min_size=1, max_size=64),
+)
 
 
 def _read_all(format: str, folder: Path, options: dict[str, Any]) -> Counter[str]:
@@ -66,31 +84,37 @@ def _read_all(format: str, folder: Path, options: dict[str, Any]) -> Counter[str
     return found
 
 
-def _mutate_and_read(format: str, folder: Path, results: Any) -> None:
-    """In a process of its own: libraries that read files may crash it, and that would be a finding."""
+def _change_and_read(format: str, folder: Path, results: Any) -> None:
+    """In a process of its own: libraries that read files may crash it, and that would be a finding, which lies in
+    `folder` then."""
     write, options = SETS[format]
-    write(folder / "set")
-    rng, total = np.random.Generator(np.random.Philox(11)), Counter[str]()
-    files = sorted(path for path in (folder / "set").rglob("*") if path.is_file())
-    for number in range(MUTATIONS):
-        path = files[int(rng.integers(len(files)))]
+    write(folder)
+    files, total = sorted(path for path in folder.rglob("*") if path.is_file()), Counter[str]()
+
+    @FUZZ
+    @given(CHANGES)
+    def read(change: Change) -> None:
+        path = files[change.file % len(files)]
         saved = path.read_bytes()
-        path.write_bytes(_mutated(saved, rng))
+        path.write_bytes(change.of(saved))
         try:
-            total += _read_all(format, folder / "set", options)
-        except Exception as error:
-            shutil.copy(path, folder / "culprit")
-            results.send(f"mutation {number} of {path.name}: {error!r}")
-            return
-        path.write_bytes(saved)
-    results.send(dict(total))
+            total.update(_read_all(format, folder, options))
+        finally:
+            path.write_bytes(saved)
+
+    try:
+        read()
+    except Exception as error:
+        results.send("".join(traceback.format_exception(error)))  # the smallest change that does it among the notes
+    else:
+        results.send(dict(total))
 
 
 @pytest.mark.parametrize("format", SETS)
 def test_changed_bytes_give_a_recording_or_a_reason(format: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_mutate_and_read, args=(format, tmp_path, theirs))
+    child = context.Process(target=_change_and_read, args=(format, tmp_path / "set", theirs))
     child.start()
     theirs.close()
     found = ours.recv()  # EOFError: the child crashed

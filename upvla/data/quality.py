@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.data.actions import gripper_values
 from upvla.errors import BadEpisode
-from upvla.images import decode_image
+from upvla.images import verify_image
 from upvla.types import Episode
 
 _SAFE_ID = re.compile(r"[\w.+=,@:-][\w.+=,@: /-]{0,511}")  # no control characters; '..' is looked for apart
@@ -25,7 +26,7 @@ REASONS = {
     "missing_array": "a frame lacks an array",
     "unreadable_frame": "a frame's file is damaged",
     "unreadable_image": "an encoded image does not decode",
-    "zip_bomb": "an archive claims to unpack to more than any frame holds",
+    "zip_bomb": "an archive, a picture or an array claims to hold more than any recording does",
     "shape": "an array of another shape than its format says",
     "frame_count": "the arrays of one recording differ in length",
     "too_short": "fewer steps than the limit",
@@ -115,18 +116,21 @@ def _check_time(episode: Episode, limits: QualityLimits) -> None:
 
 
 def _check_camera(key: str, camera: str, frames: np.ndarray | Sequence[bytes], limits: QualityLimits) -> None:
-    """Of encoded frames the first and the last are decoded: what a source encodes itself it has seen whole."""
+    """Every encoded frame is decoded, but those that `encode_jpeg` made."""
     if isinstance(frames, np.ndarray):
         if frames.dtype != np.uint8:
             raise BadEpisode("dtype", f"{key}: {camera} is {frames.dtype}, not uint8")
         if frames.ndim != 4 or frames.shape[3] != 3:
             raise BadEpisode("shape", f"{key}: {camera} is {frames.shape}, not (T, H, W, 3)")
     else:
-        try:
-            first, last = decode_image(bytes(frames[0])), decode_image(bytes(frames[-1]))
-        except BadEpisode as error:
-            raise BadEpisode(error.reason, f"{key}: {camera}: {error.detail}") from error
-        if first.shape != last.shape:
-            raise BadEpisode("shape", f"{key}: {camera} changes from {first.shape} to {last.shape}")
-    if len(frames) >= limits.frozen_steps and all(np.array_equal(frames[0], frame) for frame in frames[1:]):
+        sizes: list[tuple[int, int]] = []
+        for step, frame in enumerate(frames):
+            try:
+                sizes.append(verify_image(frame))
+            except BadEpisode as error:
+                raise BadEpisode(error.reason, f"{key}: {camera} at step {step}: {error.detail}") from error
+            if sizes[step] != sizes[0]:
+                raise BadEpisode("shape", f"{key}: {camera} changes from {sizes[0]} to {sizes[step]} at step {step}")
+    same = np.array_equal if isinstance(frames, np.ndarray) else operator.eq
+    if len(frames) >= limits.frozen_steps and all(same(frames[0], frame) for frame in frames[1:]):
         raise BadEpisode("frozen_camera", f"{key}: {camera} shows one picture in all {len(frames)} steps")

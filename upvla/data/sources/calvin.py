@@ -6,8 +6,8 @@
             embodiment.json                {embodiment, action_space, arrays: {name: shape}} of another robot; optional
             lang_annotations/auto_lang_ann.npy   pickled {language: {ann, task}, info: {indx: [(start, end)]}}; optional
 
-Errata of the public set are recognised and counted in `notes`: annotations outside of every recording (leftovers, as
-frames that no range covers) are ignored; where `scene_info.npy` puts a recording into two scenes, its scene is unknown.
+Errata of the public set are recognised and counted in `notes`: annotations and frames outside of every recording
+(leftovers) are ignored; where `scene_info.npy` puts a recording into two scenes, its scene is unknown.
 Frames are encoded as they are read, so memory holds one recording's JPEGs, never its pixels.
 """
 
@@ -17,9 +17,11 @@ import functools
 import io
 import logging
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from upvla.store import Store, content_hash, open_store
 from upvla.types import CALVIN_RELATIVE, ActionSpace, Episode, Span
 
 _ARRAYS = {"rel_actions": (7,), "actions": (7,), "robot_obs": (15,), "scene_obs": (24,)}
+_FRAME = re.compile(r"episode_\d{7}\.npz")
 _MAX_STEPS = 1_000_000  # of one recording: nine hours
 _MAX_MEMBER_BYTES = 64 << 20  # a frame's largest array is 0.2 MB; more is a zip bomb or no CALVIN frame
 
@@ -80,7 +83,6 @@ class CalvinSource:
         self._robot = self._read_robot(embodiment)
         self._scenes: dict[str, Any] = self._pickled("scene_info.npy")
         self._spans = self._read_spans(last=1 if span_end == "inclusive" else 0)
-        self._tokens: dict[str, str] | None = None
         doubtful = sum(len(self._scenes_of(key)) > 1 for key in self._ranges)
         if doubtful:
             self._note("recordings in two scenes of scene_info.npy", doubtful)
@@ -107,8 +109,6 @@ class CalvinSource:
         return len(self._frame_ids(key))
 
     def token(self, key: str) -> str:
-        if self._tokens is None:
-            self._tokens = self.store.tokens("episode_")
         frames = [self._tokens.get(_frame_key(i), "") for i in self._frame_ids(key)]
         spans = [[span.start, span.end, span.text, span.task] for span in self._spans[key]]
         return content_hash([frames, spans, self._scene(key), self.cameras, self._robot.embodiment, self._unsafe])
@@ -145,6 +145,18 @@ class CalvinSource:
             absolute_actions=np.stack(columns["actions"]),
             scene_state=np.stack(columns["scene_obs"]),
         )
+
+    @cached_property
+    def _tokens(self) -> dict[str, str]:
+        """Of every frame. The listing shows what no recording covers, so it is counted here."""
+        tokens = self.store.tokens("episode_")
+        frames = np.array([int(key[8:15]) for key in tokens if _FRAME.fullmatch(key)], np.int64)
+        starts, ends = np.array(list(self._ranges.values()), np.int64).reshape(-1, 2).T
+        last = np.r_[-1, np.maximum.accumulate(ends)]  # of the recordings that begin before or at a frame
+        homeless = int((frames > last[np.searchsorted(starts, frames, side="right")]).sum())
+        if homeless:
+            self._note("frames outside of every recording", homeless)
+        return tokens
 
     def _read_robot(self, embodiment: str) -> _Robot:
         """CALVIN's, unless the folder says whose recordings these are."""

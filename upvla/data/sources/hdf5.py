@@ -11,6 +11,7 @@ down and are turned. Frames are read and encoded in blocks: memory holds a few p
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
-from upvla.errors import BadEpisode, ConfigError, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _BLOCK = 32  # frames read at a time
+_MAX_BYTES = 1 << 30  # of what is read at once: an array of numbers, a block of frames, a stored chunk
+_MAX_VIDEO_BYTES = 64 << 30  # of one camera's frames in a demonstration
 
 
 class DemoMap(BaseModel):
@@ -74,21 +77,21 @@ class HDF5Source:
         mask: str = "",
     ):
         self.store = open_store(url)
-        self.notes: Mapping[str, int] = {}
         self._layout, self._space, self._instruction, self._mask = layout, action_space, instruction, mask
-        self._tokens = _hdf5_files(self.store)
+        self._tokens, misnamed = _hdf5_files(self.store)
         folder, _, name = self.store.url.rpartition("/")
-        if not self._tokens and folder and name:  # one file
+        if not (self._tokens or misnamed) and folder and name:  # one file
             self.store = open_store(folder)
-            self._tokens = {key: token for key, token in self.store.tokens(name).items() if key == name}
+            self._tokens, misnamed = _hdf5_files(self.store, name)
         if not self._tokens:
-            raise NotFound(f"{url} holds no HDF5 files")
+            raise NotFound(f"{url} holds no HDF5 files{f', {misnamed} are only called so' if misnamed else ''}")
+        self.notes: Mapping[str, int] = {"files called HDF5 that are none": misnamed} if misnamed else {}
         self._scratch = tempfile.TemporaryDirectory(prefix="upvla-hdf5-")
         self._open: tuple[str, h5py.File, Path] | None = None
 
     @staticmethod
     def recognises(store: Store) -> bool:
-        return bool(_hdf5_files(store))
+        return bool(_hdf5_files(store)[0])
 
     def keys(self) -> Sequence[str]:
         return [f"{file}/{name}" for file in self._tokens for name in self._demos(file)]
@@ -107,7 +110,7 @@ class HDF5Source:
             images = {camera: _encoded(demo, path, layout, key) for camera, path in layout.cameras.items()}
             state = joined([_array(demo, path, key)[()] for path in layout.state])
             actions = np.asarray(_array(demo, layout.action, key)[()], np.float32)
-        except (OSError, RuntimeError) as error:  # what h5py raises for damaged files
+        except (OSError, RuntimeError, MemoryError) as error:  # what h5py raises for damaged files
             raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
         except KeyError as error:
             raise BadEpisode("schema", f"{key}: {error}") from error
@@ -198,32 +201,49 @@ def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
     return ActionSpace("osc_pose", (*dims, gripper), dt_s)
 
 
-def _hdf5_files(store: Store) -> dict[str, str]:
-    """Objects that begin with HDF5's signature, whatever they are called; names only save looking into pictures."""
+def _hdf5_files(store: Store, only: str = "") -> tuple[dict[str, str], int]:
+    """Objects that begin with HDF5's signature, with their tokens, and how many others are merely called HDF5. Names
+    save looking into pictures and nothing else. only: the one object to look at."""
     plain = (".json", ".jpg", ".png", ".mp4", ".parquet", ".npz", ".npy", ".txt", ".md")
-    return {
-        key: token
-        for key, token in store.tokens().items()
-        if not key.endswith(plain) and (key.endswith((".hdf5", ".h5")) or _begins_so(store, key))
-    }
+    found, misnamed = dict[str, str](), 0
+    for key, token in store.tokens(only).items():
+        if key == only or not (only or key.endswith(plain)):
+            if _begins_so(store, key):
+                found[key] = token
+            else:
+                misnamed += key.endswith((".hdf5", ".h5"))
+    return found, misnamed
 
 
 def _begins_so(store: Store, key: str) -> bool:
-    return store.size(key) >= len(_MAGIC) and store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
+    try:
+        return store.read_ranges(key, [(0, len(_MAGIC))])[0] == _MAGIC
+    except Corrupt:  # shorter than the signature
+        return False
 
 
-def _array(demo: h5py.Group, path: str, key: str) -> h5py.Dataset:
-    if path not in demo:
+def _array(demo: h5py.Group, path: str, key: str, most: int = _MAX_BYTES) -> h5py.Dataset:
+    """An array that fits into memory: a file of a kilobyte may claim any shape."""
+    array = demo.get(path)
+    if not isinstance(array, h5py.Dataset):
         raise BadEpisode("schema", f"{key}: there is no array {path!r}")
-    return demo[path]
+    chunk = math.prod(array.chunks or ()) * array.dtype.itemsize
+    if array.nbytes > most or chunk > _MAX_BYTES:
+        raise BadEpisode(
+            "zip_bomb",
+            f"{key}: {path} claims {array.nbytes} bytes in chunks of {chunk}; the most is {most} in {_MAX_BYTES}",
+        )
+    return array
 
 
 def _encoded(demo: h5py.Group, path: str, layout: DemoMap, key: str) -> list[bytes]:
-    frames = _array(demo, path, key)
+    frames = _array(demo, path, key, _MAX_VIDEO_BYTES)
     if frames.dtype != np.uint8:
         raise BadEpisode("dtype", f"{key}: {path} is {frames.dtype}, pictures are uint8")
     if frames.ndim != 4 or frames.shape[3] != 3:
         raise BadEpisode("shape", f"{key}: {path} is {frames.shape}, must be (T, H, W, 3)")
+    if math.prod(frames.shape[1:]) * _BLOCK > _MAX_BYTES:
+        raise BadEpisode("zip_bomb", f"{key}: {path} claims frames of {frames.shape[1]}x{frames.shape[2]} pixels")
     turned = slice(None, None, -1 if layout.upside_down else 1)
     blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
     return [encode_jpeg(frame[turned]) for block in blocks for frame in block]

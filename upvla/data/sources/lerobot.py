@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from upvla.data.actions import declared_space
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, UpvlaError
-from upvla.images import encode_jpeg
+from upvla.images import MAX_PIXELS, encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionSpace, Episode, Span
 
@@ -155,6 +155,20 @@ class LeRobotSource:
             raise Corrupt(f"{self.store.url}/meta lists an episode without {error}; repair the data set") from error
 
     @cached_property
+    def _first_rows(self) -> dict[str, int]:
+        """v3.0: data file -> the data set's row that it begins with."""
+        first: dict[str, int] = {}
+        try:
+            for row in self._episodes.values():
+                file, start = self._data_key(row), int(row["dataset_from_index"])
+                first[file] = min(first.get(file, start), start)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Corrupt(
+                f"{self.store.url}/meta/episodes lists an episode without {error}; repair the data set"
+            ) from error
+        return first
+
+    @cached_property
     def _tasks(self) -> dict[str, str]:
         """Task index -> instruction."""
         if self.version.startswith("v2."):
@@ -198,8 +212,7 @@ class LeRobotSource:
             present = [name for name in parquet.schema_arrow.names if name in columns]
             if self.version.startswith("v2."):
                 return parquet.read(columns=present)
-            same = (other for other in self._episodes.values() if self._data_key(other) == file)
-            start = int(row["dataset_from_index"]) - min(int(other["dataset_from_index"]) for other in same)
+            start = int(row["dataset_from_index"]) - self._first_rows[file]
             stop = start + int(row["length"])
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
             ends = np.cumsum(sizes)
@@ -272,6 +285,8 @@ def decode_video(path: Path, times: np.ndarray, tolerance_s: float, name: str) -
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert stream.time_base is not None
+            if stream.width * stream.height > MAX_PIXELS:
+                raise BadEpisode("zip_bomb", f"{name} claims frames of {stream.width}x{stream.height} pixels")
             container.seek(max(0, int(times[0] / stream.time_base)), stream=stream)
             for frame in container.decode(stream):
                 shown = float((frame.pts or 0) * stream.time_base)

@@ -20,13 +20,12 @@ import numpy as np
 
 from upvla.data.actions import NO_ACTIONS
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, UpvlaError
-from upvla.images import decode_image, encode_jpeg
+from upvla.images import MAX_PIXELS, decode_image, encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import Episode, Talk
 
 _PIECE_BYTES = 4 << 20
 _PLACEHOLDER = "<image>"
-_MAX_PIXELS = 64 << 20
 
 
 class LlavaSource:
@@ -174,10 +173,12 @@ def _converted(data: bytes, name: str) -> bytes:
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > _MAX_PIXELS:
+            if picture.width * picture.height > MAX_PIXELS:
                 raise BadEpisode("zip_bomb", f"{name} claims {picture.width}x{picture.height} pixels")
             return encode_jpeg(np.asarray(picture.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit, twice as high
+        raise BadEpisode("zip_bomb", f"{name}: {error}") from error
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise BadEpisode("unreadable_image", f"{name}: {error}") from error
 
 

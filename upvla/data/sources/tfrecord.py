@@ -16,7 +16,7 @@ from upvla.errors import BadEpisode, Corrupt
 from upvla.store import Store
 
 HEADER_BYTES = 12
-_MAX_RECORD_BYTES = 4 << 30  # of one episode; a damaged length would ask for exabytes
+_MAX_RECORD_BYTES = 1 << 30  # of one episode, which is parsed in memory
 _LANES = 1024
 
 
@@ -37,10 +37,15 @@ class RecordFile:
         return len(self._starts) - 1
 
     def read(self, number: int) -> bytes:
-        """Raises `BadEpisode("unreadable_frame")` where lengths or checksums do not fit."""
+        """Raises `BadEpisode`: "unreadable_frame" where lengths or checksums do not fit, "zip_bomb" where the record is
+        too large to be parsed.
+        """
         while len(self._starts) <= number + 1:
             self._hop()
         start, end = self._starts[number] + HEADER_BYTES, self._starts[number + 1]
+        if end - start > _MAX_RECORD_BYTES:
+            where = f"{self._store.url}/{self.key}, record {number}"
+            raise BadEpisode("zip_bomb", f"{where} has {end - start} bytes, the most is {_MAX_RECORD_BYTES}")
         (data,) = self._bytes(start, end)
         if masked_crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise self._damaged(number, "its checksum does not fit")
@@ -50,7 +55,7 @@ class RecordFile:
         start, number = self._starts[-1], len(self._starts) - 1
         (header,) = self._bytes(start, start + HEADER_BYTES)
         length, checksum = struct.unpack("<QI", header)
-        if masked_crc32c(header[:8]) != checksum or length > _MAX_RECORD_BYTES:
+        if masked_crc32c(header[:8]) != checksum:
             raise self._damaged(number, "its length is damaged")
         end = start + HEADER_BYTES + length + 4
         if end > self._size:
