@@ -156,6 +156,19 @@ class Line:
             "model_id": checkpoint.model_id,
         }
 
+    def judged_pages(self, checkpoint_url: str) -> dict[str, str]:
+        """Addresses of what an evaluation logged, by what is there: the model's run, and its videos."""
+        run_id = self.tracker.run_id(*_training_run(read_marker(open_store(checkpoint_url))), self.pipeline_run())
+        pages = {"MLflow run": self.tracker.run_page(run_id)}
+        if self.config.eval.videos:
+            pages["Rollout videos"] = self.tracker.run_page(run_id, "rollouts")
+        return pages
+
+    def version_pages(self, registered: Result) -> dict[str, str]:
+        """Address of a version in the registry, by its name."""
+        name, version = registered["name"], registered["version"]
+        return {f"{name} version {version}": self.tracker.version_page(name, version)}
+
     def checkpoint_url(self, model: str) -> str:
         """URL of `name@alias`, `name@version` (as registered) or of a checkpoint URL, which is returned as it is."""
         return model if "/" in model else self.version(model).checkpoint.url
