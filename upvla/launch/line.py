@@ -81,7 +81,7 @@ class Line:
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
         key = {"versions": plan["versions"], "vq": vq["vq_id"]} | ({"tower": tower_id} if tower_id else {})
-        return once(self.store, "encode", key, work)
+        return once(self.store, "encode", key, work, in_turn=True)
 
     def model_config(self, source: Result) -> ModelConfig:
         """Of the model that trains on what is encoded: that of the checkpoint `source`."""
@@ -120,7 +120,7 @@ class Line:
             with connected():  # one connection for all suites, so that worker processes are kept between them
                 return self._scores(checkpoint)
 
-        return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work)
+        return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work, in_turn=True)
 
     def register(self, model: Result, scored: Result) -> Result:
         """A version in the model registry. The first one becomes champion; a later one is a challenger."""
