@@ -16,13 +16,18 @@ from uuid import UUID
 
 import httpx
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.states import State
 
 from flows.deploy import TRAINER, ensure_trainer_slot
-from upvla.errors import OutcomeUnknown, StackError, StoreError
+from upvla.errors import OutcomeUnknown, StackError, StoreError, UpvlaError
 
 if TYPE_CHECKING:
     from upvla.launch.finetune import Finetuning
@@ -49,10 +54,13 @@ def _may_pass(task: Any, run: Any, state: State[Any]) -> bool:
     return False
 
 
-def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def _stage(
+    name: str, *, trains: bool = False, shows: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """A task that shows the line's progress, and publishes the stage's references at its end.
 
-    One that `trains` first waits for the trainer's slot, which all deployments of a cluster share.
+    One that `trains` first waits for the trainer's slot, which all deployments of a cluster share. `shows`, called with
+    the line, the result and the inputs, publishes what this stage alone has to show.
     """
 
     def decorate(work: Callable[..., Result]) -> Callable[..., Result]:
@@ -63,7 +71,9 @@ def _stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., Result
                 result = work(line, *inputs, **named)
             progress(1.0, "done")
             with _only_shown(progress.logger):
-                create_markdown_artifact(_markdown(name, result), key=name, description=f"references of stage {name}")
+                create_markdown_artifact(references(name, result), key=name, description=f"references of stage {name}")
+                if shows:
+                    shows(line, result, *inputs)
             return result
 
         settings: dict[str, Any] = {"retry_condition_fn": _may_pass, "cache_policy": NO_CACHE, "persist_result": False}
@@ -83,10 +93,10 @@ def _trainer() -> Iterator[None]:
 
 @contextmanager
 def _only_shown(logger: Any) -> Iterator[None]:
-    """Prefect's server may be away while a stage is at work."""
+    """Prefect's server, or where what is shown comes from, may be away while a stage is at work."""
     try:
         yield
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, UpvlaError) as error:
         logger.warning("Prefect does not show this: %s", error)
 
 
@@ -112,6 +122,24 @@ class _Progress:
                     update_progress_artifact(self._artifact, progress=100 * share, description=what)
 
 
+def _show_data(line: Pretraining, ingested: Result, *inputs: Any) -> None:
+    if report := line.data_report(ingested):
+        create_markdown_artifact(report, key="data-report", description=f"{ingested['dataset']}@{ingested['version']}")
+
+
+def _link_judged(line: Line, scored: Result, model: Mapping[str, Any]) -> None:
+    _link(line.judged_pages(model["url"]))
+
+
+def _link_version(line: Line, registered: Result, *inputs: Any) -> None:
+    _link(line.version_pages(registered))
+
+
+def _link(pages: Mapping[str, str]) -> None:
+    for name, address in pages.items():
+        create_link_artifact(address, name, description=name)
+
+
 def open_pretraining(config: str, site: str, overrides: list[str]) -> Pretraining:
     from upvla.launch.pretrain import open_pretraining  # late: deploying a flow loads this module, and no engine
 
@@ -129,12 +157,12 @@ def collect(line: Pretraining) -> Result:
     return line.collect()
 
 
-@_stage("ingest")
+@_stage("ingest", shows=_show_data)
 def ingest(line: Pretraining, recorded: Result) -> Result:
     return line.ingest(recorded["source_url"])
 
 
-@_stage("watch")
+@_stage("watch", shows=_show_data)
 def watch(line: Pretraining, source_url: str, settle_s: float) -> Result:
     return line.watch(source_url, settle_s)
 
@@ -179,17 +207,17 @@ def drift(line: Finetuning, plan: Result, champion: Result) -> Result:
     return line.drift(plan, champion)
 
 
-@_stage("evaluate")
+@_stage("evaluate", shows=_link_judged)
 def evaluate(line: Line, model: Mapping[str, Any]) -> Result:
     return line.evaluate(model["url"])
 
 
-@_stage("register")
+@_stage("register", shows=_link_version)
 def register(line: Line, model: Result, scored: Result) -> Result:
     return line.register(model, scored)
 
 
-@_stage("promote")
+@_stage("promote", shows=_link_version)
 def promote(line: Finetuning, model: Result, champion: Result, scored: Result) -> Result:
     return line.promote(model, champion, scored)
 
@@ -199,14 +227,16 @@ def skip(line: Finetuning, champion: Result) -> Result:
     return line.skip(champion)
 
 
-def _markdown(stage: str, result: Result) -> str:
+def references(stage: str, result: Result) -> str:
+    """What a stage returns, a row a key; scores as a table of their own."""
     if "scores" in result:
-        return _score_table(result["scores"])
+        return score_table(result["scores"])
     rows = [f"| {key} | `{json.dumps(value)[:300]}` |" for key, value in result.items()]
     return "\n".join([f"### {stage}", "", "| what | value |", "|---|---|", *rows])
 
 
-def _score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Policies beside each other, a row a metric."""
     policies = list(scores)
     metrics = sorted({metric for each in scores.values() for metric in each})
     lines = [

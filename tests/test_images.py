@@ -1,11 +1,17 @@
-<<<<<<< HEAD
-"""Frames as bytes: what `docs/data-format.md` says of the pictures in a table."""
+"""Frames as bytes: what `docs/data-format.md` says of the pictures in a table, and what is refused."""
 
 from __future__ import annotations
 
-import numpy as np
+import io
+import struct
+import zlib
 
-from upvla.images import JPEG_QUALITY, encode_jpeg
+import numpy as np
+import pytest
+from PIL import Image
+
+from upvla.errors import BadEpisode
+from upvla.images import JPEG_QUALITY, Jpeg, decode_image, encode_jpeg, verify_image
 
 ANNEX_K = {0: (16, 11, 12, 14, 12, 10, 16, 14), 1: (17, 18, 18, 24, 21, 24, 47, 26)}
 """ITU-T T.81, tables K.1 and K.2 (luminance, chrominance): their first steps, in zigzag order."""
@@ -33,19 +39,7 @@ def test_frames_are_stored_with_whole_chroma_at_the_stated_quality() -> None:
     for table, base in ANNEX_K.items():
         assert tables[65 * table] == table
         assert [*tables[65 * table + 1 :][:8]] == [(step * scale + 50) // 100 for step in base]
-=======
-from __future__ import annotations
 
-import io
-import struct
-import zlib
-
-import numpy as np
-import pytest
-from PIL import Image
-
-from upvla.errors import BadEpisode
-from upvla.images import Jpeg, decode_image, encode_jpeg, verify_image
 
 ROWS, COLUMNS = np.mgrid[:40, :56]
 PICTURE = np.stack([120 + 60 * np.sin(ROWS / 5), 100 + 40 * np.cos(COLUMNS / 7), ROWS + COLUMNS], -1).astype(np.uint8)
@@ -121,4 +115,3 @@ def test_a_header_that_claims_too_much_is_believed_and_refused(kind: str, rows: 
         with pytest.raises(BadEpisode) as caught:
             judge(_claiming(kind, rows, columns))
         assert caught.value.reason == reason
->>>>>>> w-sources

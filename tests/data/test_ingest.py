@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import base64
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,9 +16,11 @@ import pytest
 from tests.data.test_sources import shared
 from tests.factories import write_calvin
 from upvla.data.ingest import IngestConfig, ingest, portions_of
+from upvla.data.report import render_summary
 from upvla.data.sources.calvin import CalvinSource
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import Corrupt, NotFound
+from upvla.images import decode_image
 from upvla.store import LocalStore, Store, open_store
 from upvla.types import Episode, EpisodeSource
 
@@ -135,6 +139,7 @@ def test_a_corrupt_frame_costs_one_recording_until_it_is_repaired(tmp_path: Path
     (row,) = Dataset(store, load_manifest(store, "table")).quarantine
     assert row.key == "0000006-0000013" and str(broken) in row.detail
     assert str(broken) in Path(found["report"]).read_text()
+    assert "| unreadable_frame | 1 |" in render_summary(Dataset(store, load_manifest(store, "table")))
     assert ingest(store, CONFIG, str(raw))["version"] == 1
     broken.write_bytes(good)
     repaired = ingest(store, CONFIG, str(raw))
@@ -194,6 +199,14 @@ def test_the_report_shows_what_is_in_it(tmp_path: Path, recordings: Path) -> Non
     assert page.startswith("<!doctype html>") and "http" not in page
     for expected in ("5 (", "calvin_scene_B", "turn_on_led", "Nothing was rejected", "<rect", "data:;base64,"):
         assert expected in page
+    dataset = Dataset(store, load_manifest(store, "table"))
+    short = render_summary(dataset)
+    strips = re.findall(r"!\[frames\]\(data:image/jpeg;base64,([^)]+)\)", short)
+    assert [decode_image(base64.b64decode(strip)).shape[0] for strip in strips] == [64] * 4
+    figures, first = dataset.stats.features["action"], dataset.manifest.action_space.dims[0].name
+    assert f"| action | {first} | {figures.mean[0]:.3g} | {figures.std[0]:.3g} | {figures.low[0]:.3g} |" in short
+    for expected in ("| recordings | 5 (", "Nothing was rejected.", "`calvin_scene_B: "):
+        assert expected in short
 
 
 @pytest.mark.parametrize(

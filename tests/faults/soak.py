@@ -11,6 +11,7 @@ where a flow run failed, or something grew that should not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tests.toy_line import NIGHTLY, land
 from upvla import stack
 from upvla.data.upkeep import collect_garbage
 from upvla.stack import StackConfig, processes
+from upvla.stack.servers import ARTIFACT_BUCKET
 from upvla.store import Store, open_store
 
 NAME = "upvla-tiny"
@@ -41,7 +43,10 @@ LENGTHS = (20, 24, 18, 22, 26, 20, 19, 21)
 WEEK, BUSY = 10, 1  # nights, and how many of them have something new
 MEMORY_MB_A_NIGHT = 2.0  # of all servers together, not shared; their databases' caches grow at first
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-KEPT_FOR_GOOD = ("models", "runs", "evaluations", "steps", "mixtures", "registry", "datasets", "vq", "text", "reports")
+KEPT_FOR_GOOD = (
+    "models", "runs", "evaluations", "steps", "mixtures", "registry", "datasets", "vq", "text", "reports", "mlflow",
+)  # fmt: skip
+MORE_OBJECTS = 2  # that a busy night may add beyond the first one's: how often it saved, how shards were cut
 
 
 def main() -> int:
@@ -102,6 +107,7 @@ def count(config: StackConfig, store: Store) -> dict[str, Any]:
             files += process.num_fds()
             memory[process.environ()["UPVLA_PART"]] += process.memory_full_info().uss
     objects = Counter(key.partition("/")[0] for key in store.list())
+    objects["mlflow"] = len(open_store(f"s3://{ARTIFACT_BUCKET}").list())
     collect_garbage(store, "mine", grace_s=0)  # nobody is at work
     spare = collect_garbage(store, "mine", grace_s=0, dry_run=True)
     return {
@@ -124,6 +130,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
     wrong += [f"night {row['night']}: {row['orphans']} objects of no version" for row in rows if row["orphans"]]
     new = [prefix for prefix in rows[-1]["objects"] if prefix not in KEPT_FOR_GOOD]
     wrong += [f"objects under {prefix}/, which nobody knows" for prefix in new]
+    wrong += _hoarded(rows)
     expected = sum(row["day"] < BUSY for row in rows) + 1
     if rows[-1]["versions"] != expected:
         wrong.append(f"{rows[-1]['versions']} versions are registered, {expected} nights had something new")
@@ -136,6 +143,20 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[str]:
             if (grown := slope(settled, name)) > limit
         ]
     return wrong
+
+
+def _hoarded(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A night with news keeps as much as the first such night did, a night without keeps nothing."""
+    first: Counter[str] | None = None
+    for before, row in itertools.pairwise(rows):
+        added = Counter(row["objects"])
+        added.subtract(before["objects"])
+        if row["day"] < BUSY and first is None:
+            first = added
+        for prefix, number in sorted(added.items()):
+            allowed = first[prefix] + MORE_OBJECTS if first is not None and row["day"] < BUSY else 0
+            if number > allowed:
+                yield f"night {row['night']}: {number} more objects under {prefix}/, {allowed} may be"
 
 
 def slope(rows: Sequence[dict[str, Any]], name: str) -> float:

@@ -112,7 +112,10 @@ def test_a_person_compares_runs_and_reads_a_models_card(page: Any, server: Serve
     page.wait_for_timeout(3000)
     page.screenshot(path=pages / "compare.png", full_page=True)
 
-    page.goto(f"{tracker.uri}/#/models/upvla-tiny/versions/1")
+    page.goto(tracker.run_page(tracker.run_id("stage2", "stage2"), "rollouts"))
+    page.get_by_text("chain-000-frames.png").first.wait_for()
+
+    page.goto(tracker.version_page("upvla-tiny", "1"))
     for text in ("Results, with 95 % intervals", "1.20 [0.90, 1.50]", "Limits", "Predicted frames", "0123abcd"):
         page.get_by_text(text).first.wait_for(state="attached")
     page.get_by_text("champion").first.wait_for()

@@ -1,4 +1,4 @@
-"""What a person looks at before training on a dataset: one HTML file that needs nothing else."""
+"""What a person looks at before training on a dataset: one HTML file that needs nothing else, and its short form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from upvla.data.table import Dataset
+from upvla.images import Resize, decode_image, encode_jpeg, resize
 
 _STRIP_RECORDINGS, _STRIP_FRAMES = 4, 8
+_SMALL = Resize(size=64)  # pixels a side of a frame in the short form: four strips are some 50 KB
 _HISTOGRAM_RECORDINGS = 200
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
@@ -25,18 +27,6 @@ def render_report(dataset: Dataset) -> str:
     """Counts, lengths, action histograms, a strip of frames, and the quarantine, as one HTML page."""
     manifest, episodes = dataset.manifest, dataset.episodes
     lengths = [episode.length for episode in episodes]
-    sides = Counter(episode.split for episode in episodes)
-    facts = {
-        "version": f"{manifest.version} (content {manifest.content_id})",
-        "recordings": f"{manifest.num_episodes} ({sides['train']} for training, {sides['validation']} for validation)",
-        "language segments": manifest.num_spans,
-        "steps": manifest.num_steps,
-        "questions": len(dataset.qa),
-        "cameras": ", ".join(manifest.cameras),
-        "action space": f"{manifest.action_space.name}, {1 / manifest.action_space.dt_s:.0f} Hz",
-        "statistics": manifest.stats_id,
-        "shards": f"{len(manifest.shards)}, {sum(shard.num_bytes for shard in manifest.shards) / 1e6:.1f} MB",
-    }
     tasks = Counter(span.task for episode in episodes for span in episode.spans).most_common()
     scenes = Counter(episode.scene for episode in episodes).most_common()
     some = np.linspace(0, len(episodes) - 1, min(len(episodes), _HISTOGRAM_RECORDINGS)).astype(int).tolist()
@@ -44,7 +34,7 @@ def render_report(dataset: Dataset) -> str:
     actions = [dataset.read(i, range(episodes[i].length), ["action"])["action"] for i in some] if dims else []
     parts = [
         f"<h1>{html.escape(manifest.dataset)}</h1>",
-        _table(("", ""), facts.items()),
+        _table(("", ""), _facts(dataset).items()),
         "<h2>Lengths</h2><div class=row>",
         _histogram("steps a recording", lengths),
         _histogram("steps a segment", [span.end - span.start for e in episodes for span in e.spans]),
@@ -62,6 +52,57 @@ def render_report(dataset: Dataset) -> str:
     ]
     title = html.escape(f"{manifest.dataset} v{manifest.version}")
     return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>{''.join(parts)}\n"
+
+
+def render_summary(dataset: Dataset) -> str:
+    """Counts, reasons of the quarantine, statistics and a strip of frames as Markdown, pictures inside: for Prefect."""
+    names = {"action": [dim.name for dim in dataset.manifest.action_space.dims]}
+    figures = ("mean", "std", "low", "q01", "q99", "high")
+    rows = [
+        (
+            feature,
+            names.get(feature, [*map(str, range(len(of.mean)))])[i],
+            *(f"{getattr(of, f)[i]:.3g}" for f in figures),
+        )
+        for feature, of in sorted(dataset.stats.features.items())
+        for i in range(len(of.mean))
+    ]
+    rejected = sorted(dataset.manifest.quarantined.items())
+    parts = [
+        f"### {dataset.manifest.dataset}",
+        _markdown(("what", "value"), _facts(dataset).items()),
+        "#### Quarantine",
+        _markdown(("reason", "recordings"), rejected) if rejected else "Nothing was rejected.",
+        "#### Statistics",
+        _markdown(("feature", "dimension", *figures), rows),
+        "#### Frames",
+    ]
+    for frames, said in _samples(dataset):
+        strip = encode_jpeg(np.concatenate([resize(decode_image(frame), _SMALL) for frame in frames], axis=1))
+        quoted = said.replace("`", "'")
+        parts += [f"![frames](data:image/jpeg;base64,{base64.b64encode(strip).decode()})", f"`{quoted}`"]
+    return "\n\n".join(parts)
+
+
+def _facts(dataset: Dataset) -> dict[str, object]:
+    manifest = dataset.manifest
+    sides = Counter(episode.split for episode in dataset.episodes)
+    return {
+        "version": f"{manifest.version} (content {manifest.content_id})",
+        "recordings": f"{manifest.num_episodes} ({sides['train']} for training, {sides['validation']} for validation)",
+        "language segments": manifest.num_spans,
+        "steps": manifest.num_steps,
+        "questions": len(dataset.qa),
+        "cameras": ", ".join(manifest.cameras),
+        "action space": f"{manifest.action_space.name}, {1 / manifest.action_space.dt_s:.0f} Hz",
+        "statistics": manifest.stats_id,
+        "shards": f"{len(manifest.shards)}, {sum(shard.num_bytes for shard in manifest.shards) / 1e6:.1f} MB",
+    }
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [" | ".join(str(cell).replace("|", r"\|") for cell in row) for row in (header, *rows)]
+    return "\n".join([f"| {lines[0]} |", "|---" * len(header) + "|", *(f"| {line} |" for line in lines[1:])])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -86,13 +127,18 @@ def _histogram(name: str, values: Sequence[int] | np.ndarray, bins: int = 24) ->
 
 
 def _strip(dataset: Dataset) -> Iterable[str]:
-    """Evenly spaced frames of a few recordings, the first camera's, as they are stored."""
+    for frames, said in _samples(dataset):
+        images = "".join(f'<img src="data:;base64,{base64.b64encode(frame).decode()}">' for frame in frames)
+        yield f"<figure>{images}<figcaption>{html.escape(said)}</figcaption></figure>"
+
+
+def _samples(dataset: Dataset) -> Iterable[tuple[Sequence[bytes], str]]:
+    """Evenly spaced frames of a few recordings, the first camera's, as they are stored; and what they are of."""
     column = f"image_{dataset.manifest.cameras[0]}"
     count = len(dataset.episodes)
     for i in np.linspace(0, count - 1, min(count, _STRIP_RECORDINGS)).astype(int).tolist():
         episode = dataset.episodes[i]
         steps = np.linspace(0, episode.length - 1, min(episode.length, _STRIP_FRAMES)).astype(int).tolist()
         frames = dataset.read(i, steps, [column])[column]
-        images = "".join(f'<img src="data:;base64,{base64.b64encode(frame).decode()}">' for frame in frames)
         said = "; ".join(dict.fromkeys(span.text for span in episode.spans))
-        yield f"<figure>{images}<figcaption>{html.escape(f'{episode.scene}: {said}')}</figcaption></figure>"
+        yield frames, f"{episode.scene}: {said}"

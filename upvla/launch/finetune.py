@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from upvla.checkpoint import load_bundle
-from upvla.config import FinetuneConfig, SiteConfig, load
+from upvla.checkpoint import load_bundle, read_meta
+from upvla.config import FinetuneConfig, SiteConfig, fingerprint, load
 from upvla.data.table import Dataset, load_manifest
 from upvla.errors import NotFound
 from upvla.launch import drift as drifting
@@ -17,6 +17,7 @@ from upvla.launch.promote import promote
 from upvla.launch.tokenizers import save_tower, save_vq
 from upvla.rollout.gate import Verdict, decide
 from upvla.tracking import CHAMPION, Registry
+from upvla.types import ModelVersion
 
 
 def open_finetuning(
@@ -35,7 +36,8 @@ class Finetuning(Line):
         super().__init__(site, config, config.model_name, progress)
 
     def champion(self) -> Result:
-        """The registered champion, and how many of the mixture's recordings have landed since it was trained.
+        """The registered champion, and how many of the mixture's recordings are news: neither it nor the newest
+        challenger that was judged against it, under this very configuration, was trained with them.
 
         Raises `NotFound` where there is no champion yet.
         """
@@ -43,11 +45,14 @@ class Finetuning(Line):
         if version is None:
             raise NotFound(f"{self.model_name} has no champion to fine-tune: run `pretrain/full` first")
         bundle = load_bundle(version.checkpoint.url)
-        trained, new = bundle.meta["datasets"], 0
+        seen, new = {version.version: bundle.meta["datasets"]}, 0
+        if judged := self._judged_against(version.version):
+            seen[judged.version] = read_meta(judged.checkpoint.url)["datasets"]
         for name, pinned in {source.dataset: source.version for source in self.config.mixture.sources}.items():
             now = self._recordings(name, pinned)
-            with suppress(NotFound):  # `upvla data gc` let it go: nobody knows any more what is new, so all of it is
-                now -= self._recordings(name, trained[name]["version"]) if name in trained else set()
+            for trained in seen.values():
+                with suppress(NotFound):  # `upvla data gc` let it go: nobody knows any more what was in it
+                    now -= self._recordings(name, trained[name]["version"]) if name in trained else set()
             new += len(now)
         return {
             "version": version.version,
@@ -56,7 +61,14 @@ class Finetuning(Line):
             "vq_id": save_vq(self.store, bundle.vq),
             "tower_id": save_tower(self.store, bundle.model.vision) if bundle.config.vision.cacheable else "",
             "new_recordings": new,
+            "since": list(seen),
         }
+
+    def _judged_against(self, champion: str) -> ModelVersion | None:
+        """The newest version that the gate of this configuration has judged against `champion`, whatever it said."""
+        asked = {"gate.champion": champion, "gate.config": fingerprint(self.config)}
+        versions: list[ModelVersion] = Registry(self.tracker).versions(self.model_name)
+        return next((version for version in versions if asked.items() <= version.tags.items()), None)
 
     def _recordings(self, dataset: str, version: int | str | None) -> set[str]:
         return {row.id for row in Dataset(self.store, load_manifest(self.store, dataset, version)).episodes}
@@ -65,11 +77,15 @@ class Finetuning(Line):
         return bool(champion["new_recordings"] >= self.config.min_new_recordings)
 
     def skip(self, champion: Result) -> Result:
-        """Record that there was nothing to do: a night without new recordings is an answer, not a gap."""
+        """Record that there was nothing to do: a night without new recordings is an answer, not a gap.
+
+        `since` are the versions that were trained with all there is: the champion, and who was judged against it.
+        """
         key = f"skip/{champion['model_id']}/{time.strftime('%Y-%m-%d')}"
-        with self.tracked(key, f"{self.config.name} (skipped)") as run:
+        with self.tracked(key, f"{self.config.name} (skipped)", tags={"since": ", ".join(champion["since"])}) as run:
             run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
-        return {"skipped": True, "new_recordings": champion["new_recordings"], "champion": champion["version"]}
+        told = {"new_recordings": champion["new_recordings"], "since": champion["since"]}
+        return {"skipped": True, **told, "champion": champion["version"]}
 
     def drift(self, plan: Result, champion: Result) -> Result:
         """How far the data of `plan` lies from the champion's statistics, which the fine-tuned model keeps."""
@@ -98,11 +114,12 @@ class Finetuning(Line):
         """Register the challenger; it becomes champion if the gate of the configuration says so."""
         verdict = self.compare(champion["url"], model["url"])
         registered = self.register(model, scored)
-        registry = Registry(self.tracker)
-        registry.tag(self.model_name, registered["version"], {"gate": verdict.because})
+        registry, to, was = Registry(self.tracker), registered["version"], champion["version"]
         if verdict.promote:
-            to, was = registered["version"], champion["version"]
             promote(self.store, registry, self.model_name, to, expected=was, because=verdict.because)
+        # last: who is killed before it judges again, and a version that a person takes back is not promoted twice
+        about = {"gate": verdict.because, "gate.champion": was, "gate.config": fingerprint(self.config)}
+        registry.tag(self.model_name, to, about)
         with self.tracked(self.pipeline_key, self.config.name) as run:
             run.record(verdict.to_json(), f"gate-v{registered['version']}.json")
         return {**registered, "promoted": verdict.promote, "against": champion["version"], **verdict.to_json()}

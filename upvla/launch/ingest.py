@@ -10,6 +10,7 @@ import ray
 from upvla.data.ingest import IngestConfig, Portion, ingest, stage_here, stage_portion
 from upvla.data.shards import Staged
 from upvla.launch.cluster import connected, result_of
+from upvla.launch.steps import turn
 from upvla.store import Store
 
 
@@ -17,7 +18,17 @@ def run_ingest(
     store: Store, config: IngestConfig, source_url: str, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Add what is new at `source_url` to the dataset; see `upvla.data.ingest.ingest` for what comes back."""
-    return ingest(store, config, source_url, fan_out=_on_ray, progress=progress)
+    return ingest(store, config, source_url, fan_out=_in_turn, progress=progress)
+
+
+def _in_turn(portions: Sequence[Portion], progress: Callable[[int, int], None]) -> list[Staged]:
+    """Who ingests the same at the same time comes after the first, and finds its receipts."""
+    if not portions:
+        return []
+    first = portions[0]
+    key = {"config": first.config.model_dump(mode="json"), "source": first.source_url}
+    with turn(first.store, "ingest", key | {"recordings": [portion.recordings for portion in portions]}):
+        return _on_ray(portions, progress)
 
 
 def _on_ray(portions: Sequence[Portion], progress: Callable[[int, int], None]) -> list[Staged]:

@@ -82,7 +82,8 @@ class Line:
             ]
             return {"shards": sum(count["shards"] for count in counts), "vq_id": vq["vq_id"]}
 
-        return once(self.store, "encode", encoding_key(plan["versions"], vq["vq_id"], model, tower_id), work)
+        key = encoding_key(plan["versions"], vq["vq_id"], model, tower_id)
+        return once(self.store, "encode", key, work, in_turn=True)
 
     def model_config(self, source: Result) -> ModelConfig:
         """Of the model that trains on what is encoded: that of the checkpoint `source`."""
@@ -121,7 +122,7 @@ class Line:
             with connected():  # one connection for all suites, so that worker processes are kept between them
                 return self._scores(checkpoint)
 
-        return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work)
+        return once(self.store, "evaluate", {"key": self.evaluation_key(checkpoint_url)}, work, in_turn=True)
 
     def register(self, model: Result, scored: Result) -> Result:
         """A version in the model registry. The first one becomes champion; a later one is a challenger."""
@@ -161,6 +162,19 @@ class Line:
             "alias": alias,
             "model_id": checkpoint.model_id,
         }
+
+    def judged_pages(self, checkpoint_url: str) -> dict[str, str]:
+        """Addresses of what an evaluation logged, by what is there: the model's run, and its videos."""
+        run_id = self.tracker.run_id(*_training_run(read_marker(open_store(checkpoint_url))), self.pipeline_run())
+        pages = {"MLflow run": self.tracker.run_page(run_id)}
+        if self.config.eval.videos:
+            pages["Rollout videos"] = self.tracker.run_page(run_id, "rollouts")
+        return pages
+
+    def version_pages(self, registered: Result) -> dict[str, str]:
+        """Address of a version in the registry, by its name."""
+        name, version = registered["name"], registered["version"]
+        return {f"{name} version {version}": self.tracker.version_page(name, version)}
 
     def checkpoint_url(self, model: str) -> str:
         """URL of `name@alias`, `name@version` (as registered) or of a checkpoint URL, which is returned as it is."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
-from upvla.data.table import Dataset
+from upvla.data.report import render_summary
+from upvla.data.table import Dataset, load_manifest
 from upvla.errors import ConfigError
 from upvla.launch.ingest import run_ingest
 from upvla.launch.inputs import open_plan
@@ -65,6 +66,13 @@ class Pretraining(Line):
         if self.site.tracking_url:
             self._log_report(f"{config.dataset}@{found['version']}", found["content_id"], found["report"])
         return {"dataset": config.dataset, **found}
+
+    def data_report(self, ingested: Result) -> str:
+        """What an ingest came to, as Markdown; the version's HTML page (`report`) has more. Empty where it skipped."""
+        if "version" not in ingested:
+            return ""
+        manifest = load_manifest(self.store, ingested["dataset"], ingested["version"])
+        return f"{render_summary(Dataset(self.store, manifest))}\n\nThe whole report: `{ingested['report']}`"
 
     def watch(self, source_url: str = "", settle_s: float = 60.0) -> Result:
         """`ingest` of what others put under a prefix, by default `inbox` of the site's raw recordings.

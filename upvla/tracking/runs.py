@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import numpy as np
 from mlflow import MlflowClient
@@ -103,6 +104,20 @@ class Tracker:
         scored = {name.removesuffix("/avg_len"): "unknown" for name in data.metrics if name.endswith("/avg_len")}
         tagged = {tag: mark for tag, mark in data.tags.items() if tag.startswith(PROTOCOL)}
         return scored | {tag.removeprefix(PROTOCOL): mark for tag, mark in tagged.items()}
+
+    def run_page(self, run_id: str, folder: str = "") -> str:
+        """Where a browser finds a run, or a folder of its artifacts."""
+        place = f"artifacts/{folder}" if folder else ""
+        return f"{self._pages()}/experiments/{self.experiment_id()}/runs/{run_id}/{place}".rstrip("/")
+
+    def version_page(self, name: str, version: str) -> str:
+        """Where a browser finds a registered version."""
+        return f"{self._pages()}/models/{quote(name, safe='')}/versions/{version}"
+
+    def _pages(self) -> str:
+        """Root of the server's pages: its address, without the password that it may hold."""
+        parts = urlsplit(self.uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/") + "/#"
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
         """Paths of a run's artifacts in a folder."""
