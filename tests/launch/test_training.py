@@ -85,6 +85,12 @@ def test_data_that_does_not_fit_is_refused_before_workers_are_asked_for(
     parent = replace(bundle, action_space=turned)
     with pytest.raises(Mismatch, match=r"dimension 6 \(gripper\) differs in 'convention'"):
         replace(inputs, parent=parent).check(spec)
+    far = replace(
+        bundle.action_space, dims=(replace(bundle.action_space.dims[0], high=4.0), *bundle.action_space.dims[1:])
+    )
+    inputs.train.__dict__["action_space"] = far
+    with pytest.raises(ConfigError, match=r"action dimension 0 \(.*\) goes from -1 to 4"):
+        inputs.check(spec)
     (key,) = copy.list("datasets/toy/stats/")
     figures = copy.read_json(key)
     figures["action"]["std"][4] *= 2
@@ -442,10 +448,13 @@ def test_the_best_validation_is_exported_and_ends_the_run_early(
 
 
 WATCHED = {
-    "loss/pre", "loss/total", "val_loss/pre", "train/grad_norm", "train/lr", "train/bad_steps", "memory/peak_gb",
-    "system/cpu_pct", "system/memory_pct", "mixture/tiny",
-    *(f"speed/{name}" for name in ("samples_per_s", "tokens_per_s", "step_s", "mfu_pct", "data_wait_pct")),
-    *(f"speed/{name}" for name in ("checkpoint_stall_pct", "goodput_pct")),
+    *(f"{prefix}loss/{name}" for prefix in ("", "val_") for name in ("pre", "act", "mmu")),
+    *(f"{prefix}watch/act_{name}" for prefix in ("", "val_") for name in ("pose", "gripper", "gripper_accuracy")),
+    *(f"{prefix}watch/{name}" for prefix in ("", "val_") for name in ("mmu_accuracy", "pre_accuracy")),
+    *(f"speed/{name}" for name in ("samples_per_s", "tokens_per_s", "step_s", "mfu_pct", "goodput_pct")),
+    "loss/total", "watch/pre_changed_accuracy", "val_watch/pre_changed_accuracy", "speed/data_wait_pct",
+    "speed/checkpoint_stall_pct", "train/grad_norm", "train/lr", "train/bad_steps", "memory/peak_gb",
+    "mixture/toy/robot", "mixture/toy/qa", "system/cpu_pct", "system/memory_pct",
 }  # fmt: skip
 
 

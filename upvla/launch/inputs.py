@@ -33,6 +33,7 @@ from upvla.model.vq import VQTokenizer, VQTraining
 from upvla.store import Store, open_store
 from upvla.train.config import world_sizes
 from upvla.train.resume import require_space
+from upvla.types import ActionSpace
 
 _SAVED_BYTES = 16  # a parameter takes in a resume point: weight, master copy and two moments
 
@@ -62,6 +63,8 @@ class Inputs:
                 self.parent.action_space.require_equal(
                     mixture.action_space, ours=spec.parent_url, theirs=f"mixture {mixture.plan.plan_id}"
                 )
+        if spec.stage.weights.get("act", 0.0) > 0:
+            _require_answerable(self.train.action_space, f"{spec.stage.name}: mixture {self.train.plan.plan_id}")
         self.train.stats.require_usable(f"mixture {self.train.plan.plan_id}")
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
@@ -138,6 +141,17 @@ class Inputs:
         assert self.vq is not None
         assert self.text is not None
         return Bundle(self.config, model, self.vq, self.text, self.train.action_space, self.stats, meta)
+
+
+def _require_answerable(space: ActionSpace, what: str) -> None:
+    """An action head that cannot say what it learns from would fail on the robot and nowhere before."""
+    for number, dim in enumerate(space.dims):
+        if dim.low < -1.0 or dim.high > 1.0 or (dim.unit == "gripper" and (dim.low, dim.high) != (-1.0, 1.0)):
+            raise ConfigError(
+                f"{what}: action dimension {number} ({dim.name}) goes from {dim.low:g} to {dim.high:g}, and the action "
+                "head answers poses in [-1, 1] and grippers with -1 or 1: give the mixture an `action_space` that the "
+                "data is converted to, or set the weight of `act` to 0"
+            )
 
 
 def open_inputs(spec: TrainSpec, world_size: int = 1) -> Inputs:
