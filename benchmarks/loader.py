@@ -7,6 +7,8 @@ Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear
 The limit decodes and resizes the same frames from memory into one batch again and again, in one process and in two at
 once. Sides take turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
 All of it has the memory allocator's settings of a training job, in which the loader runs.
+`orders` begin an order alone, over row groups that nothing holds; `mixture_of_1000_shards` opens a stored dataset of
+1.1 million windows, which is reading a thousand indexes, and begins its order.
 The memory figures are of a process of its own; over more than 4 GB: `--only-memory --recordings 4000 --epochs 5`.
 
 `npz_per_frame` reads the same recordings as UP-VLA's published code does, in one process. There
@@ -44,16 +46,16 @@ from PIL import Image
 
 from upvla.data.commit import commit
 from upvla.data.loader import Loader
-from upvla.data.mixture import Mixture, MixtureConfig, open_mixture
+from upvla.data.mixture import Mixture, MixtureConfig, make_plan, open_mixture
 from upvla.data.order import Groups, Order
 from upvla.data.rowgroups import RowGroupPool
 from upvla.data.samples import Collator, SampleReader
-from upvla.data.shards import stage
+from upvla.data.shards import Layout, stage
 from upvla.data.table import Dataset
 from upvla.data.versions import dataset_root, load_manifest
 from upvla.images import Resize, decode_image, encode_jpeg, resize, use_one_thread
 from upvla.store import Store, open_store
-from upvla.types import Episode
+from upvla.types import Episode, MixtureSource, Span
 
 BATCH, CHUNK, CAMERAS, SIZE = 64, 10, ("static", "gripper"), Resize(size=256, filter="linear")
 
@@ -223,12 +225,47 @@ def in_a_fresh_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> 
         return pool.submit(work, *arguments).result()
 
 
-def plan(groups: int) -> dict[str, float]:
-    """Seconds and MB until the first batch of an order over so many row groups of 64 windows, on 64 lanes."""
+def build_scattered(store: Store, shards: int) -> None:
+    """So many shards of one recording, its one small frame again and again: 1,100 windows in 20 row groups or so."""
+    steps, drawn = 1100, make_recording(0)
+    long = replace(
+        drawn,
+        timestamps=np.arange(steps) / 30,
+        images=dict.fromkeys(CAMERAS, [encode_jpeg(np.full((16, 16, 3), 128, np.uint8))] * steps),
+        state=np.resize(drawn.state, (steps, 15)),
+        actions=np.resize(drawn.actions, (steps, 7)),
+        spans=(Span(0, steps, "wait", "wait"),),
+    )
+    layout = Layout(row_group_bytes=1, max_row_group_bytes=80_000, shard_bytes=1)
+    episodes = (replace(long, id=f"recording-{number:06d}", scene=str(number)) for number in range(shards))
+    staged = stage(dataset_root(store, "scattered"), ((episode, "token") for episode in episodes), layout=layout)
+    commit(store, "scattered", [staged], validation_fraction=0.0, options={"format": "synthetic"})
+
+
+def opening(store: Store) -> dict[str, Any]:
+    """Seconds from a plan to an open mixture, which reads every index, and from there to the references of its first
+    batch, of which none is decoded."""
+    content_id = load_manifest(store, "scattered").content_id
+    plan = make_plan([MixtureSource("scattered", 1, content_id, "robot", 1.0)], 0, BATCH, lanes=BATCH)
+    began = time.perf_counter()
+    mixture = open_mixture(store, plan)
+    opened = time.perf_counter()
+    for position in range(BATCH):
+        mixture.sample_at(position)
+    return {
+        "windows": mixture.sizes[0],
+        "open_s": round(opened - began, 3),
+        "first_batch_s": round(time.perf_counter() - opened, 3),
+    }
+
+
+def order(groups: int) -> dict[str, float]:
+    """Seconds and MB until the first batch of an order over so many row groups of 64 windows, on 64 lanes: the order
+    alone, as if a dataset of that size lay open."""
 
     def first_batch() -> list[int]:
-        order = Order(Groups(groups, lambda edges: edges * 64), seed=0, name="plan", lanes=64, spread=4.0)
-        return [order.number(lane, 0) for lane in range(64)]
+        found = Order(Groups(groups, lambda edges: edges * 64), seed=0, name="plan", lanes=64, spread=4.0)
+        return [found.number(lane, 0) for lane in range(64)]
 
     began = time.perf_counter()
     batch = first_batch()
@@ -303,7 +340,9 @@ def main() -> None:
         result: dict[str, Any] = {}
         if not options.only_memory:
             result |= speeds(store, Path(folder), options) | speed_from_s3(store, options)
-            result["plans"] = [plan(17_870), plan(16_000_000)]
+            result["orders"] = [order(17_870), order(16_000_000)]
+            build_scattered(store, 1000)
+            result["mixture_of_1000_shards"] = in_a_fresh_process(opening, store)
         result |= in_a_fresh_process(memory_over_epochs, store, options.epochs, options.pool_mb)
     give(options, result)
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upvla.data.stats import Statistics, Summary, _added
+from upvla.data.stats import Statistics, Summary, _added, _Fold
 
 
 def _statistics(*parts: np.ndarray) -> Statistics:
@@ -30,6 +32,41 @@ def test_merged_figures_are_those_of_the_whole(lengths: list[int], seed: int) ->
     ):
         assert np.allclose(getattr(figures, name), expected, rtol=1e-5, atol=1e-5), name
     assert _statistics(*parts).features["x"].q01 == _statistics(*reversed(parts)).features["x"].q01
+
+
+def test_recordings_in_any_order_give_the_same_bits_and_are_not_all_held() -> None:
+    def summaries() -> Iterator[tuple[int, dict[str, Summary]]]:
+        for place in (*range(1, 600, 2), *range(0, 600, 2)):
+            rng = np.random.Generator(np.random.Philox(place))
+            spread = 10.0 ** rng.uniform(-4, 4, (400, 7))  # every step in a bucket of its own
+            yield place, {"x": Summary.of((spread * rng.choice([-1, 1], (400, 7))).astype(np.float32))}
+
+    ordered = [summary["x"] for _, summary in sorted(summaries(), key=lambda placed: placed[0])]
+    held = sum(part.buckets.nbytes for part in ordered)
+    counts = np.array([part.count for part in ordered], np.float64)[:, None]
+    means = np.stack([part.mean for part in ordered])
+    mean = (means * counts).sum(0) / counts.sum()
+    expected = Summary(
+        int(counts.sum()),
+        mean,
+        np.stack([part.m2 for part in ordered]).sum(0) + ((means - mean) ** 2 * counts).sum(0),
+        np.min([part.low for part in ordered], axis=0),
+        np.max([part.high for part in ordered], axis=0),
+        _added(np.concatenate([part.buckets for part in ordered])),
+    )
+    del ordered
+    fold = _Fold()
+    tracemalloc.start()
+    for place, summary in summaries():
+        fold.add(place, summary["x"])
+    found = fold.merged()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.count == expected.count and np.array_equal(found.buckets, expected.buckets)
+    for name in ("mean", "m2", "low", "high"):
+        assert getattr(found, name).tobytes() == getattr(expected, name).tobytes(), name
+    assert peak < 0.5 * held
+    assert Statistics.folded(summaries()) == Statistics.merged(s for _, s in sorted(summaries(), key=lambda p: p[0]))
 
 
 def test_few_buckets_and_many_are_added_alike() -> None:

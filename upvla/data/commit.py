@@ -10,7 +10,7 @@ import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -35,7 +35,7 @@ from upvla.data.versions import (
 )
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError, UpvlaError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
-from upvla.types import ActionSpace, Manifest
+from upvla.types import ActionSpace, Manifest, ShardRef
 
 _COMMIT_ATTEMPTS = 100
 
@@ -238,10 +238,7 @@ def _completed(
     fraction = draft.options["splits"]["validation_fraction"]
     ids = sorted(rows)
     splits = assign_splits(ids, fraction, parent.options["splits"]["forced"] if parent else {})
-    summaries: dict[str, dict[str, Summary]] = {}
-    for ref in draft.index:
-        summaries |= read_summaries(root, ref)
-    stats = Statistics.merged(summaries[identity] for identity in ids if splits[identity] == "train")
+    stats = Statistics.folded(_summaries(root, draft.index, {i for i in ids if splits[i] == "train"}))
     if parent is None or parent.stats_id != stats.stats_id:
         root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())  # named by its content: twice is harmless
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}
@@ -265,6 +262,15 @@ def _completed(
         "options": manifest.options,
     }
     return replace(manifest, content_id=content_hash(content))
+
+
+def _summaries(root: Store, index: Sequence[ShardRef], ids: set[str]) -> Iterator[tuple[str, Mapping[str, Summary]]]:
+    """(id, summary) of these recordings, each once, with one index at a time in memory."""
+    for ref in index:
+        found = read_summaries(root, ref)
+        for identity in ids & found.keys():
+            yield identity, found[identity]
+        ids -= found.keys()
 
 
 class _Header(NamedTuple):

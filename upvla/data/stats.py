@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ _GROWTH = np.log(1.02)  # bucket k > 0 holds magnitudes around _SMALLEST * 1.02*
 _SMALLEST = 1e-6
 _STRIDE = 1 << 14  # keys of one dimension's buckets; float32 has 5,170 of each sign
 QUANTILES = (0.01, 0.99)
+_HELD = 64  # summaries whose buckets are added at a time
+_NO_BUCKETS = np.empty((0, 2), np.int64)
 _SPARSE = 50.0  # times the distance of the quantiles: beyond that they say nothing about the range
 
 
@@ -47,21 +49,6 @@ class Summary:
         buckets = np.stack(np.unique(keys, return_counts=True), axis=1)
         return Summary(len(wide), mean, m2, wide.min(0), wide.max(0), buckets)
 
-    @staticmethod
-    def merged(parts: Sequence[Summary]) -> Summary:
-        """Of all the steps that the parts are of."""
-        counts = np.array([part.count for part in parts], np.float64)[:, None]
-        means, total = np.stack([part.mean for part in parts]), counts.sum()
-        mean = (means * counts).sum(0) / total
-        return Summary(
-            int(total),
-            mean,
-            np.stack([part.m2 for part in parts]).sum(0) + ((means - mean) ** 2 * counts).sum(0),
-            np.min([part.low for part in parts], axis=0),
-            np.max([part.high for part in parts], axis=0),
-            _added(np.concatenate([part.buckets for part in parts])),
-        )
-
     def histograms(self) -> list[np.ndarray]:
         """i64[n,2] (bucket, count) of every dimension, in order of their values."""
         edges = np.searchsorted(self.buckets[:, 0], np.arange(len(self.mean) + 1) * _STRIDE)
@@ -84,6 +71,36 @@ class Summary:
             buckets = np.array([*itertools.chain.from_iterable(found)], np.int64).reshape(-1, 2)
             buckets[:, 0] += np.repeat(np.arange(len(mean)), list(map(len, found))) * _STRIDE + _STRIDE // 2
         return Summary(int(value["count"]), mean, m2, low, high, buckets)
+
+
+class _Fold:
+    """Summaries of one feature as they come. Buckets, nearly all that there is of one, are integer counts and are added
+    up soon; the last bits of everything else depend on the order, so that waits until it is known."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Any, Summary]] = []
+        self._buckets: list[np.ndarray] = []
+
+    def add(self, place: Any, part: Summary) -> None:
+        self._parts.append((place, replace(part, buckets=_NO_BUCKETS)))
+        self._buckets.append(part.buckets)
+        if len(self._buckets) == _HELD:
+            self._buckets = [_added(np.concatenate(self._buckets))]
+
+    def merged(self) -> Summary:
+        """Of all the steps that the parts are of."""
+        parts = [part for _, part in sorted(self._parts, key=lambda placed: placed[0])]
+        counts = np.array([part.count for part in parts], np.float64)[:, None]
+        means, total = np.stack([part.mean for part in parts]), counts.sum()
+        mean = (means * counts).sum(0) / total
+        return Summary(
+            int(total),
+            mean,
+            np.stack([part.m2 for part in parts]).sum(0) + ((means - mean) ** 2 * counts).sum(0),
+            np.min([part.low for part in parts], axis=0),
+            np.max([part.high for part in parts], axis=0),
+            _added(np.concatenate(self._buckets)),
+        )
 
 
 @dataclass(frozen=True)
@@ -156,11 +173,17 @@ class Statistics:
     @staticmethod
     def merged(summaries: Iterable[Mapping[str, Summary]]) -> Statistics:
         """Of many recordings' summaries, {feature: Summary} each, in the order given."""
-        parts: dict[str, list[Summary]] = {}
-        for summary in summaries:
+        return Statistics.folded(enumerate(summaries))
+
+    @staticmethod
+    def folded(summaries: Iterable[tuple[Any, Mapping[str, Summary]]]) -> Statistics:
+        """Of summaries that come in any order, each after what it is sorted by: to the last bit those of that order,
+        without holding more than a few of them."""
+        parts: dict[str, _Fold] = {}
+        for place, summary in summaries:
             for name, part in summary.items():
-                parts.setdefault(name, []).append(part)
-        return Statistics({name: _figures(Summary.merged(found)) for name, found in parts.items()})
+                parts.setdefault(name, _Fold()).add(place, part)
+        return Statistics({name: _figures(part.merged()) for name, part in parts.items()})
 
 
 class Finding(NamedTuple):
