@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from upvla.errors import StackError, UpvlaError
+from upvla.errors import JobFailed, StackError, UpvlaError
 
 _ANSWER_S = 15.0
 
@@ -56,10 +56,17 @@ def _require_answer(address: str) -> None:
 
 
 def result_of(ref: ray.ObjectRef) -> Any:
-    """What a task returned. An error of our own comes back as it was raised, without the worker's traceback in it."""
+    """What a task returned. An error of our own comes back as it was raised, without the worker's traceback in it; a
+    task whose every try was lost with its process or node is a `JobFailed`."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
         if isinstance(error.cause, UpvlaError):
             raise error.cause from error
         raise
+    except RayError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise JobFailed(
+            f"a task on Ray was lost, and so were its retries ({type(error).__name__}: {reason}); what other tasks "
+            "finished is kept: see that memory and disk suffice, and run it again"
+        ) from error
