@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 VERBS = (
     "up", "down", "status", "env", "doctor",
     "collect", "ingest", "mix", "train", "evaluate", "weights import", "demo",
-    "finetune", "export", "predict", "promote", "serve", "deploy",
+    "finetune", "stop", "export", "predict", "promote", "serve", "deploy",
 )  # fmt: skip
 
 
@@ -34,6 +34,27 @@ def test_help_of_every_verb_has_an_example(verb: str) -> None:
     shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert re.search(rf"Example: .*upvla {verb}", shown.output)
+    assert ("--json" in shown.output) is (verb not in ("demo", "serve"))
+
+
+def test_a_shell_completes_verbs_and_options(tmp_path: Path) -> None:
+    """`upvla --install-completion` tells a shell to ask like this."""
+    for typed, offered in (("upvla fin", "finetune"), ("upvla data re", "remove"), ("upvla train --si", "--site")):
+        asked = {"_UPVLA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        done = CliRunner().invoke(app, [], env=asked, prog_name="upvla")
+        assert offered in done.output.split(), (typed, done.output)
+
+
+def test_where_the_stack_is_can_be_read_by_a_program_and_stopping_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    known = {"identities": [{"credentials": [{"accessKey": "a", "secretKey": "b"}]}]}
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/s3.json").write_text(json.dumps(known))
+    assert _run("env", "--json")["AWS_SECRET_ACCESS_KEY"] == "b"
+    left = CliRunner().invoke(app, ["down", "--json"])
+    assert [part["pid"] for part in json.loads(left.stdout)] == [None] * 5
 
 
 def test_an_error_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
@@ -85,6 +106,7 @@ def _run(*arguments: str) -> dict[str, Any]:
 def test_help_of_every_data_verb_has_an_example(verb: str) -> None:
     shown = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0 and re.search(rf"Example: upvla data {verb}", shown.output)
+    assert "--json" in shown.output or verb == "stats"  # which has verbs of its own
 
 
 def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
@@ -98,7 +120,7 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert _run(*command, "--option", "span_end=exclusive")["version"] == 1
     assert _run("data", "show", "mine", *root, "--json")["quarantine"][0]["reason"] == "missing_frame"
     assert _run("data", "verify", "mine", *root, "--json")["damaged"] == []
-    _run("data", "tag", "mine@1", "golden", *root)
+    assert _run("data", "tag", "mine@1", "golden", *root, "--json")["tag"] == "golden"
     changed = _run("data", "remove", "mine", "--where", "max_steps=5", "--because", "short", *root, "--json")
     assert (changed["version"], changed["recordings"]) == (2, 1)
     assert len(_run("data", "diff", "mine@golden", "mine", *root, "--json")["removed"]) == 1
@@ -106,7 +128,8 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert "findings" in _run("data", "stats", "check", "mine", *root, "--json")
     out = str(tmp_path / "out")
     assert _run("data", "export", "mine@golden", "--to", out, *root, "--json")["steps"] == 12
-    _run("data", "report", "mine", "--out", str(tmp_path / "page.html"), *root)
+    page = _run("data", "report", "mine", "--out", str(tmp_path / "page.html"), *root, "--json")
+    assert page["page"] == str(tmp_path / "page.html") and page["train"] + page["validation"] == 1
     assert "missing_frame" in (tmp_path / "page.html").read_text()
     again = ["ingest", "--format", "lerobot", "--source", out, "--dataset", "back", *root, "--json"]
     assert _run(*again)["steps"] == 12

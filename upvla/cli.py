@@ -97,11 +97,14 @@ def up(site: SiteName = "local", as_json: Json = False) -> None:
 
 
 @app.command()
-def down(site: SiteName = "local") -> None:
+def down(site: SiteName = "local", as_json: Json = False) -> None:
     """Stop everything that `upvla up` started. Example: upvla down"""
     from upvla import stack
 
-    stack.down(stack.load_site(site))
+    config = stack.load_site(site)
+    stack.down(config, progress=lambda text: print(text, file=sys.stderr))
+    if as_json:
+        status(site, as_json)
 
 
 @app.command()
@@ -118,11 +121,15 @@ def status(site: SiteName = "local", as_json: Json = False) -> None:
 
 
 @app.command()
-def env(site: SiteName = "local") -> None:
+def env(site: SiteName = "local", as_json: Json = False) -> None:
     """Print the stack's addresses and credentials for a shell. Example: eval "$(upvla env)" """
     from upvla import stack
 
-    for name, value in stack.environment(stack.load_site(site)).items():
+    known = stack.environment(stack.load_site(site))
+    if as_json:
+        show(known, as_json)
+        return
+    for name, value in known.items():
         print(f"export {name}={shlex.quote(value)}")
 
 

@@ -188,13 +188,16 @@ def data_remove(
 
 
 @data_app.command("tag")
-def data_tag(name: Name, tag: str, move: bool = False, root: Root = None, site: SiteName = "local") -> None:
+def data_tag(
+    name: Name, tag: str, move: bool = False, root: Root = None, site: SiteName = "local", as_json: Json = False
+) -> None:
     """Name a version. Example: upvla data tag mine@3 golden"""
     from upvla.data.versions import open_version, set_tag
 
     store = open_root(root, site)
     manifest = open_version(store, name)
     set_tag(store, manifest.dataset, tag, manifest.version, move=move)
+    show({"dataset": manifest.dataset, "version": manifest.version, "tag": tag}, as_json)
 
 
 @data_app.command("stats")
@@ -267,7 +270,13 @@ def data_export(
 
 
 @data_app.command("report")
-def data_report(name: Name, out: Path = Path("report.html"), root: Root = None, site: SiteName = "local") -> None:
+def data_report(
+    name: Name,
+    out: Path = Path("report.html"),
+    root: Root = None,
+    site: SiteName = "local",
+    as_json: Json = False,
+) -> None:
     """Write the page that a person looks at before training. Example: upvla data report playtable --out report.html"""
     from upvla.data.report import render_report
     from upvla.data.table import Dataset
@@ -277,4 +286,4 @@ def data_report(name: Name, out: Path = Path("report.html"), root: Root = None, 
     dataset = Dataset(store, open_version(store, name))
     out.write_text(render_report(dataset))
     counts = Counter(row.split for row in dataset.episodes)
-    print(f"{out}: {counts['train']} recordings for training, {counts['validation']} for validation")
+    show({"page": str(out), "train": counts["train"], "validation": counts["validation"]}, as_json)
