@@ -524,6 +524,23 @@ def test_what_a_cluster_cannot_give_is_one_sentence_before_workers_are_asked_for
     assert line.startswith(f"upvla: {sentence}")
 
 
+def test_a_disk_without_room_is_one_sentence_before_workers_are_asked_for(
+    ray_head: RayHead,
+    prepared: tuple[Store, dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, references = prepared
+    place = store.sub("full")
+    place.write_json(SPEC, spec_of(store, references, name="full", weights={"act": 1.0}).model_dump(mode="json"))
+    full = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert main([f"{place.url}/{SPEC}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upvla: ")]
+    assert line.startswith("upvla: no_space: no space left under ") and "a TMPDIR on a larger disk" in line
+    assert place.read_json(FAILURE)["code"] == "no_space"
+
+
 def test_a_dataset_version_that_does_not_exist_is_named(prepared: tuple[Store, dict[str, Any]]) -> None:
     store, references = prepared
     plan = plan_from_json(store.read_json(f"mixtures/{references['train_plan']}.json"))
