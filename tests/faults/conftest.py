@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from tests.launch.conftest import ray_head, two_workers
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import S3Server
+from tests.launch.conftest import RayHead, started_head, two_workers
 
 __all__ = ["ray_head", "two_workers"]
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3_server: S3Server) -> Iterator[RayHead]:
+    """One whose jobs know where the S3 server is."""
+    with started_head() as head:
+        yield head

@@ -1,23 +1,24 @@
 """Faults of a training job on Ray: real processes, real signals, and equal results.
 
 Every test compares with the same stage trained without a fault by two plain processes. Each prints what it did to whom
-and what it cost.
+and what it cost. Some keep their data and resume points in a folder, some in a bucket.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.conftest import S3Server
 from tests.launch.conftest import RayHead, ray_node
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
@@ -33,6 +34,7 @@ pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
 STEPS = 24
+_STALL_TIMEOUT_S, _MARGIN_S = 10, 20  # Ray looks every few seconds
 Prepared = tuple[Store, dict[str, Any]]
 
 
@@ -43,11 +45,13 @@ def reference(two_workers: Workers, prepared: Prepared) -> dict[str, Any]:
     return run_stage(two_workers, spec_of(store, references, name="faulty", weights=WEIGHTS, stage={"steps": STEPS}))
 
 
-def stage_of(prepared: Prepared, folder: Path, **changes: Any) -> tuple[Store, TrainSpec]:
-    """The same stage on a store of its own, on which nothing is trained yet."""
+def stage_of(prepared: Prepared, place: Path | str, **changes: Any) -> tuple[Store, TrainSpec]:
+    """The same stage on a store of its own, below a folder or at a URL, on which nothing is trained yet."""
     store, references = prepared
-    shutil.copytree(store.url, folder / "store", ignore=shutil.ignore_patterns("runs", "models"))
-    other = open_store(str(folder / "store"))
+    other = open_store(place if isinstance(place, str) else str(place / "store"))
+    for key in store.list():
+        if not key.startswith(("runs/", "models/")):
+            other.upload(Path(store.url, key), key)
     stage = {"steps": STEPS} | changes.pop("stage", {})
     spec = spec_of(other, references, name="faulty", weights=WEIGHTS, stage=stage)
     values = spec.model_dump() | {"engine": spec.engine.model_dump() | changes.pop("engine", {})} | changes
@@ -57,6 +61,19 @@ def stage_of(prepared: Prepared, folder: Path, **changes: Any) -> tuple[Store, T
 def require_equal(result: dict[str, Any], reference: dict[str, Any]) -> None:
     assert result["losses"] == reference["losses"]
     assert result["model_id"] == reference["model_id"], "weights are equal, bit for bit"
+
+
+def told(
+    fault: str, steps: Sequence[int], recovery_s: float, result: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    """One line for whoever reads the log: what was done to whom, what it cost, and how near the result came.
+
+    `steps` are those that the run told of, in all its lives.
+    """
+    last = [(result["losses"][name]["last"], losses["last"]) for name, losses in reference["losses"].items()]
+    row = {"fault": fault, "lost_steps": len(steps) - len(set(steps)), "first_new_step_s": round(recovery_s, 1)}
+    row |= {"bit_identical": all(result[name] == reference[name] for name in ("losses", "model_id"))}
+    print(json.dumps(row | {"loss_difference": max(abs(found / expected - 1) for found, expected in last)}))
 
 
 class Running:
@@ -90,9 +107,13 @@ class Running:
         """Until it is in a line, or the run has failed."""
         wait_for(lambda: any(text in line for _, line in self.lines) or self.error)
 
+    def steps(self) -> list[tuple[float, int]]:
+        """When it told of which training step."""
+        return [(at, int(line.split()[1].partition("/")[0])) for at, line in self.lines if " lr " in line]
+
     def first_step_after(self, moment: float) -> float:
         """Seconds from `moment` to the next line that tells of a training step."""
-        return next(at - moment for at, line in self.lines if at > moment and " lr " in line)
+        return next(at - moment for at, _ in self.steps() if at > moment)
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 400) -> Any:
@@ -118,13 +139,13 @@ def drivers(head: RayHead) -> list[psutil.Process]:
 
 
 def test_a_killed_driver_is_followed_by_the_next_attempt(
-    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], s3_server: S3Server, tmp_path: Path
 ) -> None:
     from upvla.tracking import Tracker
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(uri, "faults")
-    store, spec = stage_of(prepared, tmp_path, tracking={"uri": uri, "experiment": "faults"})
+    store, spec = stage_of(prepared, s3_server.url(), tracking={"uri": uri, "experiment": "faults"})
     first = Running(store, spec, ray_head)
     point = saved_point(store, spec)
     driver = wait_for(lambda: drivers(ray_head))[-1]
@@ -134,8 +155,9 @@ def test_a_killed_driver_is_followed_by_the_next_attempt(
         first.join()
     second = Running(store, spec, ray_head)
     result = second.join()
-    took = second.first_step_after(killed)
-    print(f"driver {driver.pid} killed after step {point.step}; new step {took:.1f} s later")
+    steps = [step for run in (first, second) for _, step in run.steps()]
+    fault = f"driver {driver.pid} killed after step {point.step}"
+    told(fault, steps, second.first_step_after(killed), result, reference)
     require_equal(result, reference)
     assert result["resumed_from"] >= point.step
     runs = tracker.client.search_runs([tracker.experiment_id()])
@@ -148,22 +170,30 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """One is stopped. Of the group after it one gets no more address space: at its next save it cannot go on."""
-    engine, slow_steps = {"stall_timeout_s": 10, "max_failures": 3}, {"picture_every": 1}
+    engine, slow_steps = {"stall_timeout_s": _STALL_TIMEOUT_S, "max_failures": 3}, {"picture_every": 1}
     store, spec = stage_of(prepared, tmp_path, engine=engine, stage=slow_steps)
     running = Running(store, spec, ray_head)
     saved_point(store, spec)
     stalled = ray_head.training_workers()[-1]
     stopped_at = time.monotonic()
     stalled.suspend()
-    wait_for(lambda: not is_alive(stalled))
+    running.wait_for("[FailurePolicy] RETRY")
+    given_up_s = time.monotonic() - stopped_at
+    wait_for(lambda: not is_alive(stalled))  # Ray asks it to end before it makes it
     first = saved_point(store, spec)
     second = wait_for(lambda: (point := saved_point(store, spec)).step > first.step and point)
     starved = ray_head.training_workers()[-1]
     starved_at = time.monotonic()
     starved.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
     result = running.join()
-    print(f"worker {stalled.pid} stopped; new step {running.first_step_after(stopped_at + 1):.1f} s later")
-    print(f"worker {starved.pid} starved of memory; new step {running.first_step_after(starved_at + 1):.1f} s later")
+    steps = [step for _, step in running.steps()]
+    faults = (
+        f"worker {stalled.pid} stopped, given up {given_up_s:.1f} s later",
+        f"worker {starved.pid} starved of memory",
+    )
+    for fault, moment in zip(faults, (stopped_at, starved_at), strict=True):
+        told(f"{fault} (lost steps: of both)", steps, running.first_step_after(moment + 1), result, reference)
+    assert given_up_s < _STALL_TIMEOUT_S + _MARGIN_S
     require_equal(result, reference)
     assert second.step <= result["resumed_from"] < STEPS
 
@@ -200,10 +230,10 @@ def test_an_operator_stops_a_run_and_of_two_drivers_that_go_on_one_works(
 
 
 def test_a_node_that_is_taken_away_costs_no_step(
-    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], s3_server: S3Server
 ) -> None:
     """Workers run on a node beside the head's; it is drained as a cloud would do it, and they go on elsewhere."""
-    store, spec = stage_of(prepared, tmp_path, stage={"save_every": 1000, "picture_every": 1})
+    store, spec = stage_of(prepared, s3_server.url(), stage={"save_every": 1000, "picture_every": 1})
     with ray_node(ray_head, num_cpus=8) as node:
         running = Running(store, spec, ray_head)
         running.wait_for("Started training worker group")
@@ -212,12 +242,28 @@ def test_a_node_that_is_taken_away_costs_no_step(
         result = running.join()
     resumed_from = result["resumed_from"]
     assert any("the workers left (preempted" in line for _, line in running.lines)
-    again = next(i for i, (_, line) in enumerate(running.lines) if f"from step {resumed_from} of" in line)
-    steps = [(at, int(line.split()[1].partition("/")[0])) if " lr " in line else (at, 0) for at, line in running.lines]
-    first = next(at for at, step in steps[again:] if step)
-    print(f"node drained; new step elsewhere {first - drained:.1f} s later")
+    again = next(at for at, line in running.lines if f"from step {resumed_from} of" in line)
     # each line comes twice: two nodes of one machine both read its workers' logs
-    assert {step for _, step in steps[:again]} - {0} == set(range(1, resumed_from + 1)), "not one step was lost"
-    assert {step for _, step in steps[again:]} - {0} == set(range(resumed_from + 1, STEPS + 1)), "none was taken twice"
+    before = {step for at, step in running.steps() if at < again}
+    after = {step for at, step in running.steps() if at >= again}
+    took = running.first_step_after(again) + again - drained
+    told("node drained; elsewhere", [*before, *after], took, result, reference)
+    assert before == set(range(1, resumed_from + 1)), "not one step was lost"
+    assert after == set(range(resumed_from + 1, STEPS + 1)), "none was taken twice"
     for objective, losses in reference["losses"].items():  # four threads a worker there: sums are rounded otherwise
+        assert result["losses"][objective]["last"] == pytest.approx(losses["last"], rel=1e-5)
+
+
+def test_a_number_of_workers_that_does_not_fit_leaves_and_a_smaller_one_is_asked_for(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """There is room for two, and a global batch of 8 in rows of 8 is one worker's."""
+    store, spec = stage_of(prepared, tmp_path, engine={"num_workers": (1, 4)}, stage={"micro_batch": 8})
+    running = Running(store, spec, ray_head)
+    result = running.join()
+    assert [line for _, line in running.lines if "the workers left" in line] == [
+        "faulty: the workers left (resize) and are asked for again"
+    ]
+    assert saved_point(store, spec).world_size == 1
+    for objective, losses in reference["losses"].items():
         assert result["losses"][objective]["last"] == pytest.approx(losses["last"], rel=1e-5)

@@ -95,6 +95,13 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
     """A Ray head of our own with two CPUs."""
+    with started_head() as head:
+        yield head
+
+
+@contextlib.contextmanager
+def started_head() -> Iterator[RayHead]:
+    """Its jobs find this process's environment as it is now."""
     port, client, dashboard = free_ports(3)
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Unix sockets lie below it
     env = {

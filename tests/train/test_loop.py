@@ -444,12 +444,16 @@ def test_offloaded_optimiser_state_gives_the_same_run(two_workers: Workers, zero
     assert curve(there, "loss/total") == pytest.approx(curve(here, "loss/total"), rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_state_and_weights_on_a_local_disk_give_the_same_run(two_workers: Workers, tmp_path: Path) -> None:
+    """Where DeepSpeed's operator for it was never built, that takes minutes."""
     import_deepspeed(use_gpu=False)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("DeepSpeed's async_io does not build here: install libaio's headers (apt-get install libaio-dev)")
+    AsyncIOBuilder().load(verbose=False)  # two workers at once would wait for each other's build
     here, there = (
         two_workers.run(train, 3, 1, (), **place)[0]
         for place in ({}, {"offload": "nvme", "nvme_folder": str(tmp_path)})
