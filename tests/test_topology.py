@@ -189,15 +189,20 @@ def test_a_night_runs_through_it(topology: Topology) -> None:
     topology.deployment("finetune/nightly", config="finetune/ci", overrides=list(NIGHTLY))
     found = topology.run("upvla.cli", "data", "ls", "--site", "compose", "--json")
     assert [row["recordings"] for row in json.loads(found)] == [7, 9]
+    topology.deployment("finetune/nightly", config="finetune/ci", overrides=list(NIGHTLY))  # whatever the gate said
     asked = """
 import json, os
 from upvla.tracking import Registry, Tracker
-versions = Registry(Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")).versions("upvla-tiny")
-print(json.dumps([[version.version, version.tags["datasets"], version.tags.get("gate", "")] for version in versions]))
+tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")
+versions = Registry(tracker).versions("upvla-tiny")
+skipped = tracker.client.search_runs([tracker.experiment_id()], "metrics.`nightly/skipped` = 1")
+print(json.dumps([[run.data.tags["since"] for run in skipped]]
+    + [[version.version, version.tags["datasets"], version.tags.get("gate", "")] for version in versions]))
 """
     command = [sys.executable, "-c", asked]
     said = subprocess.run(
         command, env=topology.environment("worker"), cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
     )
-    (newest, trained_on, gate), (first, *_) = json.loads(said.stdout)
+    (since,), (newest, trained_on, gate), (first, *_) = json.loads(said.stdout)
+    assert since in ("1, 2", "2")  # the champion, and who was judged against it
     assert (newest, first, trained_on) == ("2", "1", "mine@2") and "mine_d" in gate
