@@ -163,6 +163,38 @@ with get_client(sync_client=True) as client:
     assert (first, second, ended) == ("AwaitingConcurrencySlot", "ACCEPT", "COMPLETED")
 
 
+def test_a_killed_process_is_crashed_because_its_heartbeats_end(prefect: Prefect) -> None:
+    """Those that Prefect's engine sends by itself, the first as the flow run begins."""
+    code = f"""{HEAD}
+from flows.deploy import ensure_zombie_automation
+from prefect.runtime import flow_run
+ensure_zombie_automation(silence_s=12)
+
+@flow(name="lost")
+def lost():
+    time.sleep(3)
+    print("SAYS", json.dumps(str(flow_run.id)), flush=True)
+    time.sleep(600)
+
+lost()
+"""
+    process = prefect.begin(code)
+    assert process.stdout is not None
+    run_id = json.loads(next(line for line in process.stdout if line.startswith("SAYS ")).removeprefix("SAYS "))
+    process.kill()
+    process.communicate()
+    ended = f"""{HEAD}
+from flows.deploy import ensure_zombie_automation
+with get_client(sync_client=True) as client:
+    while (state := client.read_flow_run(sys.argv[1]).state).type.value == "RUNNING":
+        time.sleep(0.5)
+ensure_zombie_automation()  # other tests' runs are silent for longer
+print("SAYS", json.dumps([state.type.value, state.message]))
+"""
+    kind, message = prefect.run(ended, run_id)
+    assert kind == "CRASHED" and message.startswith("no sign of life")
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_one_flow_run_in_two_processes_does_the_work_once(prefect: Prefect, tmp_path: Path, trains: bool) -> None:
     """As after a pod's restart: a trainer waits for the slot, others for the step. What is kept of a run is JSON."""
