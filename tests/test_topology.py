@@ -243,11 +243,16 @@ def test_a_night_runs_through_it(topology: Topology) -> None:
     topology.deployment("finetune/nightly", config="finetune/ci", overrides=list(NIGHTLY))
     found = topology.run("-m", "upvla.cli", "data", "ls", "--site", "compose", "--json")
     assert [row["recordings"] for row in json.loads(found)] == [7, 9]
+    topology.deployment("finetune/nightly", config="finetune/ci", overrides=list(NIGHTLY))  # whatever the gate said
     asked = """
 import json, os
 from upvla.tracking import Registry, Tracker
-versions = Registry(Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")).versions("upvla-tiny")
-print(json.dumps([[version.version, version.tags["datasets"], version.tags.get("gate", "")] for version in versions]))
+tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], "upvla")
+versions = Registry(tracker).versions("upvla-tiny")
+skipped = tracker.client.search_runs([tracker.experiment_id()], "metrics.`nightly/skipped` = 1")
+print(json.dumps([[run.data.tags["since"] for run in skipped]]
+    + [[version.version, version.tags["datasets"], version.tags.get("gate", "")] for version in versions]))
 """
-    (newest, trained_on, gate), (first, *_) = json.loads(topology.run("-c", asked))
+    (since,), (newest, trained_on, gate), (first, *_) = json.loads(topology.run("-c", asked))
+    assert since in ("1, 2", "2")  # the champion, and who was judged against it
     assert (newest, first, trained_on) == ("2", "1", "mine@2") and "mine_d" in gate

@@ -163,22 +163,55 @@ with get_client(sync_client=True) as client:
     assert (first, second, ended) == ("AwaitingConcurrencySlot", "ACCEPT", "COMPLETED")
 
 
-def test_one_flow_run_in_two_processes_does_the_work_once(prefect: Prefect, tmp_path: Path) -> None:
-    """As after a pod's restart; and two trainers take turns. What is kept of a run is JSON."""
+def test_a_killed_process_is_crashed_because_its_heartbeats_end(prefect: Prefect) -> None:
+    """Those that Prefect's engine sends by itself, the first as the flow run begins."""
+    code = f"""{HEAD}
+from flows.deploy import ensure_zombie_automation
+from prefect.runtime import flow_run
+ensure_zombie_automation(silence_s=12)
+
+@flow(name="lost")
+def lost():
+    time.sleep(3)
+    print("SAYS", json.dumps(str(flow_run.id)), flush=True)
+    time.sleep(600)
+
+lost()
+"""
+    process = prefect.begin(code)
+    assert process.stdout is not None
+    run_id = json.loads(next(line for line in process.stdout if line.startswith("SAYS ")).removeprefix("SAYS "))
+    process.kill()
+    process.communicate()
+    ended = f"""{HEAD}
+from flows.deploy import ensure_zombie_automation
+with get_client(sync_client=True) as client:
+    while (state := client.read_flow_run(sys.argv[1]).state).type.value == "RUNNING":
+        time.sleep(0.5)
+ensure_zombie_automation()  # other tests' runs are silent for longer
+print("SAYS", json.dumps([state.type.value, state.message]))
+"""
+    kind, message = prefect.run(ended, run_id)
+    assert kind == "CRASHED" and message.startswith("no sign of life")
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_one_flow_run_in_two_processes_does_the_work_once(prefect: Prefect, tmp_path: Path, trains: bool) -> None:
+    """As after a pod's restart: a trainer waits for the slot, others for the step. What is kept of a run is JSON."""
     script = tmp_path / "twice.py"
     script.write_text(f"""{HEAD}
-@steps._stage("probe", trains=True)
-def train(line, url):
+@steps._stage("probe", trains={trains})
+def probe(line, url):
     def work():
         began = time.time()
         time.sleep(3)
         Path(url, f"done-{{began}}").touch()
         return {{"began": began, "ended": time.time()}}
-    return once(open_store(url), "probe", {{"same": True}}, work)
+    return once(open_store(url), "probe", {{"same": True}}, work, in_turn={not trains})
 
 @flow(name="twice", **steps.RESULTS)
 def twice(url: str):
-    return train(Anything(), url)
+    return probe(Anything(), url)
 """)
     made = f"""{HEAD}
 sys.path.insert(0, {str(tmp_path)!r})
@@ -230,6 +263,55 @@ print("SAYS", json.dumps([tries(), tried]))
     (away, refused, wrong), tried = prefect.run(code)
     assert (away, refused, wrong) == ({"done": "away"}, {"done": "refused"}, "FAILED")
     assert tried == {"away": 3, "refused": 2, "wrong": 1}
+
+
+def test_stages_show_data_scores_progress_and_where_to_look(prefect: Prefect, tmp_path: Path) -> None:
+    """Through the stages as the flows call them; what is evaluated was evaluated before."""
+    code = f"""{HEAD}
+from dataclasses import replace
+from tests.rollout.test_policy import make_bundle
+from tests.toy_line import JUDGED, record
+from upvla.checkpoint import export
+from upvla.config import RunConfig, SiteConfig, load
+from upvla.launch.pretrain import Pretraining
+
+home = Path(sys.argv[1])
+site = SiteConfig(home=home, store_url=f"{{home}}/store", tracking_url=f"sqlite:///{{home}}/mlflow.db", experiment="t")
+mine = ("data.ingest.dataset=mine", "data.ingest.options.span_end=exclusive")
+line = Pretraining(site, load("pretrain/ci", RunConfig, [*JUDGED, *mine]))
+line.tracker.client.create_experiment("t", artifact_location=f"{{home}}/artifacts")
+raw = str(record(home, "raw", (20, 24, 18)))
+meta = {{"run": "first", "step": 7, "stage": "stage2", "datasets": {{}}}}
+url = export(line.store, "models/first/stage2", replace(make_bundle(), meta=meta)).url
+scored = {{
+    "model_id": "m", "protocols": {{"mine_d": "p"}},
+    "scores": {{line.model_name: {{"mine_d/avg_len": {{"value": 1.5, "low": 1.2, "high": 1.8}}}}}},
+}}
+once(line.store, "evaluate", {{"key": line.evaluation_key(url)}}, lambda: scored)
+
+@flow(name="shows")
+def shows():
+    steps.ingest(line, {{"source_url": raw}})
+    steps.register(line, {{"url": url}}, steps.evaluate(line, {{"url": url}}))
+
+shows()
+with get_client(sync_client=True) as client:
+    shown = client.read_artifacts()
+run_id = line.tracker.run_id("first/stage2", "stage2")
+print("SAYS", json.dumps([run_id, [[each.type, each.key, each.description, each.data] for each in shown]]))
+"""
+    run_id, shown = prefect.run(code, str(tmp_path))
+    pages = {key: data for kind, key, _, data in shown if kind == "markdown" and key}
+    assert "data:image/jpeg;base64," in pages["data-report"] and "| recordings | 3 (" in pages["data-report"]
+    assert "| mine_d/avg_len | 1.50 (1.20 to 1.80) |" in pages["evaluate"]
+    bars = {said: data for kind, _, said, data in shown if kind == "progress"}
+    assert bars["ingest: done"] == bars["register: done"] == 100
+    for name, address in (
+        ("MLflow run", f"runs/{run_id}"),
+        ("Rollout videos", f"runs/{run_id}/artifacts/rollouts"),
+        ("upvla-tiny version 1", "/#/models/upvla-tiny/versions/1"),
+    ):
+        assert [data for _, _, said, data in shown if said == name and address in str(data)], name
 
 
 def test_a_server_that_is_killed_ends_no_training_and_keeps_no_slot(prefect: Prefect, tmp_path: Path) -> None:
