@@ -115,6 +115,11 @@ class Running:
         """Seconds from `moment` to the next line that tells of a training step."""
         return next(at - moment for at, _ in self.steps() if at > moment)
 
+    def first_step_of_next_life(self, moment: float) -> float:
+        """Seconds from `moment` to the first training step of the workers that began after it."""
+        began = next(at for at, line in self.lines if at > moment and ": from step" in line)
+        return began - moment + self.first_step_after(began)
+
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 400) -> Any:
     deadline = time.monotonic() + timeout_s
@@ -192,7 +197,7 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
         f"worker {starved.pid} starved of memory",
     )
     for fault, moment in zip(faults, (stopped_at, starved_at), strict=True):
-        told(f"{fault} (lost steps: of both)", steps, running.first_step_after(moment + 1), result, reference)
+        told(f"{fault} (lost steps: of both)", steps, running.first_step_of_next_life(moment), result, reference)
     assert given_up_s < _STALL_TIMEOUT_S + _MARGIN_S
     require_equal(result, reference)
     assert second.step <= result["resumed_from"] < STEPS
