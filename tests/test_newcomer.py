@@ -21,13 +21,14 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.rollout.test_policy import observation
-from tests.test_stack import small_stack
+from tests.test_stack import fetch, small_stack
 from tests.toy_line import JUDGED, NIGHTLY, record
 from upvla import stack
 from upvla.config import SiteConfig, load
 from upvla.rollout.client import TOKEN, RemotePolicy
 from upvla.stack import StackConfig
 from upvla.stack.doctor import examine
+from upvla.stack.servers import basic_login
 
 pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(3000)]
 CANARY = {"MY_CLOUD_TOKEN": "canary-0f3a9c51d2e84b67"}
@@ -90,6 +91,38 @@ def test_nobody_gets_in_without_a_password(shell: Shell) -> None:
         for given, expected in ((None, 401), ("upvla:wrong", 401), (key, 200)):
             sent = httpx.BasicAuth(*given.split(":", 1)) if given else None
             assert httpx.post(url, json={"limit": 1, "max_results": 1}, auth=sent).status_code == expected, (url, given)
+
+
+@pytest.mark.parametrize("server", ["ray", "mlflow", "prefect"])
+def test_strangers_get_nothing_whatever_they_send(shell: Shell, server: str) -> None:
+    """A wrong key and a body of 16 MiB are refused; paths that climb lead nowhere, even for a friend."""
+    known = stack.environment(shell.config)
+    token, jobs = (shell.home / "secrets/ray_token").read_text(), known["UPVLA_RAY_JOBS_URL"]
+    mlflow, prefect = known["MLFLOW_TRACKING_URI"], known["PREFECT_API_URL"]
+    login = f"{known['MLFLOW_TRACKING_USERNAME']}:{known['MLFLOW_TRACKING_PASSWORD']}"
+    key, wrong, asked, made, climbs = {
+        "ray": ({"Authorization": f"Bearer {token}"}, "Bearer wrong", f"{jobs}/api/version", f"{jobs}/api/jobs/", jobs),
+        "mlflow": (
+            basic_login(login), "Basic d3Jvbmc6d3Jvbmc=", f"{mlflow}/api/2.0/mlflow/registered-models/search",
+            f"{mlflow}/api/2.0/mlflow/experiments/create", f"{mlflow}/api/2.0/mlflow-artifacts/artifacts",
+        ),
+        "prefect": (
+            basic_login(known["PREFECT_API_AUTH_STRING"]), "Basic d3Jvbmc6d3Jvbmc=", f"{prefect}/admin/version",
+            f"{prefect}/flows/", prefect,
+        ),
+    }[server]  # fmt: skip
+    body = json.dumps({"name": "stranger", "entrypoint": "touch /tmp/nobody-may", "more": "x" * (16 << 20)}).encode()
+    for given in ({}, {"Authorization": wrong}):
+        try:
+            code = fetch(made, body, "POST", **{"Content-Type": "application/json"}, **given)[0]
+        except OSError:  # it hung up on what it does not want to read
+            code = 401
+        assert code in (401, 403), given
+    for path in ("/../../../../../../etc/passwd", "/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2f..%2fetc%2fpasswd"):
+        for given in ({}, {"Authorization": wrong}, key):
+            code, reply = fetch(climbs + path, **given)
+            assert 400 <= code < 500 and b"root:" not in reply, (path, code)
+    assert fetch(asked, **key)[0] == 200
 
 
 def test_doctor_knows_a_key_that_fits_from_one_that_does_not(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def _s3(environment: dict[str, str], secret: str | None = None):
     )
 
 
-def _fetch(url: str, data: bytes | None = None, method: str = "GET", **headers: str) -> tuple[int, bytes]:
+def fetch(url: str, data: bytes | None = None, method: str = "GET", **headers: str) -> tuple[int, bytes]:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=60) as reply:
             return reply.status, reply.read()
@@ -107,12 +107,12 @@ def test_object_store_knows_the_generated_keys_and_no_others(running: StackConfi
 def test_mlflow_keeps_artifacts_in_the_object_store(running: StackConfig) -> None:
     environment = stack.environment(running)
     url = f"{environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow-artifacts/artifacts/folder/picture.png"
-    assert _fetch(url, b"pixels", "PUT")[0] == 200
+    assert fetch(url, b"pixels", "PUT")[0] == 200
     assert _s3(environment).get_object(Bucket="mlflow", Key="folder/picture.png")["Body"].read() == b"pixels"
     root = url.removesuffix("folder/picture.png")
     for path in ("../../../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd"):
         for method in ("GET", "PUT"):
-            code, reply = _fetch(root + path, b"x" if method == "PUT" else None, method)
+            code, reply = fetch(root + path, b"x" if method == "PUT" else None, method)
             assert code == 400 and b"Invalid path" in reply, (method, path, code)
 
 
@@ -123,9 +123,9 @@ def test_ray_wants_its_token(running: StackConfig) -> None:
     jobs = f"{environment['UPVLA_RAY_JOBS_URL']}/api/jobs/"
     job, as_json = json.dumps({"entrypoint": "touch /tmp/nobody-may"}).encode(), {"Content-Type": "application/json"}
     for key, code in (({}, 401), ({"Authorization": "Bearer wrong"}, 403)):
-        assert _fetch(jobs, **key)[0] == code
-        assert _fetch(jobs, job, "POST", **key, **as_json)[0] == code
-    assert _fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
+        assert fetch(jobs, **key)[0] == code
+        assert fetch(jobs, job, "POST", **key, **as_json)[0] == code
+    assert fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
 
 
 @pytest.mark.seam
@@ -134,7 +134,7 @@ def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: Stack
 
     def post(path: str, **body: object) -> dict:
         for _ in range(20):  # 503 is Prefect's "SQLite is busy, try again"
-            code, reply = _fetch(api + path, json.dumps(body).encode(), "POST", **{"Content-Type": "application/json"})
+            code, reply = fetch(api + path, json.dumps(body).encode(), "POST", **{"Content-Type": "application/json"})
             if code != 503:
                 break
             time.sleep(0.3)
@@ -162,9 +162,7 @@ def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: Stack
         alive.kill()
         alive.wait()
     assert "worker: flow run lost lost its process and is now Crashed: run it again" in said
-    states = {
-        name: json.loads(_fetch(f"{api}/flow_runs/{run['id']}")[1])["state"]["type"] for name, run in runs.items()
-    }
+    states = {name: json.loads(fetch(f"{api}/flow_runs/{run['id']}")[1])["state"]["type"] for name, run in runs.items()}
     assert states == {"lost": "CRASHED", "alive": "RUNNING"}
 
 
