@@ -128,6 +128,30 @@ def test_ray_wants_its_token(running: StackConfig) -> None:
     assert fetch(jobs, Authorization=f"Bearer {token}") == (200, b"[]")
 
 
+CONNECT = "from upvla.launch.cluster import connected\nwith connected(): pass"
+ASK = "import os; from upvla.launch.jobs import Jobs; Jobs(os.environ['UPVLA_RAY_JOBS_URL'])"
+
+
+@pytest.mark.seam
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (CONNECT, "no Ray cluster at {RAY_ADDRESS} lets us in: check its token, RAY_AUTH_TOKEN_PATH"),
+        (ASK, "the Ray job server at {UPVLA_RAY_JOBS_URL} refuses our token: check RAY_AUTH_TOKEN_PATH"),
+    ],
+    ids=["cluster", "jobs"],
+)
+def test_a_wrong_ray_token_is_one_sentence(running: StackConfig, tmp_path: Path, code: str, sentence: str) -> None:
+    """In a process of its own: Ray reads its token once."""
+    (tmp_path / "token").write_text("0" * 64)
+    environment = stack.environment(running) | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=280).stderr
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("upvla.errors.StackError: " + sentence.format(**environment))
+
+
 @pytest.mark.seam
 def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: StackConfig) -> None:
     api = stack.environment(running)["PREFECT_API_URL"]

@@ -36,12 +36,16 @@ def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         _require_answer(address)
-        ray.init(address=address, log_to_driver=True)
-    except AuthenticationError as error:
-        raise StackError(f"Ray at {address} refuses our token: check RAY_AUTH_TOKEN_PATH (`upvla env`)") from error
     except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            raise StackError(f"no Ray cluster at {address}: `upvla up` starts one; else correct RAY_ADDRESS") from error
+        raise StackError(f"no Ray cluster at {address}: `upvla up` starts one; else correct RAY_ADDRESS") from error
+    try:
+        ray.init(address=address, log_to_driver=True)
+    except (AuthenticationError, ConnectionError) as error:  # a wrong token may come as either
+        if isinstance(error, AuthenticationError) or "RAY_ADDRESS" in os.environ:
+            raise StackError(
+                f"no Ray cluster at {address} lets us in: check its token, RAY_AUTH_TOKEN_PATH (`upvla env`), or start "
+                "one with `upvla up`"
+            ) from error
         ray.init(address="local", include_dashboard=False, log_to_driver=True)
 
 

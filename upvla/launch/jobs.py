@@ -31,10 +31,12 @@ class Jobs:
         os.environ[_OVERRIDE] = url  # else RAY_ADDRESS, where it is set, wins over the argument
         try:
             self._client = JobSubmissionClient(url)
-        except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        except AuthenticationError as error:
             raise StackError(
-                f"no Ray job server at {url}: {error}; `upvla up` starts one; else check its token"
+                f"the Ray job server at {url} refuses our token: check RAY_AUTH_TOKEN_PATH (`upvla env`)"
             ) from error
+        except (ConnectionError, RuntimeError) as error:
+            raise StackError(f"no Ray job server at {url}: {error}; `upvla up` starts one") from error
         finally:
             del os.environ[_OVERRIDE]
             if before is not None:
