@@ -88,7 +88,8 @@ def test_data_that_does_not_fit_is_refused_before_workers_are_asked_for(
     far = replace(
         bundle.action_space, dims=(replace(bundle.action_space.dims[0], high=4.0), *bundle.action_space.dims[1:])
     )
-    inputs.train.__dict__["action_space"] = far
+    (dataset,) = inputs.train.datasets.values()
+    dataset.manifest = replace(dataset.manifest, action_space=far)
     with pytest.raises(ConfigError, match=r"action dimension 0 \(.*\) goes from -1 to 4"):
         inputs.check(spec)
     (key,) = copy.list("datasets/toy/stats/")
