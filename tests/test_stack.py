@@ -133,7 +133,6 @@ ASK = "import os; from upvla.launch.jobs import Jobs; Jobs(os.environ['UPVLA_RAY
 
 
 @pytest.mark.seam
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [

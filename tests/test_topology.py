@@ -9,6 +9,7 @@ drivers look for a node among the processes beside them.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests import compose
@@ -180,7 +182,10 @@ def topology() -> Iterator[Topology]:
         made.up()
         yield made
     finally:
-        processes.stop(processes.marked(folder))
+        for process in processes.marked(folder):  # what they keep goes with the folder: nothing to wait for
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        processes.stop(processes.marked(folder))  # what one of them has started meanwhile
         postgres(folder / "postgres", "pg_ctl", "-D", folder / "postgres", "-m", "immediate", "stop", check=False)
         shutil.rmtree(folder, ignore_errors=True)
 

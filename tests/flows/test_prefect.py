@@ -131,7 +131,7 @@ from flows.deploy import SILENCE_S, ensure_zombie_automation
 from prefect.events import emit_event
 from prefect.states import Completed, Pending, Running
 assert 60 <= SILENCE_S <= 600  # what is deployed; here it is shorter
-ensure_zombie_automation(silence_s=20)
+ensure_zombie_automation(silence_s=12)
 
 def alive(run):
     emit_event("prefect.flow-run.heartbeat", resource={{"prefect.resource.id": f"prefect.flow-run.{{run.id}}"}})
