@@ -272,6 +272,16 @@ def test_another_models_tokenizer_is_refused(prepared: tuple[Store, dict[str, An
         open_inputs(spec).check(spec)
 
 
+def test_codes_made_with_another_resize_are_refused(prepared: tuple[Store, dict[str, Any]], model: ModelConfig) -> None:
+    store, references = prepared
+    changed = model.model_copy(update={"vq_filter": "cubic"})
+    spec = spec_of(store, references | {"model": changed}, name="wrong", weights={"act": 1.0})
+    with pytest.raises(Mismatch, match=r"with resize \(.*'area'\), the model asks for .*'cubic'\): set the"):
+        open_inputs(spec).check(spec)
+    with pytest.raises(Mismatch, match="'cubic'"):
+        encode_shard(store, "toy", 1, references["vq_id"], changed, only_shard(store))
+
+
 def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, Any]]) -> None:
     store, references = prepared
     spec = spec_of(store, references, name="stage1", weights={"act": 1.0})
