@@ -279,7 +279,7 @@ home = Path(sys.argv[1])
 site = SiteConfig(home=home, store_url=f"{{home}}/store", tracking_url=f"sqlite:///{{home}}/mlflow.db", experiment="t")
 mine = ("data.ingest.dataset=mine", "data.ingest.options.span_end=exclusive")
 line = Pretraining(site, load("pretrain/ci", RunConfig, [*JUDGED, *mine]))
-line.tracker.client.create_experiment("t", artifact_location=f"{{home}}/artifacts")
+line.logbook.tracker.client.create_experiment("t", artifact_location=f"{{home}}/artifacts")
 raw = str(record(home, "raw", (20, 24, 18)))
 meta = {{"run": "first", "step": 7, "stage": "stage2", "datasets": {{}}}}
 url = export(line.store, "models/first/stage2", replace(make_bundle(), meta=meta)).url
@@ -297,7 +297,7 @@ def shows():
 shows()
 with get_client(sync_client=True) as client:
     shown = client.read_artifacts()
-run_id = line.tracker.run_id("first/stage2", "stage2")
+run_id = line.logbook.tracker.run_id("first/stage2", "stage2")
 print("SAYS", json.dumps([run_id, [[each.type, each.key, each.description, each.data] for each in shown]]))
 """
     run_id, shown = prefect.run(code, str(tmp_path))

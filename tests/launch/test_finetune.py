@@ -38,7 +38,7 @@ def tracking_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_nightly_counts_what_is_new_in_every_dataset_of_its_mixture(tmp_path: Path, tracking_url: str) -> None:
     site = SiteConfig(home=tmp_path, store_url=str(tmp_path / "store"), tracking_url=tracking_url, experiment="t")
     line = Finetuning(site, load("finetune/ci", FinetuneConfig, [SOURCES, "model_name=upvla-test"]))
-    line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+    line.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
     with pytest.raises(NotFound, match=r"upvla-test has no champion to fine-tune: run `pretrain/full` first"):
         line.champion()
 
@@ -46,8 +46,9 @@ def test_a_nightly_counts_what_is_new_in_every_dataset_of_its_mixture(tmp_path: 
     known = Dataset(line.store, load_manifest(line.store, "mine"))
     meta = {"run": "first", "step": 7, "stage": "stage2", "datasets": {"mine": {"version": 1, "content_id": "c"}}}
     bundle = replace(make_bundle(), stats=known.stats.to_json(), meta=meta)
-    checkpoint, registry = export(open_store(site.store_url), "models/first/stage2", bundle), Registry(line.tracker)
-    run_id = line.tracker.run_id("first/stage2", "stage2")
+    checkpoint = export(open_store(site.store_url), "models/first/stage2", bundle)
+    registry = Registry(line.logbook.tracker)
+    run_id = line.logbook.tracker.run_id("first/stage2", "stage2")
     registry.register("upvla-test", checkpoint, run_id, cameras=("static",), metrics={}, tags={})
     registry.set_alias("upvla-test", CHAMPION, "1")
     with pytest.raises(NotFound, match="yours"):
@@ -62,13 +63,13 @@ def test_a_nightly_counts_what_is_new_in_every_dataset_of_its_mixture(tmp_path: 
     second = line.champion()
     assert second["new_recordings"] == 5
     line.drift(line.mix(), second)
-    nights = line.tracker.client.get_metric_history(line.pipeline_run(), "drift/worst_shift")
+    nights = line.logbook.tracker.client.get_metric_history(line.logbook.pipeline_id(), "drift/worst_shift")
     assert [point.step for point in nights] == [2, 3]  # the champion stayed, and both nights are on the curve
 
     skipped = line.skip(first | {"new_recordings": 0})
     assert skipped == {"skipped": True, "new_recordings": 0, "since": ["1"], "champion": "1"}
-    (run,) = line.tracker.client.search_runs(
-        [line.tracker.experiment_id()], "metrics.`nightly/skipped` = 1", max_results=5
+    (run,) = line.logbook.tracker.client.search_runs(
+        [line.logbook.tracker.experiment_id()], "metrics.`nightly/skipped` = 1", max_results=5
     )
     assert (run.data.metrics["nightly/new_recordings"], run.data.tags["since"]) == (0, "1")
 
@@ -77,8 +78,8 @@ def test_the_gate_moves_the_alias_and_what_it_judged_is_no_news(tmp_path: Path, 
     """A night that ends with yes, one that ends with no, and what the nights after them count."""
     site = SiteConfig(home=tmp_path, store_url=str(tmp_path / "store"), tracking_url=tracking_url, experiment="gate")
     line = Finetuning(site, load("finetune/ci", FinetuneConfig, NIGHTLY))
-    line.tracker.client.create_experiment("gate", artifact_location=f"{tmp_path}/artifacts")
-    registry, landed, bundle = Registry(line.tracker), [18, 20, 22], make_bundle(chunk=10, text_budget=60)
+    line.logbook.tracker.client.create_experiment("gate", artifact_location=f"{tmp_path}/artifacts")
+    registry, landed, bundle = Registry(line.logbook.tracker), [18, 20, 22], make_bundle(chunk=10, text_budget=60)
 
     def trained(run: str, version: int) -> str:
         """A checkpoint of its own weights, trained on a version of the recordings."""

@@ -48,16 +48,16 @@ def test_the_data_report_is_an_artifact_of_the_versions_run(tmp_path: Path) -> N
         home=tmp_path, store_url=str(tmp_path / "store"), tracking_url=f"sqlite:///{tmp_path}/mlflow.db", experiment="t"
     )
     line = Pretraining(site, load("pretrain/ci", RunConfig, ["data.ingest.options.span_end=exclusive"]))
-    line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+    line.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
     recordings = write_calvin(tmp_path / "raw", (6, 8), static=(48, 48, 3), gripper=(32, 32, 3))
     for _ in range(2):  # the second time it is the same run
         found = line.ingest(str(recordings))
-        run_id = line.tracker.run_id(f"dataset/{found['content_id']}", "")
-        (page,) = line.tracker.artifacts(run_id, "data")
+        run_id = line.logbook.tracker.run_id(f"dataset/{found['content_id']}", "")
+        (page,) = line.logbook.tracker.artifacts(run_id, "data")
         assert (tmp_path / "artifacts" / run_id / "artifacts" / page).read_bytes() == Path(found["report"]).read_bytes()
-    run = line.tracker.client.get_run(run_id)
+    run = line.logbook.tracker.client.get_run(run_id)
     assert run.info.run_name == f"dataset {found['dataset']}@1"
-    assert run.data.tags["mlflow.parentRunId"] == line.pipeline_run()
+    assert run.data.tags["mlflow.parentRunId"] == line.logbook.pipeline_id()
 
 
 @pytest.mark.slow

@@ -108,6 +108,6 @@ def test_without_mlflow_a_finished_stage_is_read_back_and_another_goes_on(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = line(tmp_path, [], tracking_url="http://127.0.0.1:9")
     spec = away._spec("vq", away.config.vq, PLAN, model=away.config.model)
-    assert spec.tracking is not None and away._nested(spec) == spec
+    assert spec.tracking is not None and away.logbook.nested(spec) == spec
     done = once(away.store, "vq", {"spec": spec.key}, lambda: {"vq_id": "0123456789abcdef"})
     assert away.train_vq(PLAN) == done

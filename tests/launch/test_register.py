@@ -14,7 +14,8 @@ from upvla.checkpoint import Bundle, export, read_marker
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, fingerprint, load
 from upvla.errors import Mismatch
 from upvla.launch.finetune import Finetuning
-from upvla.launch.line import Line, git_commit, require_explained
+from upvla.launch.line import Line, require_explained
+from upvla.launch.logbook import git_commit
 from upvla.launch.pretrain import Pretraining
 from upvla.launch.promote import history
 from upvla.model.upvla import UPVLA
@@ -39,10 +40,10 @@ def exported(line: Line, run: str, bundle: Bundle, **meta: Any) -> str:
 def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
     site = open_site(tmp_path)
     line = Pretraining(site, load("pretrain/ci", RunConfig))
-    line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+    line.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
     plan = {"train": "0123456789abcdef", "validation": "fedcba9876543210", "versions": {"mine": 3, "yours": 1}}
-    spec = line._nested(line._spec("vq", line.config.vq, plan, model=line.config.model))
-    assert spec.tracking is not None and spec.tracking.parent == line.pipeline_run()
+    spec = line.logbook.nested(line._spec("vq", line.config.vq, plan, model=line.config.model))
+    assert spec.tracking is not None and spec.tracking.parent == line.logbook.pipeline_id()
     tags = {"mixture": plan["train"], "datasets": "mine@3, yours@1", "config": fingerprint(line.config)}
     assert spec.tracking.tags == tags | {"git_commit": git_commit()}
     score = {"chains_d/avg_len": {"value": 1.5, "low": 1.2, "high": 1.8}}
@@ -54,7 +55,7 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
         again = UPVLA(bundle.config)  # other random weights: another model
         losses = {"act": {"first": 2.0, "last": 0.5}}
         url = exported(line, run, replace(bundle, model=again, stats={}), losses=losses)
-        line._track(url)
+        line.logbook.log_checkpoint(url, line.store)
         made.append(line.register({"url": url}, scored))
     assert [(row["version"], row["alias"]) for row in made] == [("1", "champion"), ("2", "challenger")]
     assert line.register({"url": f"{site.store_url}/models/one/stage2"}, scored)["version"] == "1"
@@ -63,11 +64,11 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match=r"the bad steps \[5\] of stage1, .* steps in stage1\.guard\.explained"):
         line.register({"url": url}, scored)
 
-    registry = Registry(line.tracker)
-    found = line.tracker.client.get_model_version(line.model_name, "2")
+    registry = Registry(line.logbook.tracker)
+    found = line.logbook.tracker.client.get_model_version(line.model_name, "2")
     assert "1.50 [1.20, 1.80]" in found.description and found.tags["protocol.chains_d"] == "abc"
     wanted = f"params.model_id = '{made[1]['model_id']}'"
-    (model,) = line.tracker.client.search_logged_models([line.tracker.experiment_id()], wanted)
+    (model,) = line.logbook.tracker.client.search_logged_models([line.logbook.tracker.experiment_id()], wanted)
     assert model.tags["stats_id"] == content_hash({})
     assert {metric.key for metric in model.metrics} >= {"held_out/act", "chains_d/avg_len", "chains_d/avg_len_low"}
 
@@ -90,7 +91,7 @@ def test_scores_under_another_protocol_stand_beside_the_first_ones(tmp_path: Pat
     for max_steps in (2, 3):
         line = Pretraining(site, load("pretrain/ci", RunConfig, [*few, f"eval.max_steps={max_steps}"]))
         if not found:
-            line.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+            line.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
             checkpoint = read_marker(open_store(exported(line, "one", make_bundle(chunk=10, text_budget=60))))
         found.append(line._scores(checkpoint))
         versions.append(line.register({"url": checkpoint.url}, found[-1])["version"])
@@ -98,7 +99,7 @@ def test_scores_under_another_protocol_stand_beside_the_first_ones(tmp_path: Pat
     first, second = (scored["protocols"]["mine_d"] for scored in found)
     assert first != second and versions == ["1", "1"]
 
-    client, experiment = line.tracker.client, line.tracker.experiment_id()
+    client, experiment = line.logbook.tracker.client, line.logbook.tracker.experiment_id()
     runs = {(run.info.run_name, run.data.tags.get("protocol.mine_d")): run for run in client.search_runs([experiment])}
     ours, again = runs["stage2", first], runs["stage2, other protocol", second]
     assert again.data.tags["mlflow.parentRunId"] == ours.info.run_id

@@ -41,7 +41,7 @@ class Finetuning(Line):
 
         Raises `NotFound` where there is no champion yet.
         """
-        version = Registry(self.tracker).by_alias(self.model_name, CHAMPION)
+        version = Registry(self.logbook.tracker).by_alias(self.model_name, CHAMPION)
         if version is None:
             raise NotFound(f"{self.model_name} has no champion to fine-tune: run `pretrain/full` first")
         bundle = load_bundle(version.checkpoint.url)
@@ -67,7 +67,7 @@ class Finetuning(Line):
     def _judged_against(self, champion: str) -> ModelVersion | None:
         """The newest version that the gate of this configuration has judged against `champion`, whatever it said."""
         asked = {"gate.champion": champion, "gate.config": fingerprint(self.config)}
-        versions: list[ModelVersion] = Registry(self.tracker).versions(self.model_name)
+        versions: list[ModelVersion] = Registry(self.logbook.tracker).versions(self.model_name)
         return next((version for version in versions if asked.items() <= version.tags.items()), None)
 
     def _recordings(self, dataset: str, version: int | str | None) -> set[str]:
@@ -82,7 +82,8 @@ class Finetuning(Line):
         `since` are the versions that were trained with all there is: the champion, and who was judged against it.
         """
         key = f"skip/{champion['model_id']}/{time.strftime('%Y-%m-%d')}"
-        with self.tracked(key, f"{self.config.name} (skipped)", tags={"since": ", ".join(champion["since"])}) as run:
+        tags = {"since": ", ".join(champion["since"])}
+        with self.logbook.run(key, f"{self.config.name} (skipped)", tags=tags) as run:
             run.log({"nightly/new_recordings": champion["new_recordings"], "nightly/skipped": 1.0}, 0)
         told = {"new_recordings": champion["new_recordings"], "since": champion["since"]}
         return {"skipped": True, **told, "champion": champion["version"]}
@@ -95,7 +96,7 @@ class Finetuning(Line):
             found += drifting.drift(parent.stats, Dataset(self.store, load_manifest(self.store, name, version)).stats)
         found.sort(key=lambda one: one.size, reverse=True)
         report: Result = {"metrics": drifting.as_metrics(found), "worst": [one._asdict() for one in found[:10]]}
-        with self.tracked(self.pipeline_key, self.config.name) as run:
+        with self.logbook.pipeline() as run:
             run.log(report["metrics"], sum(plan["versions"].values()))  # grows with every night that has news
             run.record(report, f"drift-from-v{champion['version']}.json")
         return report | {"seconds": round(time.monotonic() - began, 3)}
@@ -114,19 +115,19 @@ class Finetuning(Line):
         """Register the challenger; it becomes champion if the gate of the configuration says so."""
         verdict = self.compare(champion["url"], model["url"])
         registered = self.register(model, scored)
-        registry, to, was = Registry(self.tracker), registered["version"], champion["version"]
+        registry, to, was = Registry(self.logbook.tracker), registered["version"], champion["version"]
         if verdict.promote:
             promote(self.store, registry, self.model_name, to, expected=was, because=verdict.because)
         # last: who is killed before it judges again, and a version that a person takes back is not promoted twice
         about = {"gate": verdict.because, "gate.champion": was, "gate.config": fingerprint(self.config)}
         registry.tag(self.model_name, to, about)
-        with self.tracked(self.pipeline_key, self.config.name) as run:
+        with self.logbook.pipeline() as run:
             run.record(verdict.to_json(), f"gate-v{registered['version']}.json")
         return {**registered, "promoted": verdict.promote, "against": champion["version"], **verdict.to_json()}
 
     def roll_to(self, version: str, because: str) -> Result:
         """Make an evaluated version champion by hand, forward or back; recorded like any promotion."""
-        registry = Registry(self.tracker)
+        registry = Registry(self.logbook.tracker)
         champion = registry.by_alias(self.model_name)
         was = champion.version if champion else None
         return {"name": self.model_name} | promote(

@@ -7,29 +7,24 @@ flows wrap the same methods in tasks. There is no other implementation of a stag
 
 from __future__ import annotations
 
-import os
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
-from upvla.checkpoint import load_bundle, read_facts, read_marker, read_meta
-from upvla.config import LineConfig, SiteConfig, fingerprint
-from upvla.data.table import load_manifest
-from upvla.errors import ConfigError, Mismatch, NotFound, StackError
+from upvla.checkpoint import load_bundle, read_facts, read_marker
+from upvla.config import LineConfig, SiteConfig
+from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch import scores as scoring
 from upvla.launch.card import model_card
 from upvla.launch.cluster import connected
 from upvla.launch.describe import describe_dataset, description_id
 from upvla.launch.encode import encode_dataset, encoding_key
 from upvla.launch.jobs import Jobs
+from upvla.launch.logbook import Logbook
 from upvla.launch.promote import promote
 from upvla.launch.steps import once
-from upvla.launch.train import TrackingSpec, TrainSpec, run_training, share_done, train
+from upvla.launch.train import TrainSpec, run_training, share_done, train
 from upvla.model.config import ModelConfig
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
@@ -37,7 +32,7 @@ from upvla.rollout.golden import proven
 from upvla.sim.playtable import tasks
 from upvla.sim.playtable.env import world_code
 from upvla.store import Store, content_hash, open_store
-from upvla.tracking import CHAMPION, Registry, Run, Tracker, protocol_tags
+from upvla.tracking import CHAMPION, Registry, protocol_tags
 from upvla.train.config import EngineConfig, StageConfig
 from upvla.train.guard import unexplained
 from upvla.types import Checkpoint, Estimate, ModelVersion
@@ -56,6 +51,7 @@ class Line:
         self.site, self.config, self.model_name = site, config, model_name
         self.store: Store = open_store(site.store_url)
         self.progress: Progress = progress or (lambda share, text: None)
+        self.logbook = Logbook(site, config, model_name, note=lambda text: self.progress(-1.0, text))
 
     # ------------------------------------------------------------------------------------------- shared stages
 
@@ -129,7 +125,7 @@ class Line:
         began = time.monotonic()
         bundle = load_bundle(model["url"])  # every hash is checked before anything is registered
         proven(bundle, model["url"])
-        checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.tracker)
+        checkpoint, registry = read_marker(open_store(model["url"])), Registry(self.logbook.tracker)
         registered = {version.checkpoint.model_id for version in registry.versions(self.model_name)}
         require_explained(self.config, bundle.meta, registered)
         metrics = {
@@ -137,15 +133,16 @@ class Line:
             for name, score in scored["scores"][self.model_name].items()
             for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
-        run_id = self.tracker.run_id(*_training_run(checkpoint), self.pipeline_run())
-        with self._scored(checkpoint, scored["protocols"]) as run:
+        run_id = self.logbook.training_id(checkpoint)
+        with self.logbook.scored(checkpoint, scored["protocols"]) as run:
             scored_in = run.run_id
-        tags = self._tags(bundle.meta) | {"stats_id": content_hash(bundle.stats)} | protocol_tags(scored["protocols"])
+        tags = self.logbook.tags(bundle.meta) | protocol_tags(scored["protocols"])
+        tags["stats_id"] = content_hash(bundle.stats)
         cameras = sorted({*bundle.config.vision_cameras, *bundle.config.code_cameras})
         version = registry.register(
             self.model_name, checkpoint, run_id, cameras=cameras, metrics=metrics, tags=tags, scored_in=scored_in
         )
-        strips = [path for path in self.tracker.artifacts(scored_in, "rollouts") if path.endswith(".png")]
+        strips = [path for path in self.logbook.tracker.artifacts(scored_in, "rollouts") if path.endswith(".png")]
         card = model_card(self.model_name, bundle, checkpoint, scored, version.tags, run_id=scored_in, strips=strips)
         registry.describe(self.model_name, version.version, card)
         champion = registry.by_alias(self.model_name)
@@ -165,16 +162,16 @@ class Line:
 
     def judged_pages(self, checkpoint_url: str) -> dict[str, str]:
         """Addresses of what an evaluation logged, by what is there: the model's run, and its videos."""
-        run_id = self.tracker.run_id(*_training_run(read_marker(open_store(checkpoint_url))), self.pipeline_run())
-        pages = {"MLflow run": self.tracker.run_page(run_id)}
+        run_id = self.logbook.training_id(read_marker(open_store(checkpoint_url)))
+        pages = {"MLflow run": self.logbook.tracker.run_page(run_id)}
         if self.config.eval.videos:
-            pages["Rollout videos"] = self.tracker.run_page(run_id, "rollouts")
+            pages["Rollout videos"] = self.logbook.tracker.run_page(run_id, "rollouts")
         return pages
 
     def version_pages(self, registered: Result) -> dict[str, str]:
         """Address of a version in the registry, by its name."""
         name, version = registered["name"], registered["version"]
-        return {f"{name} version {version}": self.tracker.version_page(name, version)}
+        return {f"{name} version {version}": self.logbook.tracker.version_page(name, version)}
 
     def checkpoint_url(self, model: str) -> str:
         """URL of `name@alias`, `name@version` (as registered) or of a checkpoint URL, which is returned as it is."""
@@ -183,7 +180,7 @@ class Line:
     def version(self, model: str) -> ModelVersion:
         """What the registry has under `name@alias` or `name@version`; a name alone is its champion."""
         name, _, wanted = model.partition("@")
-        registry = Registry(self.tracker)
+        registry = Registry(self.logbook.tracker)
         listed: list[ModelVersion] = registry.versions(name)
         if not listed:
             raise NotFound(f"no registered model {name!r}; train one, or give the URL of a checkpoint")
@@ -217,9 +214,10 @@ class Line:
                 name, report = names.get(policy, policy), judged.report
                 found.setdefault(name, {}).update(scores(report))
                 protocols[suite.name] = report.fingerprint
-        for name, named in found.items():
-            self._log_scores(checkpoint, name, as_metrics(named), protocols)
-        self._log_films(checkpoint, protocols)
+        self.logbook.log_scores(checkpoint, {name: as_metrics(named) for name, named in found.items()}, protocols)
+        if config.videos:
+            films = scoring.film(self.exam(config.suites[0]), checkpoint.url, config.videos)
+            self.logbook.log_films(checkpoint, films, protocols)
         return {
             "model_id": checkpoint.model_id,
             "scores": {name: {k: e._asdict() for k, e in named.items()} for name, named in found.items()},
@@ -229,7 +227,6 @@ class Line:
     def _spec(self, kind: Literal["vq", "policy"], stage: StageConfig, plan: Result, **inputs: Any) -> TrainSpec:
         workers = {"num_workers": self.site.num_workers, "use_gpu": self.site.use_gpu}
         versions = {name: {"version": version} for name, version in plan["versions"].items()}
-        tags = self._tags({"train_plan": plan["train"], "datasets": versions})
         return TrainSpec(
             kind=kind,
             store_url=self.site.store_url,
@@ -237,13 +234,7 @@ class Line:
             engine=EngineConfig.model_validate(self.config.engine.model_dump() | workers),
             train_plan=plan["train"],
             validation_plan=plan["validation"],
-            tracking=TrackingSpec(
-                uri=self.site.tracking_url,
-                experiment=self.site.experiment,
-                tags=tags,
-            )
-            if self.site.tracking_url
-            else None,
+            tracking=self.logbook.of_training({"train_plan": plan["train"], "datasets": versions}),
             **inputs,
         )
 
@@ -255,127 +246,20 @@ class Line:
             self.progress(share if share is not None else -1.0, line)
 
         def work() -> Result:
+            nested = self.logbook.nested(spec)
             if self.site.ray_jobs_url:
-                result = run_training(self.store, self._nested(spec), Jobs(self.site.ray_jobs_url), on_line=on_line)
+                result = run_training(self.store, nested, Jobs(self.site.ray_jobs_url), on_line=on_line)
             else:
                 with connected():
-                    result = train(self._nested(spec))
+                    result = train(nested)
             if "url" in result:
-                self._track(result["url"])
+                self.logbook.log_checkpoint(result["url"], self.store)
             return result
 
         return once(self.store, spec.stage.name, {"spec": spec.key}, work)
 
-    def _nested(self, spec: TrainSpec) -> TrainSpec:
-        """The stage below the pipeline's run. Asked only where there is something to train."""
-        if spec.tracking is None:
-            return spec
-        return spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"parent": self.parent_run()})})
-
-    def _tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
-        """Of a run, a model or a version: what it was learnt from, and by what."""
-        return {
-            "mixture": str(meta.get("train_plan", "")),
-            "datasets": ", ".join(f"{n}@{d['version']}" for n, d in meta.get("datasets", {}).items()),
-            "config": fingerprint(self.config),
-            "git_commit": git_commit(),
-        }
-
-    def _track(self, url: str) -> None:
-        """An exported checkpoint as a model of its training run, with the data that went in and the losses it came to.
-
-        Training does not wait for MLflow, nor fail with it: registering the model logs what is missing.
-        """
-        if not self.site.tracking_url:
-            return
-        checkpoint, meta = read_marker(open_store(url)), read_meta(url)
-        tags = self._tags(meta) | {"stats_id": content_hash(read_facts(url).stats)}
-        losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
-        try:
-            key, stage = _training_run(checkpoint)
-            run_id = self.tracker.run_id(key, stage, self.pipeline_run())
-            used = [load_manifest(self.store, n, d["version"]) for n, d in meta.get("datasets", {}).items()]
-            self.tracker.log_datasets(run_id, used, self.store.url)
-            Registry(self.tracker).log_model(
-                f"{self.model_name}-{stage}", checkpoint, run_id, metrics=losses, tags=tags
-            )
-        except StackError as error:
-            self.progress(-1.0, f"the checkpoint is safe at {url}, MLflow does not know of it yet: {error}")
-
-    @property
-    def tracker(self) -> Tracker:
-        if not self.site.tracking_url:
-            raise ConfigError("no MLflow: run `upvla up`, or set `tracking_url` in the site file")
-        return Tracker(self.site.tracking_url, self.site.experiment)
-
-    @contextmanager
-    def tracked(self, key: str, name: str, **about: Any) -> Iterator[Run]:
-        """The MLflow run `key`, open for the length of the block."""
-        run = self.tracker.start(key, name, **about)
-        try:
-            yield run
-        finally:
-            run.close()
-
-    @property
-    def pipeline_key(self) -> str:
-        """Key of the MLflow run that this configuration's stages nest under."""
-        return f"pipeline/{fingerprint(self.config)}"
-
-    def pipeline_run(self) -> str:
-        return self.tracker.run_id(self.pipeline_key, self.config.name)
-
-    def parent_run(self) -> str | None:
-        """Id of the pipeline's run; None while MLflow is away: a run that is there already stays where it hangs."""
-        try:
-            return self.pipeline_run()
-        except StackError as error:
-            self.progress(-1.0, f"going on without MLflow: {error}")
-            return None
-
-    @contextmanager
-    def _scored(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> Iterator[Run]:
-        """The MLflow run with a model's scores under `protocols`, {suite: fingerprint}: the one that trained it, or one
-        below that where it has scores under others, which would stand under the same names."""
-        key, name = _training_run(checkpoint)
-        parent = self.pipeline_run()
-        trained = self.tracker.run_id(key, name, parent)
-        known = self.tracker.protocols(trained)
-        if any(known.get(suite, mark) != mark for suite, mark in protocols.items()):
-            key, name, parent = scoring.run_key(checkpoint.model_id, protocols), f"{name}, other protocol", trained
-        with self.tracked(key, name, parent=parent, tags=protocol_tags(protocols)) as run:
-            yield run
-
-    def _log_scores(
-        self, checkpoint: Checkpoint, policy: str, metrics: Mapping[str, float], protocols: Mapping[str, str]
-    ) -> None:
-        """A model's scores go to a run of its own, a reference policy's to one of each protocol's: comparable."""
-        if policy == self.model_name:
-            opened = self._scored(checkpoint, protocols)
-        else:
-            about = {"parent": self.pipeline_run(), "tags": protocol_tags(protocols)}
-            opened = self.tracked(scoring.run_key(policy, protocols), f"reference {policy}", **about)
-        with opened as run:
-            run.log(metrics, 0)  # all at one step: MLflow then draws bars beside each other, not points on a curve
-
-    def _log_films(self, checkpoint: Checkpoint, protocols: Mapping[str, str]) -> None:
-        if self.config.eval.videos == 0:
-            return
-        films = scoring.film(self.exam(self.config.eval.suites[0]), checkpoint.url, self.config.eval.videos)
-        with self._scored(checkpoint, protocols) as run, tempfile.TemporaryDirectory() as folder:
-            for name, data in films.items():
-                path = Path(folder, name)
-                path.write_bytes(data)
-                run.artifact(path, "rollouts")
-
     def _counting(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(done / max(1, total), f"{what} {done}/{total}")
-
-
-def _training_run(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Key and name of the MLflow run of the stage that exported this checkpoint (`models/<run>/<stage>`)."""
-    stage = checkpoint.url.rpartition("/")[2]
-    return f"{checkpoint.run}/{stage}", stage
 
 
 def require_explained(config: LineConfig, meta: Mapping[str, Any], registered: Collection[str] = ()) -> None:
@@ -394,15 +278,3 @@ def require_explained(config: LineConfig, meta: Mapping[str, Any], registered: C
                 f"the run {meta.get('run')} passed over the bad steps {steps} of {stage_name}, so its model is not "
                 f"registered: look at the samples that its meta.json names, then list the steps in {where}"
             )
-
-
-def git_commit() -> str:
-    """Of the code that runs: what its image was built from (`UPVLA_GIT_COMMIT`), or the checkout; else `unknown`."""
-    if given := os.environ.get("UPVLA_GIT_COMMIT"):
-        return given
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return "unknown"
-    return found.stdout.strip() or "unknown"

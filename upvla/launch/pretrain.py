@@ -208,7 +208,7 @@ class Pretraining(Line):
         }
         self.store.write_json(self.report_key, report)
         ours = {name: Estimate(**score) for name, score in scored[self.model_name].items()}
-        with self.tracked(self.pipeline_key, self.config.name, params=self.config.model_dump(mode="json")) as run:
+        with self.logbook.pipeline(params=self.config.model_dump(mode="json")) as run:
             run.log(as_metrics(ours), 0)
             run.record(report, "report.json")
         return report
@@ -221,7 +221,7 @@ class Pretraining(Line):
         """The dataset's page, where the curves are looked at too."""
         folder, _, name = url.rpartition("/")
         with (
-            self.tracked(f"dataset/{content_id}", f"dataset {version}", parent=self.parent_run()) as run,
+            self.logbook.run(f"dataset/{content_id}", f"dataset {version}", parent=self.logbook.parent_id()) as run,
             tempfile.TemporaryDirectory() as local,
         ):
             open_store(folder).download(name, Path(local, name))
