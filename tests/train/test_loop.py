@@ -19,7 +19,6 @@ from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engi
 from upvla.train.guard import Best, Guard
 from upvla.train.loop import Ended, StageConfig, fit, validate
 from upvla.train.meter import Meter, forward_flops
-from upvla.train.zero import import_deepspeed
 from upvla.types import Batch
 
 pytestmark = pytest.mark.seam
@@ -32,10 +31,12 @@ def stage(**changes: Any) -> StageConfig:
     return StageConfig.model_validate(values | changes)
 
 
-def engine(zero_stage: int, accumulation: int = 1, freeze: tuple[str, ...] = (), **config: Any) -> Engine:
+def engine(
+    zero_stage: int, accumulation: int = 1, freeze: tuple[str, ...] = (), width: int = 12, **config: Any
+) -> Engine:
     world_size = torch.distributed.get_world_size()
     return build_engine(
-        toy(),
+        toy(width=width),
         EngineConfig(num_workers=world_size, zero_stage=zero_stage, **config),
         OptimizerConfig(lr=1e-2, warmup_steps=1),
         total_steps=STEPS,
@@ -446,16 +447,10 @@ def test_offloaded_optimiser_state_gives_the_same_run(two_workers: Workers, zero
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("async_io")
 def test_state_and_weights_on_a_local_disk_give_the_same_run(two_workers: Workers, tmp_path: Path) -> None:
-    """Where DeepSpeed's operator for it was never built, that takes minutes."""
-    import_deepspeed(use_gpu=False)
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        pytest.skip("DeepSpeed's async_io does not build here: install libaio's headers (apt-get install libaio-dev)")
-    AsyncIOBuilder().load(verbose=False)  # two workers at once would wait for each other's build
     here, there = (
-        two_workers.run(train, 3, 1, (), **place)[0]
+        two_workers.run(train, 3, width=1024, **place)[0]
         for place in ({}, {"offload": "nvme", "nvme_folder": str(tmp_path)})
     )
     assert list(tmp_path.rglob("*.swp")), "and there they were"

@@ -91,10 +91,10 @@ def batches(rank: int, world_size: int, accumulation: int = 1, start_step: int =
         step += 1
 
 
-def toy(dropout: float = 0.0) -> ToyVLA:
+def toy(dropout: float = 0.0, width: int = 12) -> ToyVLA:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return ToyVLA(dropout=dropout)
+        return ToyVLA(dropout=dropout, width=width)
 
 
 class Workers:
