@@ -244,6 +244,9 @@ def test_numbers_that_are_not_finite_end_the_stage_without_retries(
     assert "is not finite, the optimiser was not moved" in failure["message"]
 
 
+ON_DISK = {"num_workers": 2, "zero_stage": 3, "offload": "nvme", "nvme_folder": "/scratch"}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -253,6 +256,8 @@ def test_numbers_that_are_not_finite_end_the_stage_without_retries(
         ({"train_plan": "beef"}, NotFound, "mixtures/beef"),
         ({"parent_url": "/nowhere/models/x"}, NotFound, "holds no finished checkpoint"),
         ({"model": None}, ConfigError, "neither a model configuration nor a checkpoint"),
+        ({"engine": ON_DISK, "stage": {"ema_decay": 0.9}}, ConfigError, "with offload=nvme none are"),
+        ({"engine": ON_DISK, "stage": {"picture_every": 1}}, ConfigError, "picture_every needs a policy with whole"),
     ],
 )
 def test_wrong_inputs_are_named_before_workers_are_asked_for(

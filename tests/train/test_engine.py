@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from tests.train.toy import ToyVLA
-from upvla.errors import ConfigError
+from upvla.errors import ConfigError, Mismatch
+from upvla.train import disk
 from upvla.train.config import StageConfig, accumulation_steps
 from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine
 from upvla.train.optimizer import decay_groups, lr_factor
@@ -82,6 +83,27 @@ def test_a_killed_builder_of_deepspeeds_operator_stops_nobody_after_it() -> None
     code = "from upvla.train.zero import build_ops; build_ops()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
     assert not left_behind.exists()
+
+
+@pytest.mark.parametrize(("name", "on_disk"), [("disk_00000_00000.pt", False), ("average_00000.pt", True)])
+def test_shards_of_a_local_disk_and_of_memory_are_not_mixed_up(tmp_path: Path, name: str, on_disk: bool) -> None:
+    (tmp_path / name).touch()
+    disk.require_same_place(tmp_path, not on_disk)
+    with pytest.raises(Mismatch, match=f"engine.offload={'none or cpu' if on_disk else 'nvme'}, the run"):
+        disk.require_same_place(tmp_path, on_disk)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offload": "nvme", "zero_stage": 2, "nvme_folder": "/scratch"}, "needs zero_stage >= 3"),
+        ({"offload": "nvme", "zero_stage": 3}, "go together"),
+        ({"offload": "nvme", "zero_stage": 3, "nvme_folder": "/scratch", "num_workers": [1, 4]}, "no range"),
+    ],
+)
+def test_impossible_offloads_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.model_validate(change)
 
 
 def test_batch_arithmetic() -> None:

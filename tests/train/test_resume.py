@@ -30,12 +30,18 @@ _SLOW_S = 2.0  # an upload
 
 
 def build(
-    zero_stage: int, universal: bool = False, *, dropout: float = 0.2, ema: float | None = None, **config: Any
+    zero_stage: int,
+    universal: bool = False,
+    *,
+    dropout: float = 0.2,
+    width: int = 12,
+    ema: float | None = None,
+    **config: Any,
 ) -> Engine:
     """With dropout, so that a lost random state shows."""
     world_size = torch.distributed.get_world_size()
     return build_engine(
-        toy(dropout=dropout),
+        toy(dropout=dropout, width=width),
         EngineConfig(num_workers=world_size, zero_stage=zero_stage, **config),
         OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1),
         total_steps=STEPS,
@@ -108,7 +114,25 @@ def run(
 def test_resumed_equals_uninterrupted_bit_for_bit(
     two_workers: Workers, zero_stage: int, offload: str, tmp_path: Path
 ) -> None:
-    place = {"offload": offload}
+    resumes_bit_for_bit(two_workers, zero_stage, tmp_path, {"offload": offload})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("async_io")
+def test_resumed_from_a_local_disk_equals_uninterrupted_bit_for_bit(
+    one_worker: Workers, two_workers: Workers, tmp_path: Path
+) -> None:
+    place = {"offload": "nvme", "nvme_folder": str(tmp_path / "disk"), "width": 1024}
+    resumes_bit_for_bit(two_workers, 3, tmp_path, place)
+    assert list((tmp_path / "disk").rglob("*.swp"))
+    elsewhere = (two_workers, place | {"offload": "none", "nvme_folder": ""}), (one_worker, place)
+    for workers, there in elsewhere:
+        with pytest.raises(Mismatch, match=r"was written with engine\.offload=nvme"):
+            workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), 3, **there)
+
+
+def resumes_bit_for_bit(two_workers: Workers, zero_stage: int, tmp_path: Path, place: dict[str, Any]) -> None:
     whole = two_workers.run(run, str(tmp_path / "whole"), str(tmp_path / "s"), zero_stage, **place)[0]
     first = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, 5, **place)[0]
     second = two_workers.run(run, str(tmp_path / "cut"), str(tmp_path / "s"), zero_stage, **place)[0]

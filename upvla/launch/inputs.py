@@ -57,6 +57,8 @@ class Inputs:
         self.world_sizes(spec)
         if spec.stage.picture_every and (spec.engine.zero_stage == 3 or spec.kind != "policy"):
             raise ConfigError(f"{spec.stage.name}: picture_every needs a policy with whole weights (zero_stage <= 2)")
+        if spec.stage.ema_decay and spec.engine.offload == "nvme":
+            raise ConfigError(f"{spec.stage.name}: ema_decay averages weights in memory, with offload=nvme none are")
         for mixture in (self.train, self.validation):
             self.reader(mixture)
             if self.parent is not None:

@@ -78,6 +78,8 @@ class EngineConfig(BaseModel):
             raise ValueError(f"offload={self.offload} needs zero_stage >= {needs}, it is {self.zero_stage}")
         if (self.offload == "nvme") != bool(self.nvme_folder):
             raise ValueError("offload=nvme and nvme_folder go together: set both, or neither")
+        if self.offload == "nvme" and least != most:
+            raise ValueError(f"offload=nvme goes on with as many workers as began: no range, num_workers={most}")
         return self
 
 

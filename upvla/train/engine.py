@@ -1,6 +1,6 @@
 """The DeepSpeed engine behind a small interface: forward, backward, step, save, load, and the full weights.
 
-Only this file and `zero.py` know DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is
+Only this file, `zero.py` and `disk.py` know DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is
 one engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over workers, and
 `Engine.backward` undoes that, because every loss is already a sum over the *global* batch divided by its count.
 
@@ -11,6 +11,7 @@ weights and moments stay. So a step can be refused under every ZeRO stage withou
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,11 +23,11 @@ import torch.distributed
 from torch import nn
 
 from upvla.errors import ConfigError, Corrupt
-from upvla.train import group
+from upvla.train import disk, group
 from upvla.train.config import EngineConfig, OptimizerConfig
 from upvla.train.ema import Ema, Shards, shard_of, shard_size
 from upvla.train.optimizer import VetoableAdamW, decay_groups, freeze_parameters, lr_factor
-from upvla.train.zero import TAG, build_ops, deepspeed_json, import_deepspeed
+from upvla.train.zero import SWAPPED, TAG, build_ops, deepspeed_json, import_deepspeed, swapped_of
 from upvla.types import Batch, Losses
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this worker's shards of weights, averages, moments and schedule into its own `folder`."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self._on_disk:
+            shutil.rmtree(folder / TAG / SWAPPED)
+            disk.save(self._engine.optimizer, folder, self.rank)
         if self.ema is not None:
             torch.save(self.ema.average, folder / _EMA.format(self.rank))
 
@@ -185,10 +189,15 @@ class Engine:
 
         An engine built with `universal=True` reads what `to_universal` made of such a folder.
         """
+        disk.require_same_place(folder, self._on_disk)
         decays = [param_group["weight_decay"] for param_group in self._adamw.param_groups]
+        if self._on_disk:
+            swapped_of(self.rank, folder).mkdir(parents=True, exist_ok=True)
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise Corrupt(f"DeepSpeed found no checkpoint under {folder}: the shard set is incomplete")
+        if self._on_disk:
+            disk.load(self._engine.optimizer, folder, self.rank)
         # A converted ZeRO 3 set gives every group the decay of the first, and all of them one and the same step counter
         for param_group, decay in zip(self._adamw.param_groups, decays, strict=True):
             param_group["weight_decay"] = decay
@@ -217,6 +226,10 @@ class Engine:
         return state
 
     # --------------------------------------------------------------------------------------------------- private
+
+    @property
+    def _on_disk(self) -> bool:
+        return self._config.offload == "nvme"
 
     def _end_of_step(self, applied: bool) -> None:
         if not self._engine.was_step_applied():  # DeepSpeed refused by itself, and left the schedule where it was

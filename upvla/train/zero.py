@@ -17,20 +17,31 @@ from typing import Any
 from torch import nn
 
 from upvla.train.config import EngineConfig
+from upvla.train.disk import require_same_place
 
 TAG = "engine"
 """The folder of DeepSpeed's own within a set of shards."""
+SWAPPED = "offloaded_tensors"
+"""The folder therein where it copies its swap files to, and insists on finding them; `disk.py` does without."""
 _BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
 _BUCKET_MAX = 50_000_000
+
+
+def swapped_of(rank: int, folder: Path) -> Path:
+    from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
+
+    return folder / TAG / SWAPPED / f"rank{dp_index_to_str(rank)}"
 
 
 def to_universal(folder: Path, converted: Path) -> None:
     """Make of the shards of all workers under `folder` a set that any number of workers can load.
 
-    DeepSpeed's own conversion, one process, one parameter at a time. It unpickles: verify the hashes first.
+    DeepSpeed's own conversion, one process, one parameter at a time. It unpickles: verify the hashes first. `Mismatch`
+    for what was written with `offload: nvme`.
     """
     from deepspeed.checkpoint import ds_to_universal
 
+    require_same_place(folder, on_disk=False)
     options = argparse.Namespace(
         input_folder=str(folder / TAG),
         output_folder=str(converted / TAG),
