@@ -1,8 +1,9 @@
 """The DeepSpeed engine behind a small interface: forward, backward, step, save, load, and the full weights.
 
-Only this file, `zero.py` and `disk.py` know DeepSpeed. Process groups are the launcher's business (Ray Train starts them); here is
-one engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over workers, and
-`Engine.backward` undoes that, because every loss is already a sum over the *global* batch divided by its count.
+Only this file, `zero.py` and `disk.py` know DeepSpeed. Process groups are the launcher's business (Ray Train starts
+them); here is one engine a process, ZeRO 0-3, on gloo or NCCL, with the same numbers: gradients arrive averaged over
+workers, and `Engine.backward` undoes that, because every loss is already a sum over the *global* batch divided by its
+count.
 
 The optimiser is torch's AdamW with one addition, a veto: DeepSpeed runs its whole step (reduces, clips, clears), the
 weights and moments stay. So a step can be refused under every ZeRO stage without touching DeepSpeed's insides.
