@@ -80,7 +80,7 @@ def test_every_code_block_of_the_readme_executes(reader: dict[str, str]) -> None
 def test_a_finished_demo_does_no_work_again(reader: dict[str, str]) -> None:
     """After the README's: nothing is recorded, written, trained, judged, logged or registered a second time."""
     before = state(reader)
-    assert before["objects"] and before["recordings"] and before["jobs"] and before["versions"]
+    assert before["objects"] and before["recordings"] and before["versions"]
     again = [sys.executable, "-m", "upvla.cli", "demo", "--size", "ci"]
     done = subprocess.run(again, env=reader, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
