@@ -38,7 +38,7 @@ def ingest(
     validation_fraction: float | None = None,
     min_accept_ratio: float | None = None,
     recordings_per_task: Annotated[
-        int | None, typer.Option(help="Size of a portion: what one task does, and a restart repeats (default 32).")
+        int | None, typer.Option(help="Size of a portion: what one task does (default 32).")
     ] = None,
     config: Config = "pretrain/full",
     site: SiteName = "local",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from upvla.data.commit import DAMAGED, commit, require_conditional_create
+from upvla.data.pieces import Pieces
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Layout, Rejection, Staged, stage
@@ -140,15 +141,17 @@ def stage_here(portions: Sequence[Portion], progress: Progress) -> list[Staged]:
 
 
 def stage_portion(portion: Portion) -> Staged:
-    """Read, judge and write one portion. A receipt makes repeating a finished one cheap."""
+    """Read, judge and write one portion. A receipt makes repeating a finished one cheap, pieces an unfinished one."""
     root = dataset_root(portion.store, portion.config.dataset)
     meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
     receipt = f"staging/{content_hash([meaning, portion.recordings])}.json"
     if root.exists(receipt):
         return Staged.from_json(root.read_json(receipt))
-    config = portion.config
-    staged = stage(root, _judged(portion), qa_per_episode=config.qa_per_episode, layout=config.layout)
+    config, pieces = portion.config, Pieces(root, meaning)
+    judged = _judged(portion, pieces)
+    staged = stage(root, judged, qa_per_episode=config.qa_per_episode, layout=config.layout, encoded=pieces.add)
     root.write_json(receipt, staged.to_json())
+    pieces.clear()
     return staged
 
 
@@ -163,9 +166,12 @@ def _source(run: str, config: IngestConfig, url: str) -> EpisodeSource:
     return _cached_source(run, config.model_dump_json(), url)
 
 
-def _judged(portion: Portion) -> Iterator[tuple[Episode, str] | Rejection]:
+def _judged(portion: Portion, pieces: Pieces) -> Iterator[tuple[Episode, str] | Rejection]:
     source = _source(portion.run, portion.config, portion.source_url)
     for key, token in portion.recordings:
+        if (episode := pieces.find(key, token)) is not None:
+            yield episode, token
+            continue
         try:
             episode = source.read(key)
             check(episode, portion.config.quality)

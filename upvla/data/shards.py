@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,18 +113,22 @@ def stage(
     *,
     qa_per_episode: int = 0,
     layout: Layout | None = None,
+    encoded: Callable[[Episode, str], None] | None = None,
 ) -> Staged:
     """Write checked recordings (each with its source token) as shards under a dataset's `root`; nothing becomes
     visible. Memory holds two recordings, whatever the number: while one is hashed, written and, with a full shard, sent
-    to the store, the next is read and encoded. Equal input gives equal objects under equal names."""
+    to the store, the next is read and encoded. Equal input gives equal objects under equal names. `encoded` is handed
+    every recording as soon as its frames are."""
     writer = _ShardWriter(root, layout or Layout())
     rejected, scenes = list[Rejection](), list[tuple[str, np.ndarray, str]]()
     asked = list[Question]()
 
     def write(episode: Episode, token: str) -> None:
-        encoded = {camera: b"".join(frames) for camera, frames in episode.images.items()}
-        identity = episode_id(episode, encoded)
-        writer.add(episode, encoded, identity, token)
+        if encoded:
+            encoded(episode, token)
+        joined = {camera: b"".join(frames) for camera, frames in episode.images.items()}
+        identity = episode_id(episode, joined)
+        writer.add(episode, joined, identity, token)
         asked.extend(_asked(identity, talk) for talk in episode.talks)
         if episode.scene_state is not None:
             scenes.append((identity, episode.scene_state, episode.scene))
