@@ -115,7 +115,7 @@ def write_lerobot_v21(folder: Path, lengths: Sequence[int] = (STEPS, 9), codec: 
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     tasks = ["open it", "close it"]
     lines = [json.dumps({"task_index": i, "task": task}) for i, task in enumerate(tasks)]
-    (folder / "meta" / "tasks.jsonl").write_text("\n".join(lines))
+    (folder / "meta" / "tasks.jsonl").write_text("\n".join(lines) + "\n")
     rows = [json.dumps({"episode_index": i, "tasks": tasks, "length": n}) for i, n in enumerate(lengths)]
     (folder / "meta" / "episodes.jsonl").write_text("\n".join(rows) + "\n")
     for number, length in enumerate(lengths):
@@ -163,6 +163,20 @@ def test_lerobot_v21_has_a_file_an_episode(tmp_path: Path) -> None:
             assert episode.spans == (Span(0, 5, "open it", "open it"), Span(5, len(episode), "close it", "close it"))
             for mine, theirs in zip(episode.images["top"], pictures(len(episode), seed=10 * number), strict=True):
                 assert np.abs(decode_image(mine).astype(int) - theirs).mean() < 8
+
+
+def test_a_new_task_is_nothing_to_the_lerobot_episodes_that_were_there(tmp_path: Path) -> None:
+    folder = write_lerobot_v21(tmp_path / "set")
+
+    def tokens() -> list[str]:
+        source = open_source("lerobot", str(folder), action_space=CALVIN_RELATIVE.to_json())
+        return [source.token(key) for key in source.keys()]
+
+    before, tasks = tokens(), folder / "meta" / "tasks.jsonl"
+    tasks.write_text(tasks.read_text() + json.dumps({"task_index": 2, "task": "wipe it"}) + "\n")
+    assert tokens() == before
+    tasks.write_text(tasks.read_text().replace("close it", "shut it"))
+    assert not set(tokens()) & set(before)
 
 
 def write_lerobot_v30(folder: Path, files: Sequence[Sequence[int]]) -> Path:

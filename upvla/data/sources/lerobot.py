@@ -88,7 +88,9 @@ class LeRobotSource:
         row = self._episodes[key]
         files = [self._data_key(row), *(self._video_key(row, feature) for feature in self._video_features())]
         options = [self.space.to_json(), self.cameras, self._state, self._action, self.embodiment, self.scene]
-        return content_hash([row, [self._tokens.get(file, "") for file in files], self._tasks, options])
+        own = row.get("tasks")  # a task that is new to the data set is nothing to the episodes that were there
+        tasks = {index: text for index, text in self._tasks.items() if own is None or text in own}
+        return content_hash([row, [self._tokens.get(file, "") for file in files], tasks, options])
 
     def read(self, key: str) -> Episode:
         row = self._episodes[key]
