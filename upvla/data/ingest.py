@@ -7,6 +7,7 @@ only step that shows.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,24 +132,22 @@ def portions_of(
 
 
 def stage_here(portions: Sequence[Portion], progress: Progress) -> list[Staged]:
-    """Stage in this process, one after the other."""
-    done, staged = 0, []
-    for portion in portions:
-        staged.append(stage_portion(portion))
-        done += len(portion.recordings)
-        progress(done, sum(len(portion.recordings) for portion in portions))
-    return staged
+    """Stage in this process, one after the other; progress is told a recording at a time."""
+    done, total = itertools.count(1), sum(len(portion.recordings) for portion in portions)
+    return [stage_portion(portion, lambda: progress(next(done), total)) for portion in portions]
 
 
-def stage_portion(portion: Portion) -> Staged:
+def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> Staged:
     """Read, judge and write one portion. A receipt makes repeating a finished one cheap, pieces an unfinished one."""
     root = dataset_root(portion.store, portion.config.dataset)
     meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
     receipt = f"staging/{content_hash([meaning, portion.recordings])}.json"
     if root.exists(receipt):
+        for _ in portion.recordings:
+            told()
         return Staged.from_json(root.read_json(receipt))
     config, pieces = portion.config, Pieces(root, meaning)
-    judged = _judged(portion, pieces)
+    judged = _judged(portion, pieces, told)
     staged = stage(root, judged, qa_per_episode=config.qa_per_episode, layout=config.layout, encoded=pieces.add)
     root.write_json(receipt, staged.to_json())
     pieces.clear()
@@ -166,19 +165,19 @@ def _source(run: str, config: IngestConfig, url: str) -> EpisodeSource:
     return _cached_source(run, config.model_dump_json(), url)
 
 
-def _judged(portion: Portion, pieces: Pieces) -> Iterator[tuple[Episode, str] | Rejection]:
+def _judged(portion: Portion, pieces: Pieces, told: Callable[[], None]) -> Iterator[tuple[Episode, str] | Rejection]:
     source = _source(portion.run, portion.config, portion.source_url)
     for key, token in portion.recordings:
-        if (episode := pieces.find(key, token)) is not None:
-            yield episode, token
-            continue
         try:
-            episode = source.read(key)
-            check(episode, portion.config.quality)
+            episode = pieces.find(key, token)
+            if episode is None:
+                episode = source.read(key)
+                check(episode, portion.config.quality)
         except BadEpisode as error:
             yield Rejection(key, error.reason, error.detail, token)
         else:
             yield episode, token
+        told()
 
 
 def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
