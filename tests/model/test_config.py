@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from upvla.errors import ConfigError
-from upvla.model.config import PRESETS, ModelConfig, preset
+from upvla.model.config import ModelConfig, preset
+from upvla.model.presets import PRESETS
 from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer
 
