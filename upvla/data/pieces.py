@@ -2,7 +2,8 @@
 
 A shard takes many recordings, and its file is nothing before its end. Whoever works on one for longer than some seconds
 leaves in the store what it has so far, one object a recording: a restart, on whatever machine, repeats these seconds
-and the recording in hand, no more. Portions that are done sooner leave nothing.
+and the recording in hand. Portions that are done sooner leave nothing. Where frames come faster than memory holds for
+so long, the oldest are let go, and a restart reads them again, as fast as they came.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from upvla.store import Store, content_hash
 from upvla.types import ActionSpace, Episode, Span, Talk
 
 _FOLDER = "pieces/"
+_FORMAT = 1  # of `packed`; nobody finds what was written in another one
 _EVERY_S = 5.0
-_HELD_BYTES = 64 << 20  # of frames that wait to be written; the oldest are let go, and would be done again
+_HELD_BYTES = 64 << 20  # of frames that wait to be written
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_TEXTS = ("id", "source", "embodiment", "scene", "rate_hz")
+_PLAIN = ("id", "source", "embodiment", "scene", "rate_hz")
 _ARRAYS = ("timestamps", "state", "actions", "absolute_actions", "scene_state")
 
 
@@ -76,13 +78,13 @@ class Pieces:
         self._held_bytes, self._since = 0, time.monotonic()
 
     def _name(self, key: str, token: str) -> str:
-        return f"{_FOLDER}{content_hash([self._meaning, key, token])}.safetensors"
+        return f"{_FOLDER}{content_hash([_FORMAT, self._meaning, key, token])}.safetensors"
 
 
 def packed(episode: Episode) -> bytes:
     """A recording with encoded frames as its sha256 and safetensors: arrays as they are, a camera's frames end to end
     and where each of them ends, and the rest as JSON."""
-    rest = {name: getattr(episode, name) for name in _TEXTS} | {
+    rest = {name: getattr(episode, name) for name in _PLAIN} | {
         "action_space": episode.action_space.to_json(),
         "cameras": list(episode.images),
         "spans": [vars(span) for span in episode.spans],
@@ -109,7 +111,7 @@ def unpacked(data: bytes) -> Episode | None:
         frames, edges = arrays[f"frames/{camera}"].tobytes(), [0, *arrays[f"ends/{camera}"].tolist()]
         images[camera] = [frames[start:end] for start, end in itertools.pairwise(edges)]
     return Episode(
-        **{name: rest[name] for name in _TEXTS},
+        **{name: rest[name] for name in _PLAIN},
         **{name: arrays[name] for name in _ARRAYS if name in arrays},
         action_space=ActionSpace.from_json(rest["action_space"]),
         images=images,

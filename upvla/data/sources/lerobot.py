@@ -88,9 +88,13 @@ class LeRobotSource:
         row = self._episodes[key]
         files = [self._data_key(row), *(self._video_key(row, feature) for feature in self._video_features())]
         options = [self.space.to_json(), self.cameras, self._state, self._action, self.embodiment, self.scene]
-        own = row.get("tasks")  # a task that is new to the data set is nothing to the episodes that were there
-        tasks = {index: text for index, text in self._tasks.items() if own is None or text in own}
-        return content_hash([row, [self._tokens.get(file, "") for file in files], tasks, options])
+        return content_hash([row, [self._tokens.get(file, "") for file in files], self._tasks_of(row), options])
+
+    def _tasks_of(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Those that the episode names, so that a new one is nothing to others; all, if one of them is not there."""
+        own = set(row.get("tasks") or ())
+        named = {index: text for index, text in self._tasks.items() if text in own}
+        return named if own and own == set(named.values()) else self._tasks
 
     def read(self, key: str) -> Episode:
         row = self._episodes[key]
