@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.test_training import STEPS, WEIGHTS, Prepared, require_equal, stage_of, told, wait_for
+from tests.faults.test_training import STAGE, STEPS, WEIGHTS, Prepared, require_equal, stage_of, told, wait_for
 from tests.launch.conftest import RAY
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
@@ -132,7 +132,7 @@ class Driver:
 @pytest.fixture(scope="module")
 def reference(two_workers: Workers, prepared: Prepared) -> dict[str, Any]:
     store, references = prepared
-    return run_stage(two_workers, spec_of(store, references, name="faulty", weights=WEIGHTS, stage={"steps": STEPS}))
+    return run_stage(two_workers, spec_of(store, references, name="faulty", weights=WEIGHTS, stage=STAGE))
 
 
 def test_two_hosts_train_what_one_would(

@@ -86,5 +86,5 @@ def spec_of(
 
 
 def run_stage(workers: Workers, spec: TrainSpec) -> dict[str, Any]:
-    workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+    workers.run(work, {"spec": spec.model_dump_json(), "threads": spec.engine.threads or 1})
     return dict(open_store(spec.store_url).sub(spec.prefix).read_json(RESULT))

@@ -285,7 +285,8 @@ def _run_workers(spec: TrainSpec, owner: int, began: float, allowed: tuple[int, 
     One that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their group.
     """
     least, most = allowed
-    threads = threads_of_worker(cpus, most)
+    room = threads_of_worker(cpus, most)
+    threads = spec.engine.threads or room
     os.environ |= spec.environment
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
     trainer = TorchTrainer(
@@ -300,7 +301,7 @@ def _run_workers(spec: TrainSpec, owner: int, began: float, allowed: tuple[int, 
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
             use_gpu=spec.engine.use_gpu,
-            resources_per_worker={"CPU": min(threads, (sum(cpus) or 1.0) / least)},
+            resources_per_worker={"CPU": min(threads, room, (sum(cpus) or 1.0) / least)},
         ),
         torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.patience_s),
         run_config=RunConfig(

@@ -42,6 +42,12 @@ class EngineConfig(BaseModel):
     )
     nvme_folder: str = Field(default="", description="a folder on a local fast disk, for offload: nvme")
     use_gpu: bool = False
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of a worker; default: what its node has room for, and then a run that goes on where "
+        "nodes have other CPUs is the same but for rounding",
+    )
     peak_tflops: float | None = Field(
         default=None, gt=0, description="what a worker's device can do, for MFU; default: known GPUs, CPUs are measured"
     )
