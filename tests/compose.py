@@ -11,11 +11,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docker-compose.yml"
-_VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^{}]*))?\}")  # an inner one before the one that it is a default of
 
 
 def variables(text: str) -> set[str]:
-    return {name for name, _, _ in _VARIABLE.findall(text)}
+    return set(re.findall(r"\$\{(\w+)", text))
 
 
 def interpolated(text: str, values: Mapping[str, str]) -> str:
@@ -29,7 +29,9 @@ def interpolated(text: str, values: Mapping[str, str]) -> str:
             raise KeyError(f"{name}: {more}")
         return more or "" if how == ":-" else ""
 
-    return _VARIABLE.sub(fill, text)
+    while _VARIABLE.search(text):
+        text = _VARIABLE.sub(fill, text)
+    return text
 
 
 def load(values: Mapping[str, str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from upvla import stack
 from upvla.config import SiteConfig, load
 
 ROOT = Path(__file__).parents[1]
-VALUES = {name: value or f"secret-{name.lower()}" for name, value in compose.example().items()}
+VALUES = {name: value or f"secret-{name.lower()}" for name, value in compose.example().items()} | {"PAGES_URL": ""}
 ONE_SHOT = {"deploy"}
 OF_ONE_MACHINE = {"UPVLA_HOME", "PREFECT_HOME", "TORCH_EXTENSIONS_DIR", "PATH", "NO_PROXY", "no_proxy"}
 
@@ -92,6 +92,7 @@ def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_pat
     assert not site & secret
     assert (site | secret) - {"DS_ACCELERATOR"} == in_containers
     given = services()["worker"]["environment"]
+    assert given["UPVLA_PAGES_URL"] == "http://localhost:5000", "links are for people's browsers"
     proof = {name for name, value in given.items() if "secret-" in value} | {"MLFLOW_TRACKING_USERNAME"}
     assert secret == proof, "a cluster's pods get a client's secrets, all of them and no server's"
 

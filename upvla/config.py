@@ -46,6 +46,7 @@ class SiteConfig(Section):
     home: Path = _from_environment("UPVLA_HOME", ".upvla")
     store_url: str = _from_environment("UPVLA_STORE_URL")
     tracking_url: str = _from_environment("MLFLOW_TRACKING_URI")
+    pages_url: str = _from_environment("UPVLA_PAGES_URL")  # MLflow's for browsers, where it is not `tracking_url`
     ray_jobs_url: str = _from_environment("UPVLA_RAY_JOBS_URL")
     experiment: str = "upvla"
     num_workers: int | tuple[int, int] = Field(

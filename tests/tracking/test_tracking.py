@@ -99,6 +99,12 @@ def test_what_a_killed_process_had_not_sent_comes_with_its_resume_point(tracker:
     cut_off.close(timeout_s=0)
 
 
+def test_pages_are_named_as_browsers_reach_them_and_without_a_password() -> None:
+    for pages, root in (("", "http://mlflow:5000"), ("https://lab.example/mlflow/", "https://lab.example/mlflow")):
+        page = Tracker("http://upvla:secret@mlflow:5000", "tests", pages).version_page("upvla tiny", "3")
+        assert page == f"{root}/#/models/upvla%20tiny/versions/3"
+
+
 def test_artifacts_and_pictures(tracker: Tracker, tmp_path: Path) -> None:
     (tmp_path / "rollout.mp4").write_bytes(b"video")
     run = tracker.start("k-artifacts", "evaluate")

@@ -31,7 +31,7 @@ class Logbook:
     def tracker(self) -> Tracker:
         if not self._site.tracking_url:
             raise ConfigError("no MLflow: run `upvla up`, or set `tracking_url` in the site file")
-        return Tracker(self._site.tracking_url, self._site.experiment)
+        return Tracker(self._site.tracking_url, self._site.experiment, self._site.pages_url)
 
     @contextmanager
     def run(self, key: str, name: str, **about: Any) -> Iterator[Run]:

@@ -134,6 +134,7 @@ def environment(config: StackConfig) -> dict[str, str]:
         **_client_passwords(config),
         "UPVLA_HOME": str(home),
         "UPVLA_STORE_URL": f"s3://{STORE_BUCKET}",
+        "UPVLA_PAGES_URL": f"http://{host}:{ports.mlflow}",
         "UPVLA_RAY_JOBS_URL": f"http://{host}:{ports.dashboard}",
         "AWS_ENDPOINT_URL": f"http://{host}:{ports.s3}",
         "AWS_ACCESS_KEY_ID": keys["accessKey"],

@@ -47,12 +47,14 @@ _MAKING = threading.Lock()  # a run's sender and whoever logs to it may ask for 
 class Tracker:
     """One experiment on one tracking server. Making one contacts nobody; methods raise `StackError` if it is down."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, pages_url: str = "") -> None:
+        """`pages_url` is the server's address for browsers, where that is another than `uri`."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is `--json`'s
         self.uri = uri
         self.experiment = experiment
+        self._pages_url = pages_url or uri
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def experiment_id(self) -> str:
@@ -116,7 +118,7 @@ class Tracker:
 
     def _pages(self) -> str:
         """Root of the server's pages: its address, without the password that it may hold."""
-        parts = urlsplit(self.uri)
+        parts = urlsplit(self._pages_url)
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/") + "/#"
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
