@@ -4,8 +4,7 @@
 
 `ratio_from_arrays`: recordings from memory into a committed version, against encoding the frames only, in one thread.
 `ratio_from_npz`: CALVIN's compressed npz files, against inflating and encoding them only. Sides take turns in a round.
-Ratios are of elapsed time: a recording is hashed and written by one thread while another encodes the next. Those of the
-process's own time (`cpu_ratio_*`) say what ingest costs where every core has work of its own.
+Ratios are of elapsed time; `cpu_ratio_*` are of the process's own time, which the machine's other work disturbs less.
 """
 
 from __future__ import annotations

@@ -72,6 +72,8 @@ def _scale(frame: np.ndarray, target: tuple[int, int], name: str, out: np.ndarra
 class Jpeg(bytes):
     """Bytes that `encode_jpeg` made of a whole picture: nothing in them needs decoding to be trusted."""
 
+    __slots__ = ()
+
 
 def encode_jpeg(frame: np.ndarray) -> Jpeg:
     """u8[H,W,3] RGB -> JPEG, 4:4:4."""

@@ -13,7 +13,7 @@ import pytest
 
 from upvla.data import shards, versions
 from upvla.data.commit import commit, remove
-from upvla.data.shards import Layout, Rejection, Staged, stage
+from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
 from upvla.data.table import Dataset, load_manifest
 from upvla.data.versions import dataset_root
 from upvla.errors import Corrupt, Mismatch, NotFound
@@ -68,6 +68,30 @@ def test_what_is_read_is_what_was_written(store: Store) -> None:
         with pytest.raises(IndexError, match="which has 12"):
             dataset.read(row, [12], ["action"])
     assert (dataset.manifest.num_episodes, dataset.manifest.num_steps, dataset.manifest.num_spans) == (5, 60, 10)
+
+
+@pytest.mark.parametrize(
+    ("hashing", "identity"),
+    [("blake3", "2a94c86b959e18eeb81fa83b018ed983"), ("blake2b", "e76bf0e3ae77f27646b8a99e0b7f0499")],
+)
+def test_an_id_stays_what_it_is(hashing: Hashing, identity: str) -> None:
+    """Datasets, splits, mixtures and codes hang on it."""
+    frames = {"static": [b"first", b"second"]}
+    episode = replace(
+        make_episode(1, 2),
+        images=frames,
+        actions=np.full((2, 7), 0.5, np.float32),
+        state=np.arange(30, dtype=np.float32).reshape(2, 15),
+    )
+    assert shards.episode_id(episode, {"static": b"firstsecond"}, hashing) == identity
+
+
+def test_recordings_of_other_ids_do_not_come_in(store: Store) -> None:
+    staged = stage(dataset_root(store, "d"), [(make_episode(1), "token")], hashing="blake2b")
+    assert Staged.from_json(staged.to_json()) == staged
+    with pytest.raises(Mismatch, match=r"by blake3, the new came by blake2b: .* run the ingest again"):
+        commit(store, "d", [staged], validation_fraction=0.2, options=OPTIONS)
+    assert put(store, range(2)).format == 3
 
 
 def test_any_parquet_reader_can_open_a_shard(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from upvla.data.objects import put_table, read_index, read_summaries
 from upvla.data.shards import Rejection, Staged
 from upvla.data.stats import Statistics, Summary
 from upvla.data.versions import (
-    FORMAT,
     assign_splits,
     dataset_root,
     draw,
+    format_after,
+    hashing_of,
     load_manifest,
     manifest_key,
     newest_manifest,
@@ -244,7 +245,7 @@ def _completed(
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}
     manifest = replace(
         draft,
-        format=FORMAT,
+        format=format_after(parent),
         stats_id=stats.stats_id,
         num_episodes=len(rows),
         num_steps=sum(row["length"] for row in rows.values()),
@@ -298,6 +299,11 @@ def _header(
     for part in staged:
         if part.action_space is None:
             continue
+        if part.hashing != hashing_of(parent):
+            raise Mismatch(
+                f"dataset {dataset} identifies recordings by {hashing_of(parent)}, the new came by {part.hashing}: "
+                "an older upvla began it meanwhile; run the ingest again"
+            )
         new = _Header(part.action_space, dict(part.columns), part.cameras)
         header = header or new
         header.action_space.require_equal(new.action_space, ours=f"dataset {dataset}", theirs="the new recordings")

@@ -19,10 +19,10 @@ from upvla.data.commit import DAMAGED, commit, require_conditional_create
 from upvla.data.pieces import Pieces
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
-from upvla.data.shards import Layout, Rejection, Staged, stage
+from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
 from upvla.data.sources import open_source
 from upvla.data.table import Dataset
-from upvla.data.versions import dataset_root, newest_manifest
+from upvla.data.versions import dataset_root, hashing_of, newest_manifest
 from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
 from upvla.types import Episode, EpisodeSource, KnowsLengths, Manifest
@@ -61,6 +61,7 @@ class Portion(NamedTuple):
     source_url: str
     recordings: tuple[tuple[str, str], ...]
     run: str  # portions of one ingest read through one open source a process
+    hashing: Hashing = "blake3"  # as the dataset's recordings are identified
 
 
 FanOut = Callable[[Sequence[Portion], Progress], Sequence[Staged]]  # results in the order of the portions
@@ -91,7 +92,7 @@ def ingest(
         raise NotFound(f"{source_url} holds no recordings; record some, or correct the URL")
     fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
     parts = portions_of(source, fresh, config.recordings_per_task)
-    portions = [Portion(store, config, source_url, tuple(part), run) for part in parts]
+    portions = [Portion(store, config, source_url, tuple(part), run, hashing_of(parent)) for part in parts]
     manifest = commit(
         store,
         config.dataset,
@@ -141,14 +142,21 @@ def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> 
     """Read, judge and write one portion. A receipt makes repeating a finished one cheap, pieces an unfinished one."""
     root = dataset_root(portion.store, portion.config.dataset)
     meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
-    receipt = f"staging/{content_hash([meaning, portion.recordings])}.json"
+    receipt = f"staging/{content_hash([meaning, portion.hashing, portion.recordings])}.json"
     if root.exists(receipt):
         for _ in portion.recordings:
             told()
         return Staged.from_json(root.read_json(receipt))
     config, pieces = portion.config, Pieces(root, meaning)
     judged = _judged(portion, pieces, told)
-    staged = stage(root, judged, qa_per_episode=config.qa_per_episode, layout=config.layout, encoded=pieces.add)
+    staged = stage(
+        root,
+        judged,
+        qa_per_episode=config.qa_per_episode,
+        layout=config.layout,
+        hashing=portion.hashing,
+        encoded=pieces.add,
+    )
     root.write_json(receipt, staged.to_json())
     pieces.clear()
     return staged

@@ -71,6 +71,7 @@ class HashedFile(io.BufferedWriter):
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "wb"))
+        self.path = path
         self._digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:

@@ -6,15 +6,16 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
 
 from upvla.data.language import Question, questions
@@ -25,6 +26,10 @@ from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash
 from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
+Hashing = Literal["blake3", "blake2b"]
+"""What a dataset's recordings are identified by: `blake3` from format 3 of its manifest on, `blake2b` before."""
+
+_ID_BYTES = 16
 _FEATURES = ("action", "state")  # whose statistics are kept
 _ARRAY_BYTES = 1 << 31  # an Arrow array of binary values holds less
 
@@ -72,6 +77,7 @@ class Staged:
     action_space: ActionSpace | None
     columns: Mapping[str, int]  # numeric column -> width
     cameras: tuple[str, ...]
+    hashing: Hashing = "blake2b"  # receipts that do not say are of that time
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rejected": [row._asdict() for row in self.rejected]}
@@ -87,24 +93,26 @@ class Staged:
             action_space=ActionSpace.from_json(space) if space else None,
             columns=dict(value["columns"]),
             cameras=tuple(value["cameras"]),
+            hashing=value.get("hashing", "blake2b"),
         )
 
 
-def episode_id(episode: Episode, encoded: Mapping[str, bytes]) -> str:
-    """blake2b-128 over everything that training can see: the same recording has one id wherever it comes from.
+def episode_id(episode: Episode, encoded: Mapping[str, bytes], hashing: Hashing) -> str:
+    """128 bits over everything that training can see: the same recording has one id wherever it comes from.
 
     `encoded` has the frames of each camera, end to end."""
     spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
     head = [episode.embodiment, episode.scene, _space_json(episode.action_space), episode.rate_hz, spans]
     head += [[talk.step, talk.topic, talk.turns] for talk in episode.talks]
-    digest = hashlib.blake2b(content_hash(head).encode(), digest_size=16)
+    digest: Any = blake3() if hashing == "blake3" else hashlib.blake2b(digest_size=_ID_BYTES)
+    digest.update(content_hash(head).encode())
     for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
         digest.update(f"{name}{values.dtype}{values.shape}".encode())
         digest.update(np.ascontiguousarray(values).tobytes())
     for camera, frames in sorted(episode.images.items()):
         digest.update(f"{camera}{len(frames)}".encode())
         digest.update(encoded[camera])
-    return digest.hexdigest()
+    return str(digest.digest()[:_ID_BYTES].hex())
 
 
 def stage(
@@ -113,74 +121,107 @@ def stage(
     *,
     qa_per_episode: int = 0,
     layout: Layout | None = None,
+    hashing: Hashing = "blake3",
     encoded: Callable[[Episode, str], None] | None = None,
 ) -> Staged:
     """Write checked recordings (each with its source token) as shards under a dataset's `root`; nothing becomes
-    visible. Memory holds two recordings, whatever the number: while one is hashed, written and, with a full shard, sent
-    to the store, the next is read and encoded. Equal input gives equal objects under equal names. `encoded` is handed
+    visible. Memory holds one recording's pictures and a row group of encoded ones, whatever the number; a full shard
+    travels to the store while the next is made. Equal input gives equal objects under equal names. `encoded` is handed
     every recording as soon as its frames are."""
-    writer = _ShardWriter(root, layout or Layout())
-    rejected, scenes = list[Rejection](), list[tuple[str, np.ndarray, str]]()
-    asked = list[Question]()
+    layout = layout or Layout()
+    rejected, asked = list[Rejection](), list[Question]()
+    scenes = list[tuple[str, np.ndarray, str]]()
 
-    def write(episode: Episode, token: str) -> None:
-        if encoded:
-            encoded(episode, token)
-        joined = {camera: b"".join(frames) for camera, frames in episode.images.items()}
-        identity = episode_id(episode, joined)
-        writer.add(episode, joined, identity, token)
-        asked.extend(_asked(identity, talk) for talk in episode.talks)
-        if episode.scene_state is not None:
-            scenes.append((identity, episode.scene_state, episode.scene))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="upvla-shards") as aside:
-        behind = aside.submit(lambda: None)
+    def accepted() -> Iterator[tuple[Episode, str]]:
         for item in episodes:
             if isinstance(item, Rejection):
                 rejected.append(item)
                 continue
-            episode, token = item
-            images = {
-                camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
-                for camera, frames in episode.images.items()
-            }
-            behind.result()
-            behind = aside.submit(write, replace(episode, images=images), token)
-        behind.result()
-    writer.close()
+            recording = _with_encoded_frames(item[0]), item[1]
+            if encoded:
+                encoded(*recording)
+            yield recording
+
+    with _ShardWriter(root, layout, hashing) as writer:
+        for bunch in _bunches(accepted(), layout.max_row_group_bytes):
+            for episode, token in bunch:
+                identity = writer.add(episode, token)
+                asked.extend(_asked(identity, talk) for talk in episode.talks)
+                if episode.scene_state is not None:
+                    scenes.append((identity, episode.scene_state, episode.scene))
+        shards, index = writer.finish()
     asked += questions(scenes, qa_per_episode) if qa_per_episode else []
     return Staged(
-        shards=tuple(writer.shards),
-        index=tuple(writer.index),
-        qa=(put_table(writer.root, "qa", _qa_table(asked)),) if asked else (),
+        shards=shards,
+        index=index,
+        qa=(put_table(root, "qa", _qa_table(asked)),) if asked else (),
         rejected=tuple(rejected),
         action_space=writer.action_space,
         columns=writer.columns,
         cameras=writer.cameras,
+        hashing=hashing,
     )
+
+
+def _with_encoded_frames(episode: Episode) -> Episode:
+    images = {
+        camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
+        for camera, frames in episode.images.items()
+    }
+    return replace(episode, images=images)
+
+
+def _bunches(recordings: Iterable[tuple[Episode, str]], num_bytes: int) -> Iterator[list[tuple[Episode, str]]]:
+    """Neighbours whose frames have `num_bytes` together. Encoding a recording drives everything else out of the
+    processor's caches, so what comes after it costs less for some at a time: 3 % of an ingest."""
+    bunch, held = list[tuple[Episode, str]](), 0
+    for recording in recordings:
+        bunch.append(recording)
+        held += sum(len(frame) for frames in recording[0].images.values() for frame in frames)
+        if held >= num_bytes:
+            yield bunch
+            bunch, held = [], 0
+    yield bunch
 
 
 class _ShardWriter:
     """Rolls shards at whole recordings and packs row groups; an oversized recording spans several row groups."""
 
-    def __init__(self, root: Store, layout: Layout):
-        self.root, self._layout = root, layout
-        self.shards: list[ShardRef] = []
-        self.index: list[ShardRef] = []
+    def __init__(self, root: Store, layout: Layout, hashing: Hashing):
         self.action_space: ActionSpace | None = None
         self.columns: dict[str, int] = {}
         self.cameras: tuple[str, ...] = ()
+        self._root, self._layout, self._hashing = root, layout, hashing
+        self._shards: list[Future[ShardRef]] = []
+        self._index: list[ShardRef] = []
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="upvla-shards")
         with scratch(layout.shard_bytes):
             self._folder = tempfile.TemporaryDirectory(prefix="upvla-shard-")
-        self._path = Path(self._folder.name, "shard.parquet")
         self._file: HashedFile
         self._writer: pq.ParquetWriter | None = None
+        self._schema: pa.Schema | None = None
         self._pending: list[pa.Table] = []
         self._pending_bytes = self._shard_bytes = self._row = 0
         self._index_rows: list[dict[str, Any]] = []
         self._summaries: dict[str, dict[str, Summary]] = {}
 
-    def add(self, episode: Episode, encoded: Mapping[str, bytes], identity: str, token: str) -> None:
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._sender.shutdown()
+        self._folder.cleanup()
+
+    def finish(self) -> tuple[tuple[ShardRef, ...], tuple[ShardRef, ...]]:
+        """Shards and their indexes, all of them in the store."""
+        if self._index_rows:
+            self._finish_shard()
+        return tuple(shard.result() for shard in self._shards), tuple(self._index)
+
+    def add(self, episode: Episode, token: str) -> str:
+        """The recording's id, once it is on its way into a shard."""
+        encoded = {camera: b"".join(cast("Sequence[bytes]", frames)) for camera, frames in episode.images.items()}
+        identity = episode_id(episode, encoded, self._hashing)
         table = self._table(episode, encoded, identity)
         size = sum(map(len, encoded.values()))
         numbers = _numbers(episode)
@@ -219,11 +260,7 @@ class _ShardWriter:
             self._flush()
         if self._shard_bytes >= self._layout.shard_bytes:
             self._finish_shard()
-
-    def close(self) -> None:
-        if self._index_rows:
-            self._finish_shard()
-        self._folder.cleanup()
+        return identity
 
     def _table(self, episode: Episode, encoded: Mapping[str, bytes], identity: str) -> pa.Table:
         numbers, steps = _numbers(episode), len(episode)
@@ -247,16 +284,17 @@ class _ShardWriter:
             arrays[name] = pa.FixedSizeListArray.from_arrays(flat, type=kind)
         for camera, frames in episode.images.items():
             arrays[f"image_{camera}"] = _binary(cast("Sequence[bytes]", frames), encoded[camera])
-        fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
-        metadata = {"action_space": _space_text(episode.action_space)}
-        return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, metadata))
+        if self._schema is None:
+            fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
+            self._schema = pa.schema(fields, {"action_space": _space_text(episode.action_space)})
+        return pa.Table.from_arrays(list(arrays.values()), schema=self._schema)
 
     def _flush(self) -> None:
         if self._pending:
             group = pa.concat_tables(self._pending)
             with scratch(self._layout.shard_bytes):
                 if self._writer is None:
-                    self._file = HashedFile(self._path)
+                    self._file = HashedFile(Path(self._folder.name, f"{len(self._shards)}.parquet"))
                     self._writer = _parquet_writer(self._file, group.schema)
                 self._writer.write_table(group, row_group_size=len(group))
         self._pending, self._pending_bytes = [], 0
@@ -266,9 +304,16 @@ class _ShardWriter:
         assert self._writer is not None
         with scratch(self._layout.shard_bytes), self._file:
             self._writer.close()
-        self.shards.append(put_file(self.root, "data", self._path, self._row, self._file.sha256))
-        self.index.append(put_index(self.root, self._index_rows, self._summaries))
+        if self._shards:
+            self._shards[-1].result()  # so that no more than two shards lie on this machine
+        self._shards.append(self._sender.submit(self._send, self._file, self._row))
+        self._index.append(put_index(self._root, self._index_rows, self._summaries))
         self._writer, self._index_rows, self._summaries, self._row, self._shard_bytes = None, [], {}, 0, 0
+
+    def _send(self, file: HashedFile, rows: int) -> ShardRef:
+        ref = put_file(self._root, "data", file.path, rows, file.sha256)
+        file.path.unlink(missing_ok=True)
+        return ref
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from upvla.data.objects import read_table, refs
-from upvla.data.shards import Rejection
+from upvla.data.shards import Hashing, Rejection
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound
 from upvla.store import Store
 from upvla.types import ActionSpace, Manifest, ShardRef
 
 Split = Literal["train", "validation"]
-FORMAT = 2
-"""Of manifests: 2 added removed recordings and further rounds of questions; 1 is read as it is."""
+FORMAT = 3
+"""Of manifests: 2 added removed recordings and further rounds of questions, 3 BLAKE3 as the recordings' ids. A dataset
+that began before 3 keeps its ids and is never more than 2; 1 is read as it is."""
 
+_BLAKE3_SINCE = 3
 _MANIFESTS = "_manifest/v"
 _TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 
@@ -96,6 +98,16 @@ def open_version(store: Store, name: str) -> Manifest:
 def list_versions(store: Store, dataset: str) -> list[int]:
     """Numbers of the versions that are still there, oldest first."""
     return [_version(key) for key in dataset_root(store, dataset).list(_MANIFESTS)]
+
+
+def hashing_of(manifest: Manifest | None) -> Hashing:
+    """What the ids of this dataset's recordings are, and of those that it will get."""
+    return "blake2b" if manifest and manifest.format < _BLAKE3_SINCE else "blake3"
+
+
+def format_after(manifest: Manifest | None) -> int:
+    """Of the version that follows."""
+    return FORMAT if hashing_of(manifest) == "blake3" else _BLAKE3_SINCE - 1
 
 
 def set_tag(store: Store, dataset: str, tag: str, version: int, *, move: bool = False) -> None:
