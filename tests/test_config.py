@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from upvla.config import FinetuneConfig, RunConfig, SiteConfig, configs_root, fingerprint, load
 from upvla.errors import ConfigError
+from upvla.train.config import EngineConfig, world_sizes
 
 KINDS: dict[str, type[BaseModel]] = {
     "pretrain": RunConfig,
@@ -108,3 +110,14 @@ def test_addresses_and_workers_take_no_part_in_what_a_run_is(monkeypatch: pytest
     monkeypatch.setenv("UPVLA_STORE_URL", "s3://elsewhere")
     assert load("site/local", SiteConfig).store_url == "s3://elsewhere"
     assert fingerprint(load("pretrain/full", RunConfig)) == before
+
+
+def test_every_shipped_site_can_train_what_is_trained_there() -> None:
+    """A cluster's eight workers have four rows of a global batch of 32 each, whatever `micro_batch` allows."""
+    runs = [load("pretrain/full", RunConfig), load("finetune/nightly", FinetuneConfig)]
+    for name in sorted(path.stem for path in (configs_root() / "site").glob("*.yaml")):
+        engine = EngineConfig(num_workers=load(f"site/{name}", SiteConfig).num_workers)
+        for run in runs:
+            batch = run.mixture.global_batch
+            sizes = world_sizes(batch, run.mixture.lanes or math.gcd(batch, 64), engine)
+            assert sizes[-1] == engine.worker_range[1], name

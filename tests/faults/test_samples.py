@@ -54,6 +54,7 @@ def test_a_sample_that_cannot_be_read_is_skipped_and_recorded_and_no_other(
     (bad,) = result["bad_steps"]
     assert (bad["step"], bad["action"]) == (STEP, "skip")
     assert f"sample {POSITION}: not a JPEG" in bad["reason"]
+    assert bad["positions"] == list(range(24, 32)) and len(bad["samples"]) == 8, "the whole batch, unread as it is"
 
 
 def test_without_a_policy_it_ends_the_run_by_its_name(

@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.launch.conftest import RayHead, ray_node
-from tests.launch.stages import model, prepared, run_stage, spec_of
+from tests.launch.stages import model, plans_of, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.errors import JobFailed, NotFound
 from upvla.launch.jobs import Jobs
@@ -205,6 +205,25 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
     assert second.step <= result["resumed_from"] < STEPS
 
 
+def test_failures_with_a_resume_point_between_them_do_not_add_up(
+    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """No failure may be repeated, and the run lives through two: each life has come further than the one before."""
+    stage = {"picture_every": 1, "save_every": 2}
+    store, spec = stage_of(prepared, tmp_path, engine={"max_failures": 0}, stage=stage)
+    running, points, last, killed = Running(store, spec, ray_head), store.sub(f"{spec.prefix}/resume"), 0, 0.0
+    for number in (1, 2):
+        last = wait_for(lambda: (point := latest(points)) and point.step > last and point.step)  # noqa: B023
+        killed = time.monotonic()
+        ray_head.training_workers()[-1].kill()
+        wait_for(lambda: sum("it has come to step" in line for _, line in running.lines) == number)  # noqa: B023
+    result = running.join()
+    steps = [step for _, step in running.steps()]
+    took = running.first_step_of_next_life(killed)
+    told("a worker killed twice (lost steps: of both)", steps, took, result, reference)
+    require_equal(result, reference)
+
+
 def test_an_operator_stops_a_run_and_of_two_drivers_that_go_on_one_works(
     ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -266,10 +285,13 @@ def test_a_node_that_is_taken_away_costs_no_step(
 
 
 def test_a_number_of_workers_that_does_not_fit_leaves_and_a_smaller_one_is_asked_for(
-    ray_head: RayHead, prepared: Prepared, reference: dict[str, Any], tmp_path: Path
+    ray_head: RayHead, prepared: Prepared, one_worker: Workers, tmp_path: Path
 ) -> None:
-    """There is room for two, and a global batch of 8 in rows of 8 is one worker's."""
-    store, spec = stage_of(prepared, tmp_path, engine={"num_workers": (1, 4)}, stage={"micro_batch": 8})
+    """There is room for two, and an order of one lane is one worker's."""
+    store, spec = stage_of(prepared, tmp_path, engine={"num_workers": (1, 4)})
+    spec = spec.model_copy(update=plans_of(store, lanes=1))
+    alone = stage_of(prepared, tmp_path / "alone")[1]
+    reference = run_stage(one_worker, alone.model_copy(update=plans_of(open_store(alone.store_url), lanes=1)))
     running = Running(store, spec, ray_head)
     result = running.join()
     assert [line for _, line in running.lines if "the workers left" in line] == [

@@ -41,23 +41,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> tu
     store = open_store(str(folder / "store"))
     write_calvin(folder / "raw", (20,) * 8)
     ingest(store, IngestConfig(format="calvin", dataset="toy", validation_fraction=0.25), str(folder / "raw"))
-    mixture = MixtureConfig.model_validate(
-        {
-            "sources": [
-                {"dataset": "toy", "kind": "robot", "weight": 0.75},
-                {"dataset": "toy", "kind": "qa", "weight": 0.25},
-            ],
-            "global_batch": 8,
-        }
-    )
-    plans = {split: mixture.plan(store, split) for split in ("train", "validation")}
-    for plan in plans.values():
-        store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
+    plans = plans_of(store)
     vq_id = save_vq(store, VQTokenizer(model.vq))
     text_id = save_text(store, TextTokenizer.train(["pull the handle to open the drawer"], 300))
     encode_shard(store, "toy", 1, vq_id, model, only_shard(store))
-    references = {"train_plan": plans["train"].plan_id, "validation_plan": plans["validation"].plan_id}
-    return store, references | {"text_id": text_id, "vq_id": vq_id, "model": model}
+    return store, plans | {"text_id": text_id, "vq_id": vq_id, "model": model}
+
+
+def plans_of(store: Store, **changes: Any) -> dict[str, Any]:
+    """Three robot rows to one of questions, eight a global batch; what a spec says of the plans."""
+    sources = [{"dataset": "toy", "kind": kind, "weight": weight} for kind, weight in (("robot", 0.75), ("qa", 0.25))]
+    mixture = MixtureConfig.model_validate({"sources": sources, "global_batch": 8} | changes)
+    plans = {split: mixture.plan(store, split) for split in ("train", "validation")}
+    for plan in plans.values():
+        store.write_json(f"mixtures/{plan.plan_id}.json", asdict(plan))
+    return {f"{split}_plan": plan.plan_id for split, plan in plans.items()}
 
 
 def only_shard(store: Store) -> str:

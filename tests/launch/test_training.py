@@ -21,20 +21,21 @@ import pytest
 import torch
 
 from tests.launch.conftest import RayHead
-from tests.launch.stages import model, only_shard, prepared, run_stage, spec_of
+from tests.launch.stages import model, only_shard, plans_of, prepared, run_stage, spec_of
 from tests.train.toy import Workers
 from upvla.checkpoint import export, load_bundle
 from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
 from upvla.data.samples import Collator
 from upvla.data.versions import load_manifest
-from upvla.errors import ConfigError, Mismatch, NotFound
+from upvla.errors import ConfigError, Mismatch, NotFound, StoreError
 from upvla.launch import worker
 from upvla.launch.describe import describe_shard
 from upvla.launch.encode import encode_shard
 from upvla.launch.inputs import open_inputs
 from upvla.launch.jobs import Jobs
 from upvla.launch.line import require_explained
+from upvla.launch.results import bad_steps_before, predicted_frames
 from upvla.launch.tokenizers import load_vq, save_text, save_tower
 from upvla.launch.train import (
     BAD_STEPS,
@@ -50,7 +51,7 @@ from upvla.launch.train import (
     threads_of_worker,
 )
 from upvla.launch.weights import import_weights
-from upvla.launch.worker import bad_steps_before, name_samples, work
+from upvla.launch.worker import name_samples, work
 from upvla.model.config import ModelConfig
 from upvla.model.text import TextTokenizer
 from upvla.model.upvla import UPVLA
@@ -250,7 +251,15 @@ ON_DISK = {"num_workers": 2, "zero_stage": 3, "offload": "nvme", "nvme_folder": 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"stage": {"micro_batch": 3}}, ConfigError, "choose a micro_batch that divides 4"),
+        (
+            {"engine": {"num_workers": 3}},
+            ConfigError,
+            "num_workers=3: global_batch=8 over 8 lanes can be dealt to [",
+        ),
+        ({"stage": {"weights": {"acts": 1.0}}}, ConfigError, "weights.acts is no objective of this stage; those are ("),
+        ({"stage": {"best": {"metric": "val_loss/acts"}}}, ConfigError, "is nothing that is validated: one of ['val_l"),
+        ({"stage": {"best": {"metric": "loss/act"}}}, ConfigError, "best.metric='loss/act' is nothing that is valida"),
+        ({"stage": {"freeze": ["head.*"]}}, ConfigError, "freeze pattern 'head.*' names no parameter"),
         ({"vq_id": "0123456789abcdef"}, NotFound, "vq/0123456789abcdef"),
         ({"text_id": "feed"}, NotFound, "text/feed"),
         ({"train_plan": "beef"}, NotFound, "mixtures/beef"),
@@ -290,10 +299,13 @@ def test_codes_made_with_another_resize_are_refused(prepared: tuple[Store, dict[
 def test_a_key_names_what_is_learnt_not_where(prepared: tuple[Store, dict[str, Any]]) -> None:
     store, references = prepared
     spec = spec_of(store, references, name="stage1", weights={"act": 1.0})
-    same = {"store_url": "s3://elsewhere", "stage": {"log_every": 7}, "engine": {"num_workers": 4, "zero_stage": 3}}
+    stage = {"log_every": 7, "micro_batch": 4, "guard": {"on_bad_step": "skip", "max_bad_steps": 3}}
+    same = {"store_url": "s3://elsewhere", "stage": stage, "engine": {"num_workers": 4, "zero_stage": 3}}
     assert spec_of(store, references, name="stage1", weights={"act": 1.0}, **same).key == spec.key
     assert spec_of(store, references, name="stage1", weights={"act": 1.0}, seed=1).key != spec.key
     assert spec_of(store, references, name="stage1", weights={"act": 2.0}).key != spec.key
+    judged = {"stage": {"guard": {"spike_factor": 5.0}}}
+    assert spec_of(store, references, name="stage1", weights={"act": 1.0}, **judged).key != spec.key
 
 
 def test_a_checkpoint_of_another_model_than_the_runs_is_named(
@@ -442,6 +454,89 @@ def test_a_rollback_goes_on_from_the_last_resume_point_after_the_bad_batch(
         assert np.array_equal(exported[name].numpy(), weight), name
 
 
+def test_a_rollback_from_the_last_step_ends_with_the_weights_before_it(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    stage = {"guard": {"on_bad_step": "rollback"}, "steps": 6, "keep_last": 10}
+    spec = spec_of(store, references, name="rolled-last", weights={"act": 1.0}, stage=stage)
+    settings, place = {"spec": spec.model_dump_json(), "threads": 1}, store.sub(spec.prefix)
+    for _ in range(2):
+        two_workers.run(work_on_a_poisoned_batch, settings)
+    result = place.read_json(RESULT)
+    assert (result["step"], result["ended"], [bad["step"] for bad in result["bad_steps"]]) == (6, "finished", [6])
+    _, weights = two_workers.run(train_on, settings, 4, 6)[0]
+    exported = load_bundle(result["url"]).model.state_dict()
+    assert all(np.array_equal(exported[name].numpy(), weight) for name, weight in weights.items())
+
+
+def test_a_run_that_a_bad_step_has_stopped_goes_on_when_it_is_started_to_skip(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    specs = [
+        spec_of(store, references, name="stopped", weights={"act": 1.0}, stage={"guard": {"on_bad_step": policy}})
+        for policy in ("stop", "skip")
+    ]
+    assert specs[0].key == specs[1].key
+    place = store.sub(specs[0].prefix)
+    two_workers.run(work_on_a_poisoned_batch, {"spec": specs[0].model_dump_json(), "threads": 1})
+    failure = place.read_json(FAILURE)
+    assert failure["code"] == "bad_step" and "start again with guard.on_bad_step=skip" in failure["message"]
+    two_workers.run(work_on_a_poisoned_batch, {"spec": specs[1].model_dump_json(), "threads": 1})
+    result = place.read_json(RESULT)
+    assert (result["resumed_from"], [bad["step"] for bad in result["bad_steps"]]) == (4, [6])
+
+
+def predicted_without_robots(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """What is drawn where the second worker holds questions only, and where each holds a robot's row somewhere."""
+    spec = TrainSpec.model_validate_json(settings["spec"])
+    inputs = open_inputs(spec)
+    engine = worker._build(spec, inputs, universal=False)
+    with worker._loader(spec, inputs, inputs.train, engine, 0, 1) as found:
+        batches = next(found)
+    nothing = Batch(*(array[:0] for array in batches[0]))
+    held_out = [nothing, *batches]
+    none = predicted_frames(inputs, engine, held_out if engine.rank == 0 else [nothing])
+    return none, predicted_frames(inputs, engine, held_out)
+
+
+def test_a_worker_with_questions_only_draws_no_picture_and_lives(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="drawn", weights={"act": 1.0})
+    none, drawn = two_workers.run(predicted_without_robots, {"spec": spec.model_dump_json(), "threads": 1})[0]
+    assert none is None and drawn.ndim == 3
+
+
+def test_a_trainer_that_was_taken_over_says_nothing(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="overtaken", weights={"act": 1.0})
+    place = store.sub(spec.prefix)
+    place.create_json("owner-000002.json", {})
+    two_workers.run(work_on_a_poisoned_batch, {"spec": spec.model_dump_json(), "threads": 1, "owner": 1})
+    assert not any(place.exists(name) for name in (FAILURE, LEFT, RESULT))
+
+
+def test_a_life_waits_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_STORE_PAUSE_S", 0.01)
+    answers = iter([StoreError("refused"), StoreError("refused"), False])
+
+    def ask() -> bool:
+        answer = next(answers)
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    assert worker._once_it_answers(ask, 60.0) is False
+    answers = iter([StoreError("refused")] * 3)
+    with pytest.raises(StoreError, match="refused"):
+        worker._once_it_answers(ask, 0.0)
+
+
 def test_the_best_validation_is_exported_and_ends_the_run_early(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
@@ -501,7 +596,7 @@ def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
     store, references = prepared
-    spec = spec_of(store, references, name="elastic", weights={"act": 1.0}, stage={"micro_batch": 8})
+    spec = spec_of(store, references | plans_of(store, lanes=1), name="elastic", weights={"act": 1.0})
     spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"num_workers": (1, 8)})})
     two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
     left = store.sub(spec.prefix).read_json(LEFT)
@@ -518,7 +613,7 @@ def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
         ({"tracking": {"uri": "http://127.0.0.1:9", "experiment": "x"}}, "stack: MLflow at http://127.0.0.1:9: "),
         (
             {"engine": {"num_workers": 3}},
-            "config: global_batch=8 does not divide among num_workers=3; choose a divisor",
+            "config: num_workers=3: global_batch=8 over 8 lanes can be dealt to [1, 2, 4, 8] workers; choose one",
         ),
     ],
 )

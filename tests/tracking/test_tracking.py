@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -283,6 +284,25 @@ def test_no_server_costs_one_warning_and_no_time(caplog: pytest.LogCaptureFixtur
     messages = [record.message for record in caplog.records]
     assert sum("going on without it" in message for message in messages) == 1
     assert any("200 metric points and 0 pictures were never sent" in message for message in messages)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_was_removed_is_made_again_and_goes_on(tracker: Tracker) -> None:
+    run = tracker.start("k-gone", "stage1", params={"a": 1})
+    run.log({"loss/pre": 1.0}, 1)
+    while not history(tracker, run.run_id, "loss/pre"):
+        time.sleep(0.05)
+    first = run.run_id
+    with sqlite3.connect(tracker.uri.removeprefix("sqlite:///")) as database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (first,))
+    for step in (2, 3):
+        run.log({"loss/pre": float(step)}, step)
+        time.sleep(1.5)
+    run.close()
+    assert run.run_id != first
+    assert history(tracker, run.run_id, "loss/pre") == [(2, 2.0), (3, 3.0)]
+    assert tracker.client.get_run(run.run_id).data.params == {"a": "1"}
 
 
 @pytest.mark.usefixtures("impatient")

@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from tests.train.toy import ToyVLA
 from upvla.errors import ConfigError, Mismatch
 from upvla.train import disk
-from upvla.train.config import StageConfig, accumulation_steps
+from upvla.train.config import StageConfig, micro_batch_of
 from upvla.train.engine import EngineConfig, OptimizerConfig, build_engine
 from upvla.train.optimizer import decay_groups, lr_factor
 from upvla.train.zero import deepspeed_json
@@ -107,11 +107,10 @@ def test_impossible_offloads_are_refused(change: dict, message: str) -> None:
 
 
 def test_batch_arithmetic() -> None:
-    assert accumulation_steps(24, 2, 3) == 4
-    with pytest.raises(ConfigError, match="micro_batch that divides 12"):
-        accumulation_steps(24, 2, 5)
+    for num_workers, most, rows in ((2, 3, 3), (2, 5, 4), (2, 100, 12), (8, 16, 3), (24, 16, 1), (1, 1, 1)):
+        assert micro_batch_of(24, num_workers, most) == rows
     with pytest.raises(ConfigError, match="does not divide among num_workers=5"):
-        accumulation_steps(24, 5, 1)
+        micro_batch_of(24, 5, 1)
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_a_bad_step_is_skipped_recorded_and_leaves_no_trace(two_workers: Workers
         (bad,) = result["bad_steps"]
         assert (bad["step"], bad["action"]) == (3, "skip")
         assert "optimiser was not moved" in bad["reason"]
-        assert set(bad["positions"]) >= ({21, 23} if how != "unreadable" else {16, 18}), "mixture positions are named"
+        assert set(bad["positions"]) >= ({21, 23} if how != "unreadable" else set(range(16, 24))), "positions are named"
         assert [metrics["train/bad_steps"] for _, metrics in sorted(result["logged"].items())[1:]] == [0, 0, 1, 1, 1, 1]
         assert "loss/total" not in result["logged"][3]
         assert result["logged"][4]["train/lr"] == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 2 / 5)))

@@ -182,6 +182,25 @@ def test_only_the_last_sets_are_kept(saved: Store) -> None:
     assert newest.world_size == 1
 
 
+def commit_beside_a_successor(url: str, scratch_folder: str) -> list[str]:
+    """Sets whose shards lie there after two saves, between which a later trainer has begun one."""
+    engine, store = build(2, False), open_store(url)
+    store.write("step-00000001-dead/shard", b"of a trainer that is gone")
+    saver = resume.Saver(engine, store, identity=IDENTITY, scratch=Path(scratch_folder), retention=resume.Retention(1))
+    store.write("step-00000002-next/shard", b"of the one that took the key over")
+    for step in (3, 4):
+        saver.save(step, {})
+    saver.wait()
+    return sorted({key.partition("/")[0][:18] for key in store.list("step-") if "/" in key})
+
+
+def test_a_trainer_removes_what_the_dead_left_and_not_what_a_successor_is_writing(
+    one_worker: Workers, tmp_path: Path
+) -> None:
+    left = one_worker.run(commit_beside_a_successor, str(tmp_path / "run"), str(tmp_path / "s"))[0]
+    assert [name[:13] for name in left] == ["step-00000002", "step-00000004"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest", "uncommitted"])
 def test_a_damaged_set_is_refused_by_name_and_the_previous_one_used(
     one_worker: Workers, saved: Store, damage: str

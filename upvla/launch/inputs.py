@@ -32,9 +32,11 @@ from upvla.model.upvla import UPVLA
 from upvla.model.vq import VQTokenizer, VQTraining
 from upvla.store import Store, open_store
 from upvla.train.config import world_sizes
+from upvla.train.optimizer import freeze_parameters
 from upvla.train.resume import require_space
 from upvla.types import ActionSpace
 
+_OBJECTIVES = {"vq": ("vq",), "policy": ("act", "mmu", "pre")}
 _SAVED_BYTES = 16  # a parameter takes in a resume point: weight, master copy and two moments
 
 
@@ -55,6 +57,7 @@ class Inputs:
     def check(self, spec: TrainSpec) -> None:
         """Raise what would make every worker fail."""
         self.world_sizes(spec)
+        _require_known(spec)
         if spec.stage.picture_every and (spec.engine.zero_stage == 3 or spec.kind != "policy"):
             raise ConfigError(f"{spec.stage.name}: picture_every needs a policy with whole weights (zero_stage <= 2)")
         if spec.stage.ema_decay and spec.engine.offload == "nvme":
@@ -76,13 +79,14 @@ class Inputs:
             if spec.kind == "policy":
                 model = UPVLA(self.config) if self.parent is None else self.parent.model
                 self.bundle(model, {})
+        freeze_parameters(nn.ModuleDict({"objective": model}) if spec.kind == "vq" else model, spec.stage.freeze)
         require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
 
     def world_sizes(self, spec: TrainSpec) -> list[int]:
         """Numbers of workers that this run may have."""
         plan = self.train.plan
         lanes = math.gcd(plan.lanes, self.validation.plan.lanes)
-        return world_sizes(plan.global_batch, lanes, spec.stage.micro_batch, spec.engine)
+        return world_sizes(plan.global_batch, lanes, spec.engine)
 
     def reader(self, mixture: Mixture) -> SampleReader:
         """Samples with codes, or for the tokenizer's own training frames at the size it sees."""
@@ -143,6 +147,19 @@ class Inputs:
         assert self.vq is not None
         assert self.text is not None
         return Bundle(self.config, model, self.vq, self.text, self.train.action_space, self.stats, meta)
+
+
+def _require_known(spec: TrainSpec) -> None:
+    """Objectives have the names that the model counts, wherever the stage speaks of them."""
+    stage, known = spec.stage, _OBJECTIVES[spec.kind]
+    if wrong := sorted(set(stage.weights) - set(known)):
+        raise ConfigError(f"{stage.name}: weights.{wrong[0]} is no objective of this stage; those are {known}")
+    losses = [f"val_loss/{name}" for name in known]
+    if stage.best and stage.best.metric not in losses and not stage.best.metric.startswith("val_watch/"):
+        raise ConfigError(
+            f"{stage.name}: best.metric={stage.best.metric!r} is nothing that is validated: one of {losses}, or a "
+            "`val_watch/` that the stage's curves have"
+        )
 
 
 def _require_answerable(space: ActionSpace, what: str) -> None:

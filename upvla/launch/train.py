@@ -27,7 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from upvla.errors import AlreadyOwned, ConfigError, JobFailed, NotFound, StoreError, UpvlaError
+from upvla.errors import (
+    AlreadyOwned,
+    ConfigError,
+    JobFailed,
+    NotFound,
+    OutcomeUnknown,
+    StackError,
+    StoreError,
+    UpvlaError,
+)
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
 from upvla.launch.lease import Lease, require_owner
@@ -46,6 +55,7 @@ ALLOCATOR = {
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the
 loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say."""
+_PASSING = {kind.code: kind for kind in (StoreError, OutcomeUnknown, StackError)}
 _ELSEWHERE = {"store_url", "parent_url", "weights_urls", "tracking", "scratch"}
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
 _JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
@@ -139,7 +149,8 @@ def run_training(
 ) -> dict[str, Any]:
     """Result of the stage, trained now if it never was. Calling it twice, or after being killed, trains once.
 
-    `python` is the interpreter's name on the cluster. Raises the failure that the run recorded (`JobFailed`).
+    `python` is the interpreter's name on the cluster. Raises the failure that the run recorded: `JobFailed`, or what it
+    was where it may pass (`StoreError`, `OutcomeUnknown`, `StackError`).
     """
     place = store.sub(spec.prefix)
     if (result := _read(place, RESULT)) is not None:
@@ -151,7 +162,7 @@ def run_training(
         jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env=env, on_line=on_line)
     except JobFailed as error:
         if (failure := _read(place, FAILURE)) is not None:
-            raise JobFailed(failure["message"]) from error
+            raise _recorded(failure) from error
         raise
     result = _read(place, RESULT)
     if result is None:
@@ -226,16 +237,37 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         allowed, leaving = spec.engine.worker_range, set[str]()
         while (result := _read(place, RESULT)) is None:
             place.delete(LEFT)
-            _run_workers(spec, lease.number, began, allowed, _cpus_of_nodes(leaving))
-            if (failure := _read(place, FAILURE)) is not None:
-                raise JobFailed(failure["message"])
-            if (left := _read(place, LEFT)) is not None:
-                allowed = _go_on_after(spec, left)
-                leaving.update(left.get("nodes", ()))
-            elif not place.exists(RESULT):
+            saved = _newest_point(place)
+            try:
+                _run_workers(spec, lease.number, began, allowed, _cpus_of_nodes(leaving))
+            except JobFailed as error:
                 require_owner(place, lease.number, f"training {spec.prefix}")
+                if (now := _newest_point(place)) <= saved:
+                    raise
+                print(f"{spec.stage.name}: {error}; it has come to step {now} meanwhile and goes on", flush=True)
+                continue
+            if place.exists(RESULT):
+                continue
+            require_owner(place, lease.number, f"training {spec.prefix}")
+            if (failure := _read(place, FAILURE)) is not None:
+                raise _recorded(failure)
+            if (left := _read(place, LEFT)) is None:
                 raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
+            allowed = _go_on_after(spec, left)
+            leaving.update(left.get("nodes", ()))
     return result
+
+
+def _newest_point(place: Store) -> int:
+    """Step of the newest resume point, -1 before there is one."""
+    from upvla.train.resume import points
+
+    return max((point.step for point in points(place.sub("resume"))), default=-1)
+
+
+def _recorded(failure: Mapping[str, Any]) -> UpvlaError:
+    """As the error that it was where trying again later may help, else as `JobFailed`."""
+    return _PASSING.get(failure["code"], JobFailed)(failure["message"])
 
 
 def _check(spec: TrainSpec, place: Store) -> None:

@@ -6,43 +6,45 @@ trained one. What differs is the module, the reader and what is exported.
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from upvla.checkpoint import export
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture
 from upvla.data.samples import Collator
-from upvla.errors import AlreadyExists, AlreadyOwned, BadStep, NoSpace, NotFound
+from upvla.errors import AlreadyOwned, BadStep, ConfigError, Mismatch, NoSpace, NotFound, StoreError
 from upvla.launch.inputs import Inputs, open_inputs
 from upvla.launch.journal import Journal
 from upvla.launch.lease import require_owner
 from upvla.launch.notices import Notices
-from upvla.launch.tokenizers import save_vq
+from upvla.launch.results import finish, predicted_frames
 from upvla.launch.train import BAD_STEPS, FAILURE, LEFT, RESULT, TrainSpec
 from upvla.launch.weights import start_from
 from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
-from upvla.model.vq import VQTokenizer, VQTraining, reconstructions, to_frames
-from upvla.rollout.golden import record
+from upvla.model.vq import VQTokenizer, VQTraining
 from upvla.store import Store, content_hash, open_store
 from upvla.train import group, resume
-from upvla.train.config import accumulation_steps
+from upvla.train.config import micro_batch_of
 from upvla.train.engine import Engine, build_engine
 from upvla.train.guard import Best, Guard
-from upvla.train.loop import Ended, fit
+from upvla.train.loop import Ended, fit, validate
 from upvla.train.meter import Meter, forward_flops, peak_flops
 from upvla.types import Batch, Losses, Sample
 
-_PICTURED = 8  # held-out frames in the picture of an image tokenizer
-_GOLDEN = 4  # held-out observations that go with an exported model
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_STORE_PAUSE_S = 5.0
 _NAMED = 16  # samples of a bad step in the log; its record has all
 
 
@@ -58,53 +60,113 @@ def work(settings: Mapping[str, Any]) -> None:
     began = time.monotonic()
     spec = TrainSpec.model_validate_json(settings["spec"])
     place = open_store(spec.store_url).sub(spec.prefix)
-    if place.exists(RESULT):
+    if _once_it_answers(lambda: place.exists(RESULT), spec.engine.start_timeout_s):
         return
     torch.set_num_threads(settings["threads"])
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    owns = partial(_require_owner, spec, place, settings)
+
+    def tell(name: str, value: Mapping[str, Any]) -> None:
+        """To the driver, by the first worker; a trainer that was taken over has nothing to say any more."""
+        if rank == 0:
+            with suppress(AlreadyOwned):
+                owns()
+                place.write_json(name, value)
+
     inputs = open_inputs(spec, world_size)
     if world_size not in (fitting := inputs.world_sizes(spec)):
-        if rank == 0:  # an elastic group was given a number between two that fit: the driver asks for the lower one
-            most = max((n for n in fitting if n < world_size), default=fitting[0])
-            place.write_json(LEFT, {"reason": "resize", "num_workers": [fitting[0], most]})
+        # an elastic group was given a number between two that fit: the driver asks for the lower one
+        most = max((n for n in fitting if n < world_size), default=fitting[0])
+        tell(LEFT, {"reason": "resize", "num_workers": [fitting[0], most]})
         return
     journal = Journal(_tagged(spec, inputs) if rank == 0 else spec, rank, began, inputs.train)
     ended = Ended(0, "failed")
     try:
-        ended = _train(spec, inputs, place, journal, settings)
-    except (BadStep, NoSpace, AlreadyOwned) as error:
-        if rank == 0 and not isinstance(error, AlreadyOwned):
-            place.write_json(FAILURE, {"code": error.code, "message": str(error)})
+        ended = _train(_Life(spec, inputs, place, journal, settings, owns, tell))
+    except (BadStep, NoSpace, ConfigError, Mismatch) as error:
+        tell(FAILURE, {"code": error.code, "message": str(error)})
+    except AlreadyOwned:
+        pass  # whoever owns the key now says how it ends
     finally:
         journal.close({"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"))
-    if rank == 0 and ended.reason not in ("failed", "finished", "early"):
+    if ended.reason not in ("failed", "finished", "early"):
         reason, *nodes = ended.reason.split()
-        place.write_json(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
+        tell(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
 
 
-def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, settings: Mapping[str, Any]) -> Ended:
-    """From the last resume point, if there is one, to the result, or to where somebody asked everybody to leave."""
-    stage, threads, what = spec.stage, settings["threads"], f"training {spec.prefix}"
-    points, identity = place.sub("resume"), {"key": spec.key, "train_plan": spec.train_plan}
-    scratch = spec.scratch_folder
+class _Life(NamedTuple):
+    """What one life of a worker has at hand."""
 
-    def open_engine(step: int | None = None) -> tuple[Engine, resume.ResumePoint | None]:
+    spec: TrainSpec
+    inputs: Inputs
+    place: Store
+    journal: Journal
+    settings: Mapping[str, Any]
+    owns: Callable[[], None]  # raises `AlreadyOwned` where a later trainer has the key
+    tell: Callable[[str, Mapping[str, Any]], None]
+
+    @property
+    def points(self) -> Store:
+        return self.place.sub("resume")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"key": self.spec.key, "train_plan": self.spec.train_plan}
+
+    def open_engine(self, step: int | None = None) -> tuple[Engine, resume.ResumePoint | None]:
+        """As the newest resume point left it, or that of `step`."""
+        spec = self.spec
         return resume.open_engine(
-            partial(_build, spec, inputs if step is None else open_inputs(spec)),  # a module is wrapped only once
-            points,
-            identity=identity,
-            scratch=scratch,
+            partial(_build, spec, self.inputs if step is None else open_inputs(spec)),  # a module is wrapped only once
+            self.points,
+            identity=self.identity,
+            scratch=spec.scratch_folder,
             zero_stage=spec.engine.zero_stage,
             step=step,
         )
 
-    engine, point = open_engine()
-    meta = point.meta if point else {}
+
+class _Learnt(NamedTuple):
+    """How a life's training ended, and what its result says of it."""
+
+    ended: Ended
+    exported: int  # step whose weights are the result
+    held_out: Sequence[Batch]
+    shares: Mapping[str, float]
+    bad_steps: list[dict[str, Any]]
+
+
+def _train(life: _Life) -> Ended:
+    """From the last resume point, if there is one, to the result, or to where somebody asked everybody to leave."""
+    engine, point = life.open_engine()
+    learnt = _learn(life, engine, point)
+    if learnt.ended.reason not in ("finished", "early"):
+        return learnt.ended
+    if learnt.exported != learnt.ended.step:  # an earlier validation was the best
+        group.wait_at_most(life.spec.engine.patience_s)
+        del engine  # there need not be room for two
+        gc.collect()
+        engine, _ = life.open_engine(learnt.exported)
+    weights = engine.full_weights()
+    about = {"step": learnt.exported, "ended": learnt.ended.reason, "bad_steps": learnt.bad_steps}
+    export = partial(
+        finish, life.spec, life.inputs, weights, learnt.held_out, life.place, life.journal, learnt.shares, about
+    )
+    group.together(export if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
+    return learnt.ended
+
+
+def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Learnt:
+    """Let `fit` run with everything that it is handed. Nothing of that outlives this function."""
+    spec, inputs, journal, settings = life.spec, life.inputs, life.journal, life.settings
+    stage, threads, meta = spec.stage, settings["threads"], point.meta if point else {}
     guard = Guard(stage.guard, meta.get("guard"), partial(name_samples, stage.name, inputs.train, engine.rank))
-    start = _after_rollback(place, engine, guard, point.step if point else 0)
+    start = _after_rollback(life.place, engine, guard, point.step if point else 0)
     journal.begin(start, meta)
     with _loader(spec, inputs, inputs.validation, engine, 0, threads) as validation:
         held_out = [batch for _ in range(stage.eval_batches) for batch in next(validation)]
+    if start == stage.steps and start not in journal.history:  # the last step was a bad one, and went back
+        journal.log(validate(engine, held_out), start)
     meter = Meter(
         meta.get("meter"),
         began=settings.get("began"),
@@ -116,11 +178,11 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
     learnt_from = _learnt_from(spec, inputs)
     saver = resume.Saver(
         engine,
-        points,
-        identity=identity,
-        scratch=scratch,
+        life.points,
+        identity=life.identity,
+        scratch=spec.scratch_folder,
         retention=resume.Retention(stage.keep_last, stage.keep_every),
-        owns=lambda: require_owner(place, settings["owner"], what) if settings.get("owner") else None,
+        owns=life.owns,
     )
 
     def save(step: int) -> None:
@@ -129,9 +191,10 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
     def picture(step: int) -> None:  # on every worker: each holds a part of an average
-        journal.picture(predicted_frames(inputs, engine, held_out[0]), f"predicted/step-{step:08d}.png")
+        if (drawn := predicted_frames(inputs, engine, held_out)) is not None:
+            journal.picture(drawn, f"predicted/step-{step:08d}.png")
 
-    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, Notices(place, settings) as notices:
+    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, Notices(life.place, settings) as asked:
         try:
             ended = fit(
                 engine,
@@ -145,30 +208,36 @@ def _train(spec: TrainSpec, inputs: Inputs, place: Store, journal: Journal, sett
                 meter=meter,
                 guard=guard,
                 best=best,
-                asked=notices.reason,
+                asked=asked.reason,
             )
         except BadStep as bad:
             saver.wait()
             if not guard.rolls_back:
                 raise
-            if engine.rank == 0:
-                place.write_json(BAD_STEPS, {"go_on_after": bad.step, "bad_steps": guard.bad_steps})
-            return Ended(bad.step, "rollback")
+            life.tell(BAD_STEPS, {"go_on_after": bad.step, "bad_steps": guard.bad_steps})
+            return _Learnt(Ended(bad.step, "rollback"), 0, (), {}, [])
     with meter.paused(stalls=True):
         saver.wait()
-    if ended.reason not in ("finished", "early"):
-        return ended
-    exported = ended.step
-    if best and best.step not in (None, ended.step):
-        exported = int(best.step or 0)
-        with engine.patient():
-            engine, _ = open_engine(exported)
-    weights = engine.full_weights()
-    shares = meter.shares()
-    about = {"step": exported, "ended": ended.reason, "bad_steps": guard.bad_steps}
-    finish = partial(_finish, spec, inputs, weights, held_out, place, journal, shares, about)
-    group.together(finish if engine.rank == 0 else _nothing)  # nobody leaves, and tears the group down, before it
-    return ended
+    exported = best.step if best and best.step else ended.step
+    return _Learnt(ended, exported, held_out, meter.shares(), guard.bad_steps)
+
+
+def _require_owner(spec: TrainSpec, place: Store, settings: Mapping[str, Any]) -> None:
+    if settings.get("owner"):
+        require_owner(place, settings["owner"], f"training {spec.prefix}")
+
+
+def _once_it_answers(ask: Callable[[], T], patience_s: float) -> T:
+    """What the store says, when it can be reached again: a life that ends for it would count as a failure."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except StoreError as error:
+            if time.monotonic() > until:
+                raise
+            log.warning("waiting for the store (%s)", error)
+            time.sleep(_STORE_PAUSE_S)
 
 
 def _tagged(spec: TrainSpec, inputs: Inputs) -> TrainSpec:
@@ -188,19 +257,25 @@ def _learnt_from(spec: TrainSpec, inputs: Inputs) -> dict[str, Any]:
 
 def _build(spec: TrainSpec, inputs: Inputs, universal: bool) -> Engine:
     stage, world_size = spec.stage, torch.distributed.get_world_size()
+    rows = _rows(spec, inputs.train, world_size)
     engine = build_engine(
         _module(spec, inputs),
         spec.engine,
         stage.optimizer,
         total_steps=stage.steps,
-        micro_batch=stage.micro_batch,
-        accumulation=accumulation_steps(inputs.train.plan.global_batch, world_size, stage.micro_batch),
+        micro_batch=rows,
+        accumulation=inputs.train.plan.global_batch // (world_size * rows),
         freeze=stage.freeze,
         ema_decay=stage.ema_decay,
         universal=universal,
     )
     torch.manual_seed(spec.seed * 1_000_003 + engine.rank)  # dropout; a restored state replaces it
     return engine
+
+
+def _rows(spec: TrainSpec, mixture: Mixture, world_size: int) -> int:
+    """Of a micro-batch."""
+    return micro_batch_of(mixture.plan.global_batch, world_size, spec.stage.micro_batch)
 
 
 def _after_rollback(place: Store, engine: Engine, guard: Guard, start: int) -> int:
@@ -230,57 +305,6 @@ def _nothing() -> None:
     """What the workers do that leave a collective task to one of them."""
 
 
-def _finish(
-    spec: TrainSpec,
-    inputs: Inputs,
-    weights: Mapping[str, torch.Tensor],
-    held_out: Sequence[Batch],
-    place: Store,
-    journal: Journal,
-    shares: Mapping[str, float],
-    about: Mapping[str, Any],
-) -> None:
-    """Export what was learnt, then create the result."""
-    result: dict[str, Any] = {"stage": spec.stage.name, **about, **journal.summary(about["step"], shares)}
-    if spec.kind == "vq":
-        vq = VQTokenizer(inputs.config.vq)
-        vq.load_state_dict({name.removeprefix("objective.vq."): tensor for name, tensor in weights.items()})
-        frames = torch.as_tensor(held_out[0].images[:_PICTURED]).flatten(0, 1)
-        journal.picture(reconstructions(vq.eval(), frames).numpy(), "reconstructions.png")
-        result |= {"vq_id": save_vq(inputs.store, vq)}
-    else:
-        model = UPVLA(inputs.config)
-        model.load_state_dict(dict(weights))
-        meta = {"run": spec.key, "step": about["step"], "stage": spec.stage.name, "losses": result["losses"]}
-        if about["bad_steps"]:
-            meta["bad_steps"] = about["bad_steps"]
-        if before := bad_steps_before(spec, inputs):
-            meta["bad_steps_before"] = before
-        meta |= {"train_plan": spec.train_plan, "validation_plan": spec.validation_plan, "parent": spec.parent_id}
-        meta["datasets"] = {
-            name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
-            for name, dataset in inputs.train.datasets.items()
-        }
-        bundle = inputs.bundle(model, meta)
-        images, told = inputs.observations(_GOLDEN)
-        golden = record(bundle, images, told) if told else None
-        checkpoint = export(inputs.store, f"models/{spec.key}/{spec.stage.name}", replace(bundle, golden=golden))
-        result |= {"url": checkpoint.url, "model_id": checkpoint.model_id}
-    try:
-        place.create_json(RESULT, result)
-    except AlreadyExists:
-        return  # an earlier attempt had come so far; its result stands
-
-
-def bad_steps_before(spec: TrainSpec, inputs: Inputs) -> list[dict[str, Any]]:
-    """What the stages passed over whose weights this one started from, each with its stage's name."""
-    if inputs.parent is None:
-        return list(spec.bad_steps_before)
-    meta = inputs.parent.meta
-    its_own = [{"stage": meta.get("stage"), **bad} for bad in meta.get("bad_steps", ())]
-    return [*meta.get("bad_steps_before", ()), *its_own]
-
-
 def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:
     torch.manual_seed(spec.seed)
     if spec.kind == "vq":
@@ -290,25 +314,6 @@ def _module(spec: TrainSpec, inputs: Inputs) -> nn.Module:
     model = UPVLA(inputs.config)
     start_from(model, spec.weights_urls)
     return model
-
-
-def predicted_frames(inputs: Inputs, engine: Engine, batch: Batch) -> np.ndarray:
-    """u8[3H,B*W,3]: held-out frames now, predicted for a chunk later, and as they then were, from their codes.
-
-    Collective: with averaged weights every worker brings its part of them.
-    """
-    assert inputs.vq is not None
-    rows = slice(0, min(_PICTURED, len(batch.codes)))
-    read = [torch.as_tensor(getattr(batch, name)[rows]) for name in ("images", "codes", "text_ids", "text_len")]
-    with engine.evaluating():
-        model = cast(UPVLA, engine.training_module)
-        images, codes, text_ids, text_len = (tensor.to(engine.device) for tensor in read)
-        _, future = model.predict(images, codes, text_ids, text_len)
-    grid = tuple(side // inputs.config.vq.downsampling for side in inputs.config.vq.sides)
-    shown = [read[1], future.cpu(), torch.as_tensor(batch.future_codes[rows])]
-    with torch.no_grad():
-        frames = [to_frames(inputs.vq.decode(codes[:, 0], (grid[0], grid[1]))) for codes in shown]
-    return torch.cat([torch.cat(list(row), dim=1) for row in frames]).numpy()
 
 
 class FrameObjective(nn.Module):
@@ -339,7 +344,7 @@ def _loader(
         collate,
         rank=engine.rank,
         world_size=engine.world_size,
-        micro_batch=spec.stage.micro_batch,
+        micro_batch=_rows(spec, mixture, engine.world_size),
         start_step=start_step,
         threads=threads,
     )

@@ -28,7 +28,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
-from upvla.errors import NotFound, StackError
+from upvla.errors import NotFound, StackError, UpvlaError
 from upvla.types import Manifest
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,8 @@ class Run:
     ) -> None:
         self._tracker, self._client = tracker, tracker.client
         self._identity = (key, name, parent)
-        self._head: tuple[dict[str, Any], Mapping[str, str]] | None = (flatten(params), tags)
+        self._about = (flatten(params), tags)
+        self._head: tuple[dict[str, Any], Mapping[str, str]] | None = self._about
         self._spool: deque[Point] = deque(maxlen=_SPOOL)
         self._on_the_way: list[Point] = []
         self._taking = threading.Lock()
@@ -236,7 +237,9 @@ class Run:
                 while self._pictures:  # one that arrives twice replaces itself
                     self._client.log_image(self.run_id, *self._pictures[0])
                     self._pictures.popleft()
-        except StackError as error:
+        except UpvlaError as error:
+            if isinstance(error, NotFound):  # somebody has removed the run, or restored an older server: make it again
+                self._run_id, self._head = None, self._about
             self._newest.clear()  # whether the last batch arrived is unknown: ask before sending it again
             self._warn_once(error)
             return False
@@ -285,7 +288,7 @@ class Run:
         try:
             with translated(self._tracker.uri):
                 send()
-        except (StackError, OSError) as error:
+        except (UpvlaError, OSError) as error:
             self._warn_once(error)
 
     def _warn_once(self, error: Exception) -> None:

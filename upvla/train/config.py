@@ -52,7 +52,9 @@ class EngineConfig(BaseModel):
         default=None, gt=0, description="what a worker's device can do, for MFU; default: known GPUs, CPUs are measured"
     )
     max_failures: int = Field(
-        default=3, ge=-1, description="worker failures that are retried from the last resume point; -1: always again"
+        default=3,
+        ge=-1,
+        description="worker failures in a row, without a new resume point, that are retried; -1: always again",
     )
     stall_timeout_s: int = Field(
         default=60, gt=0, description="a worker that says nothing for so long is given up, and the group starts again"
@@ -131,7 +133,9 @@ class StageConfig(BaseModel):
     name: str
     steps: int = Field(gt=0)
     weights: dict[str, float]
-    micro_batch: int = Field(gt=0, description="rows a worker pushes through the model at once")
+    micro_batch: int = Field(
+        gt=0, description="most rows that a worker pushes through the model at once; a number that divides its share"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: tuple[str, ...] = ()
     ema_decay: float | None = Field(
@@ -165,12 +169,13 @@ class StageConfig(BaseModel):
         return self
 
     def identity(self) -> dict[str, object]:
-        """What decides the weights that come out, as JSON: not how often the run is looked at, saved or kept."""
-        watching = {"log_every", "eval_every", "eval_batches", "save_every"}
+        """What decides the weights that come out, as JSON: not how often the run is looked at, saved or kept, nor what
+        one does about a bad step that has stopped it."""
+        watching = {"log_every", "eval_every", "eval_batches", "save_every", "micro_batch"}
         watching |= {"keep_last", "keep_every", "picture_every", "guard", "best", "ema_decay"}
         value: dict[str, object] = self.model_dump(mode="json", exclude=watching)
-        policy = self.guard.model_dump(mode="json", exclude={"explained"}, exclude_defaults=True)
-        chosen = {"guard": policy or None, "ema_decay": self.ema_decay}
+        judged = self.guard.model_dump(mode="json", include={"spike_factor", "spike_window"}, exclude_defaults=True)
+        chosen = {"guard": judged or None, "ema_decay": self.ema_decay}
         if self.best is not None:  # then the times of validation decide which weights are the best
             chosen["best"] = self.best.model_dump(mode="json") | {
                 "eval_every": self.eval_every,
@@ -179,31 +184,27 @@ class StageConfig(BaseModel):
         return value | {name: setting for name, setting in chosen.items() if setting is not None}
 
 
-def accumulation_steps(global_batch: int, num_workers: int, micro_batch: int) -> int:
-    """Micro-batches a worker runs before the optimiser steps. Raises `ConfigError` when the numbers do not divide."""
-    if global_batch % (num_workers * micro_batch):
+def micro_batch_of(global_batch: int, num_workers: int, most: int) -> int:
+    """Rows that each of `num_workers` pushes through the model at once: the largest number up to `most` that its share
+    of a global batch divides into. Raises `ConfigError` when there is no such share."""
+    share, rest = divmod(global_batch, num_workers)
+    if rest:
         raise ConfigError(
-            f"global_batch={global_batch} is not a multiple of num_workers={num_workers} x micro_batch={micro_batch}; "
-            f"choose a micro_batch that divides {global_batch // num_workers}"
-            if global_batch % num_workers == 0
-            else f"global_batch={global_batch} does not divide among num_workers={num_workers}; choose a divisor of it"
+            f"global_batch={global_batch} does not divide among num_workers={num_workers}; choose a divisor of it"
         )
-    return global_batch // (num_workers * micro_batch)
+    return next(rows for rows in range(min(most, share), 0, -1) if share % rows == 0)
 
 
-def world_sizes(global_batch: int, lanes: int, micro_batch: int, engine: EngineConfig) -> list[int]:
+def world_sizes(global_batch: int, lanes: int, engine: EngineConfig) -> list[int]:
     """Numbers of workers, ascending, that the config allows and that both the data's order and the batch divide among.
 
     Raises `ConfigError` that names the sizes that would do when there is none.
     """
     least, most = engine.worker_range
-    fitting = [n for n in range(1, lanes + 1) if lanes % n == 0 and global_batch % (n * micro_batch) == 0]
-    allowed = [n for n in fitting if least <= n <= most]
-    if allowed:
+    fitting = [n for n in range(1, lanes + 1) if lanes % n == 0 and global_batch % n == 0]
+    if allowed := [n for n in fitting if least <= n <= most]:
         return allowed
-    if least == most:
-        accumulation_steps(global_batch, least, micro_batch)
     raise ConfigError(
-        f"num_workers={engine.num_workers}: global_batch={global_batch} in micro-batches of {micro_batch} over {lanes} "
-        f"lanes can be dealt to {fitting} workers; choose one of them"
+        f"num_workers={engine.num_workers}: global_batch={global_batch} over {lanes} lanes can be dealt to {fitting} "
+        "workers; choose one of them"
     )

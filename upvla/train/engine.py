@@ -72,6 +72,7 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self.zero_stage = int(engine.zero_optimization_stage())
         self.accumulation = accumulation
+        self.global_batch = int(engine.train_batch_size())
         self.ema = Ema(self._shards, self._spread, ema_decay) if ema_decay is not None else None
 
     # ------------------------------------------------------------------------------------------------- learning

@@ -15,6 +15,11 @@ from typing import Any
 from upvla.errors import BadStep, ConfigError
 from upvla.train.config import BestConfig, GuardConfig
 
+_NEXT = (
+    "Look at these samples, then start again with guard.on_bad_step=skip: it goes on from the last resume point. With "
+    "a lower optimizer.lr it is another run, and begins anew"
+)
+
 
 class Guard:
     """Judges gradients before the optimiser moves, and decides whether the run goes on after a bad step.
@@ -60,7 +65,12 @@ class Guard:
                 "reason": str(bad),
             }
         )
-        if policy != "skip" or len(self.bad_steps) > self._config.max_bad_steps:
+        if len(self.bad_steps) > self._config.max_bad_steps:
+            many = f"{len(self.bad_steps)} bad steps are more than guard.max_bad_steps={self._config.max_bad_steps}"
+            raise BadStep(f"{bad}. Look at these samples: {many}", bad.step, bad.positions)
+        if policy == "stop":
+            raise BadStep(f"{bad}. {_NEXT}", bad.step, bad.positions)
+        if policy == "rollback":
             raise bad
 
     @property

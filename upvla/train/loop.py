@@ -127,7 +127,7 @@ def train_step(
         positions = _positions(engine, micro_batches)
         raise BadStep(
             f"step {step}: the gradient norm {info.grad_norm:.4g} is {what}, the optimiser was not moved; the global "
-            f"batch holds mixture positions {positions}. Look at these samples, or lower optimizer.lr and resume",
+            f"batch holds mixture positions {positions}",
             step,
             tuple(positions),
         )
@@ -215,7 +215,7 @@ def _global_counts(
     *totals, num_refused, num_asked = engine.sum_over_workers([*local.values(), bool(refused), bool(asked)])
     if num_refused:
         reasons = "; ".join(f"worker {i}: {reason}" for i, reason in enumerate(engine.gather(refused)) if reason)
-        positions = tuple(_positions(engine, micro_batches))
+        positions = tuple(range((step - 1) * engine.global_batch, step * engine.global_batch))
         raise BadStep(f"step {step}: the optimiser was not moved, the batch is refused: {reasons}", step, positions)
     if num_asked:
         asked = next(reason for reason in engine.gather(asked) if reason)
@@ -238,7 +238,7 @@ def _require_finite(
         positions = _positions(engine, [micro_batches[i] for i in sums.bad_micro_batches()])
         raise BadStep(
             f"step {step}: {', '.join(bad)} is not finite, the optimiser was not moved; the micro-batches that gave it "
-            f"hold mixture positions {positions}. Look at these samples, or lower optimizer.lr and resume",
+            f"hold mixture positions {positions}",
             step,
             tuple(positions),
         )

@@ -118,6 +118,7 @@ class Saver:
         self._engine, self._store, self._identity = engine, store, dict(identity)
         self._scratch, self._retention, self._owns = scratch, retention, owns
         self._side = group.side_group(_UPLOAD_TIMEOUT_S)
+        self._unfinished: set[str] = _unfinished(store) if engine.rank == 0 else set()
         self._upload: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.stalled_s = 0.0
@@ -132,6 +133,7 @@ class Saver:
         self.wait()
         name = group.gather(f"step-{step:08d}-{secrets.token_hex(4)}")[0]
         opened = contextlib.ExitStack()
+        self._unfinished.add(name)
         folder = group.agree(lambda: opened.enter_context(locked_folder(self._scratch)))[self._engine.rank]
         try:
             self._snapshot(folder)
@@ -182,7 +184,9 @@ class Saver:
         every = self._retention.every
         kept = {p.name for p in newest[: self._retention.last]} | {point.name}
         kept |= {p.name for p in newest if p.step in keep or (every and p.step % every == 0)}
-        old = [key for key in self._store.list("step-") if _set_of(key) not in kept]  # nobody else writes here
+        # a trainer that was taken over and does not know it leaves alone what its successor is about to finish
+        gone = ({p.name for p in newest} | self._unfinished) - kept
+        old = [key for key in self._store.list("step-") if _set_of(key) in gone]
         for key in sorted(old, key=lambda key: "/" in key):  # manifests first: without one a set does not exist
             self._store.delete(key)
 
@@ -286,6 +290,11 @@ def _fields(point: ResumePoint) -> dict[str, Any]:
 
 def _set_of(key: str) -> str:
     return key.partition("/")[0].removesuffix(".json")
+
+
+def _unfinished(store: Store) -> set[str]:
+    """Names of sets that have no readable manifest: those who wrote them are gone."""
+    return {_set_of(key) for key in store.list("step-")} - {point.name for point in points(store)}
 
 
 def _missing(store: Store, point: ResumePoint) -> list[str]:
