@@ -1,4 +1,4 @@
-"""One Ray head and one pair of workers for all tests of faults."""
+"""One Ray head and one pair of workers, and one alone, for all tests of faults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.launch.conftest import RayHead, started_head, two_workers
+from tests.train.conftest import one_worker
 
-__all__ = ["ray_head", "two_workers"]
+__all__ = ["one_worker", "ray_head", "two_workers"]
 
 
 @pytest.fixture(scope="session")

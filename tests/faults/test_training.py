@@ -290,7 +290,7 @@ def test_a_number_of_workers_that_does_not_fit_leaves_and_a_smaller_one_is_asked
     """There is room for two, and an order of one lane is one worker's."""
     store, spec = stage_of(prepared, tmp_path, engine={"num_workers": (1, 4)})
     spec = spec.model_copy(update=plans_of(store, lanes=1))
-    alone = stage_of(prepared, tmp_path / "alone")[1]
+    alone = stage_of(prepared, tmp_path / "alone", engine={"num_workers": 1})[1]
     reference = run_stage(one_worker, alone.model_copy(update=plans_of(open_store(alone.store_url), lanes=1)))
     running = Running(store, spec, ray_head)
     result = running.join()

@@ -320,9 +320,8 @@ def build_engine(
     deepspeed = import_deepspeed(config.use_gpu)
     build_ops(config.use_gpu)
     freeze_parameters(module, freeze)
-    adamw = VetoableAdamW(
-        decay_groups(module, optimizer.weight_decay), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps
-    )
+    groups, fused = decay_groups(module, optimizer.weight_decay), config.use_gpu and config.offload == "none"
+    adamw = VetoableAdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adamw, lambda step: lr_factor(step, optimizer.warmup_steps, total_steps, optimizer.schedule)
     )
