@@ -1,15 +1,16 @@
 """A worker is killed in every phase under every ZeRO stage, and the run ends as if nothing had happened.
 
-    python -m tests.faults.kills [--runs 20] [--json docs/faults-training.json]
+    python -m tests.faults.kills [--runs 20] [--store-url s3://bucket/prefix] [--json docs/faults-training.json]
 
 Each run draws, by its seed, who dies and when, and prints what was killed, what it cost and whether the result is the
-uninterrupted one, bit for bit.
+uninterrupted one, bit for bit. Resume points lie in folders, or on the S3 server that the environment names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -92,9 +93,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="seeds a phase and ZeRO stage")
     parser.add_argument("--phases", nargs="+", choices=[*PHASES, CONVERT], default=[*PHASES, CONVERT])
+    parser.add_argument("--store-url", default="", help="an empty prefix for the stores of all runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    lives, rows, failed = Lives(), [], 0
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    lives, rows, failed = Lives(options.store_url, keys), [], 0
     with tempfile.TemporaryDirectory(prefix="upvla-kills-") as scratch:
         for zero_stage in ZERO_STAGES:
             whole = lives.live(Path(scratch, f"whole-{zero_stage}"), zero_stage)
