@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from _recordings import make_recording
@@ -21,9 +20,9 @@ from upvla.model.vq import VQTokenizer
 from upvla.store import Store, open_store
 
 
-def prepare(folder: Path, *, recordings: int, global_batch: int) -> tuple[Store, dict[str, Any]]:
+def prepare(url: str, *, recordings: int, global_batch: int) -> tuple[Store, dict[str, Any]]:
     """A store with a dataset, plans, an untrained image tokenizer and its codes; and what a spec says of them."""
-    store = open_store(str(folder / "store"))
+    store = open_store(url)
     root = dataset_root(store, "bench")
     staged = stage(root, ((make_recording(n), "token") for n in range(recordings)))
     commit(store, "bench", [staged], validation_fraction=0.25, options={"format": "synthetic"})

@@ -2,7 +2,7 @@
 
     python benchmarks/goodput.py [--kills 4] [--kill-every-s 360] [--save-every-s 30] [--json [FILE]]
 
-Two workers train the `tiny` policy on synthetic recordings under Ray Train; every `--kill-every-s` seconds one of them
+Two workers train the `tiny` policy on synthetic recordings under Ray Train, all of it on an S3 server; every `--kill-every-s` seconds one of them
 gets SIGKILL. Goodput is the share of the wall clock, from the driver's first moment to the run's last step, that went
 into steps of the result: start-up, stalls for resume points, detection, restart and steps taken again all lower it.
 """
@@ -15,14 +15,13 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from _figures import give, parse
+from _recordings import s3_bucket
 from _stage import prepare, write_spec
 
 from upvla.launch.train import RESULT
@@ -101,9 +100,9 @@ def main() -> None:
     parser.add_argument("--kill-every-s", type=float, default=360)
     parser.add_argument("--save-every-s", type=float, default=30)
     options = parse(parser)
-    with tempfile.TemporaryDirectory(prefix="upvla-goodput-") as scratch:
-        store, references = prepare(Path(scratch), recordings=16, global_batch=32)
-        engine = {"num_workers": 2, "zero_stage": 2, "max_failures": options.kills + 2}
+    with s3_bucket() as bucket:
+        store, references = prepare(bucket, recordings=16, global_batch=32)
+        engine = {"num_workers": 2, "zero_stage": 2}
         probe = write_spec(store, references, _STAGE | {"steps": 12}, engine)
         seen, _, start_s = run(probe, 0, 1e9)
         step_s = (seen[-1].at - seen[1].at) / (seen[-1].step - seen[1].step)
