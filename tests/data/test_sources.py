@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from upvla.store import open_store
 from upvla.types import CALVIN_RELATIVE, KnowsLengths, Span
 
 STEPS = 12
+UPVLA = Path(sys.executable).with_name("upvla")  # the console script: its path lacks the working directory
 
 
 def pictures(steps: int = STEPS, size: int = 32, seed: int = 0) -> list[np.ndarray]:
@@ -783,22 +787,70 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path, monkeypatch: py
 # ------------------------------------------------------------------------------------------------- the robot at home
 
 
-def test_the_documented_example_ingests(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / "raw" / name / "front").mkdir(parents=True)
+def write_my_robot(folder: Path, names: Sequence[str] = ("one", "two")) -> Path:
+    for name in names:
+        (folder / name / "front").mkdir(parents=True)
         rows = np.tile([0.5, 0, -0.5, 1, 0.1, 0.2, 0.3], (6, 1)) + np.array([0, 0, 0, 0, 0, 0, len(name) / 10])
-        np.savetxt(tmp_path / "raw" / name / "log.csv", rows, delimiter=",")
-        (tmp_path / "raw" / name / "task.txt").write_text(f"task {name}\n")
+        np.savetxt(folder / name / "log.csv", rows, delimiter=",")
+        (folder / name / "task.txt").write_text(f"task {name}\n")
         for step, frame in enumerate(pictures(6, seed=ord(name[0]))):
-            (tmp_path / "raw" / name / "front" / f"{step:06d}.jpg").write_bytes(encode_jpeg(frame))
+            (folder / name / "front" / f"{step:06d}.jpg").write_bytes(encode_jpeg(frame))
+    return folder
+
+
+def test_the_documented_example_ingests(tmp_path: Path) -> None:
+    write_my_robot(tmp_path / "raw")
     (tmp_path / "raw" / "two" / "front" / "000003.jpg").unlink()
     store = open_store(str(tmp_path / "store"))
     config = IngestConfig(format="examples.my_robot:MyRobot", dataset="mine")
     found = ingest(store, config, str(tmp_path / "raw"))
     assert (found["recordings"], found["steps"], found["quarantined"]) == (1, 6, {"unreadable_frame": 1})
-    assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 60
+    assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 50
     with pytest.raises(ConfigError, match="cannot be imported"):
         open_source("examples.my_robot:Nobody", str(tmp_path))
+
+
+def test_the_documented_command_runs_where_a_person_copied_the_example_to(tmp_path: Path) -> None:
+    write_my_robot(tmp_path / "raw")
+    text = (ROOT / "examples" / "my_robot.py").read_text()
+    (tmp_path / "my_robot.py").write_text(text)
+    (command,) = re.findall(r"^    (upvla ingest .*)$", text, re.MULTILINE)
+    words = command.replace("RECORDINGS", "raw").replace("STORE", "store").split()[1:]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [UPVLA, *words, "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recordings"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_thing", "No module named 'no_such_thing' \\(.*mine_broken.py, line 1\\)"),
+        ("x = 1\ny = 1 / 0", "ZeroDivisionError: division by zero \\(.*mine_broken.py, line 2\\)"),
+        ("def broken(:", "SyntaxError"),
+        ("MyRobot = 5", "is a int, not a class"),
+        ("", "has no attribute 'MyRobot'"),
+    ],
+)
+def test_a_format_that_cannot_be_imported_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine_broken", raising=False)
+    (tmp_path / "mine_broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        open_source("mine_broken:MyRobot", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"No module named 'mine_absent'; start in the folder that holds it"):
+        open_source("mine_absent:MyRobot", str(tmp_path))
 
 
 @pytest.mark.seam
