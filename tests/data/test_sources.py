@@ -895,6 +895,29 @@ def test_a_source_on_s3_is_the_source_in_its_folder(
     assert read >= 2
 
 
+@pytest.mark.parametrize(
+    ("format", "options", "said"),
+    [
+        ("lerobot", {"action_space": 5}, "action_space is 5, neither a known name nor a mapping"),
+        (
+            "lerobot",
+            {"action_space": "calvin_relative", "cameras": 5},
+            r"\(action_space='calvin_relative', cameras=5\): ",
+        ),
+        ("rlds", {"layout": "bridge_v2", "action_space": 5}, "action_space is 5, neither"),
+        (
+            "calvin",
+            {"cameras": 5},
+            r"options of format 'calvin' \(cameras=5\): 'int' object is not iterable; there is: spl",
+        ),
+    ],
+)
+def test_an_option_of_a_wrong_kind_is_named(tmp_path: Path, format: str, options: dict[str, Any], said: str) -> None:
+    write = {"lerobot": write_lerobot_v21, "rlds": write_bridge, "calvin": lambda folder: write_calvin(folder, (3,))}
+    with pytest.raises(ConfigError, match=said):
+        open_source(format, str(write[format](tmp_path / "set")), **options)
+
+
 def test_what_lies_there_decides_or_nothing_does(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no format that is known; declare one of: calvin"):
         detect_format(str(tmp_path))

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from upvla.errors import AlreadyOwned, ConfigError, JobFailed, NotFound, StoreError, UpvlaError
+from upvla.errors import AlreadyOwned, ConfigError, JobFailed, NotFound, StoreError, UpvlaError, problems_of
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
 from upvla.launch.lease import Lease, require_owner
@@ -205,9 +205,9 @@ def _spec(value: Any, url: str) -> TrainSpec:
     try:
         return TrainSpec.model_validate(value)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
         raise ConfigError(
-            f"{url} describes no stage ({said}): start the line again, from the version of upvla that the cluster runs"
+            f"{url} describes no stage ({problems_of(error)}): start the line again, from the version of upvla that "
+            "the cluster runs"
         ) from error
 
 

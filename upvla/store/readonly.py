@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from upvla.errors import NotFound, StoreError
+from upvla.errors import ConfigError, NotFound, StoreError
 from upvla.store.base import Store, checked, require_whole
 
 
@@ -15,7 +15,10 @@ class FsspecStore(Store):
         from fsspec.core import url_to_fs
 
         super().__init__(url)
-        self._files, root = url_to_fs(self.url)
+        try:
+            self._files, root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # the package of this kind of URL is not here, or there is none
+            raise ConfigError(f"{url} cannot be opened: {error}; s3:// and folders need nothing more") from error
         self._root = root.rstrip("/")
 
     def read(self, key: str) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
-from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, problems_of
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
@@ -158,7 +158,7 @@ class HDF5Source:
             try:
                 return DemoMap.model_validate(self._layout)
             except ValidationError as error:
-                raise ConfigError(f"{self.store.url}: layout: {error}") from error
+                raise ConfigError(f"{self.store.url}: layout: {problems_of(error)}") from error
         demo = opened["data"][next(iter(opened["data"]))]
         fits = [m for m in LAYOUTS.values() if all(path in demo for path in m.cameras.values())]
         if len(fits) != 1 or self._layout:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
 from upvla.data.sources.tfrecord import RecordFile, parse_example
-from upvla.errors import BadEpisode, ConfigError, NotFound
+from upvla.errors import BadEpisode, ConfigError, NotFound, problems_of
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionSpace, Episode, Span
 
@@ -165,8 +165,7 @@ def _feature_map(layout: str | Mapping[str, Any] | None, url: str) -> FeatureMap
     try:
         return FeatureMap.model_validate(layout)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise ConfigError(f"RLDS set {url}: layout: {problems}") from error
+        raise ConfigError(f"RLDS set {url}: layout: {problems_of(error)}") from error
 
 
 def _feature(example: Mapping[str, Any], name: str, key: str) -> Any:
