@@ -122,8 +122,10 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert _run("data", "show", "mine", *root, "--json")["quarantine"][0]["reason"] == "missing_frame"
     assert _run("data", "verify", "mine", *root, "--json")["damaged"] == []
     assert _run("data", "tag", "mine@1", "golden", *root, "--json")["tag"] == "golden"
-    changed = _run("data", "remove", "mine", "--where", "max_steps=5", "--because", "short", *root, "--json")
+    changed = _run("data", "remove", "mine@1", "--where", "max_steps=5", "--because", "short", *root, "--json")
     assert (changed["version"], changed["recordings"]) == (2, 1)
+    old = _refused("data", "remove", "mine@1", "--where", "max_steps=6", "--because", "short", *root)
+    assert "v1 is not the newest, v2" in old and old.endswith("say mine or mine@2")
     assert len(_run("data", "diff", "mine@golden", "mine", *root, "--json")["removed"]) == 1
     assert _run("data", "gc", "mine", "--keep-versions", "1", *root, "--json")["versions"] == []  # 1 has a tag
     assert "findings" in _run("data", "stats", "check", "mine", *root, "--json")

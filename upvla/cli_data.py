@@ -174,7 +174,7 @@ def data_repair(dataset: str, root: Root = None, site: SiteName = "local", as_js
 
 @data_app.command("remove")
 def data_remove(
-    dataset: str,
+    dataset: Annotated[str, typer.Argument(help="dataset, or its newest version as dataset@version.")],
     because: Annotated[str, typer.Option(help="Why; it is kept in the lineage.")],
     where: Annotated[
         list[str], typer.Option(help="keys=, scenes=, embodiments=, tasks= (comma-separated), min_steps=, max_steps=")
