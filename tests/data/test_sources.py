@@ -29,9 +29,10 @@ from upvla.data.sources import detect_format, open_source
 from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, StoreError
 from upvla.images import decode_image, encode_jpeg
 from upvla.store import open_store
+from upvla.store.readonly import FsspecStore
 from upvla.types import CALVIN_RELATIVE, KnowsLengths, Span
 
 STEPS = 12
@@ -550,6 +551,93 @@ def test_records_are_read_in_any_order(tmp_path: Path) -> None:
     write_records(tmp_path / "r", [bytes([n]) * (n + 1) for n in range(5)])
     file = RecordFile(open_store(str(tmp_path)), "r")
     assert [file.read(n)[0] for n in (4, 0, 2)] == [4, 0, 2] and file.count() == 5
+
+
+def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(object, bytes) of every request to a store that is neither a folder nor S3, from now on."""
+    seen: list[tuple[str, int]] = []
+    plain = {name: getattr(FsspecStore, name) for name in ("read", "read_ranges")}
+
+    def read(self: FsspecStore, key: str) -> bytes:
+        seen.append((key, self.size(key)))
+        return bytes(plain["read"](self, key))
+
+    def read_ranges(self: FsspecStore, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        seen.extend((key, end - start) for start, end in ranges)
+        return list(plain["read_ranges"](self, key, ranges))
+
+    monkeypatch.setattr(FsspecStore, "read", read)
+    monkeypatch.setattr(FsspecStore, "read_ranges", read_ranges)
+    return seen
+
+
+def test_a_remote_rlds_set_is_listed_from_its_description_and_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = write_bridge(tmp_path / "set", [(7, 8, 6), (9, 5)]), count_requests(monkeypatch)
+    meant = [
+        open_source("rlds", str(folder), layout="bridge_v2").read(f"{path.name}/000000")
+        for path in sorted(folder.glob("*tfrecord*"))
+    ]
+    files = fsspec.filesystem("memory")
+    files.put(str(folder), "/rlds-plain", recursive=True)
+    walked = open_source("rlds", "memory://rlds-plain", layout="bridge_v2").keys()
+    described = {"splits": [{"name": "train", "shardLengths": ["3", "2"]}]}
+    (folder / "dataset_info.json").write_text(json.dumps(described))
+    files.put(str(folder), "/rlds-described", recursive=True)
+    seen.clear()
+    source = open_source("rlds", "memory://rlds-described", layout="bridge_v2")
+    assert source.keys() == walked == open_source("rlds", str(folder), layout="bridge_v2").keys()
+    assert [key for key, _ in seen] == ["dataset_info.json"]
+    seen.clear()
+    assert [len(source.read(key)) for key in source.keys()] == [7, 8, 6, 9, 5]
+    assert len(seen) <= 4  # a header and a block a file
+    for key, episode in zip((walked[0], walked[3]), meant, strict=True):
+        assert source.read(key).images == episode.images
+    described["splits"][0]["shardLengths"] = ["3", "1"]
+    files.pipe_file("/rlds-described/dataset_info.json", json.dumps(described).encode())
+    with pytest.raises(Corrupt, match=r"goes on after the 1 records that dataset_info.json says; correct or remove"):
+        open_source("rlds", "memory://rlds-described", layout="bridge_v2").read(walked[3])
+
+
+def test_an_rlds_file_that_its_description_does_not_know_is_walked(tmp_path: Path) -> None:
+    folder = write_bridge(tmp_path / "set", [(7, 8)])
+    keys = open_source("rlds", str(folder), layout="bridge_v2").keys()
+    assert len(keys) == 2
+    for text in (
+        "{}",
+        "no JSON",
+        '{"splits": [{"name": "train", "shardLengths": ["1", "1"]}]}',
+        '{"splits": [{"name": "x"}]}',
+    ):
+        (folder / "dataset_info.json").write_text(text)
+        assert open_source("rlds", str(folder), layout="bridge_v2").keys() == keys
+
+
+def test_a_remote_hdf5_file_is_fetched_once_to_read_it_and_not_to_list_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [40] * 12
+    files, seen = fsspec.filesystem("memory"), count_requests(monkeypatch)
+    for name in ("a", "b"):
+        path = write_libero(tmp_path / f"{name}.hdf5", lengths)
+        files.pipe_file(f"/hdf5-remote/{name}.hdf5", path.read_bytes())
+    source = open_source("hdf5", "memory://hdf5-remote")
+    keys = source.keys()
+    size = path.stat().st_size
+    assert keys == open_source("hdf5", str(tmp_path)).keys() and len(keys) == 24
+    assert sum(length for _, length in seen) < size / 2 and max(length for _, length in seen) < size / 10
+    seen.clear()
+    for key in keys:
+        source.read(key)
+    assert seen == [("a.hdf5", size), ("b.hdf5", size)]
+
+    def away(store: FsspecStore, key: str, ranges: object) -> Sequence[bytes]:
+        raise StoreError("away")
+
+    monkeypatch.setattr(FsspecStore, "read_ranges", away)
+    with pytest.raises(StoreError, match="away"):  # and not a file that does not open
+        source.keys()
 
 
 def test_a_record_beyond_the_limit_is_one_bad_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
