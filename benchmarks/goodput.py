@@ -2,9 +2,10 @@
 
     python benchmarks/goodput.py [--kills 4] [--kill-every-s 360] [--save-every-s 30] [--json [FILE]]
 
-Two workers train the `tiny` policy on synthetic recordings under Ray Train, all of it on an S3 server; every `--kill-every-s` seconds one of them
-gets SIGKILL. Goodput is the share of the wall clock, from the driver's first moment to the run's last step, that went
-into steps of the result: start-up, stalls for resume points, detection, restart and steps taken again all lower it.
+Two workers train the `tiny` policy on synthetic recordings under Ray Train, all of it on an S3 server; every
+`--kill-every-s` seconds one of them gets SIGKILL. Goodput is the share of the wall clock, from the driver's first
+moment to the run's last step, that went into steps of the result: start-up, stalls for resume points, detection,
+restart and steps taken again all lower it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tests.factories import write_calvin
 from tests.rollout.test_policy import observation
 from upvla.cli import app
+from upvla.errors import UpvlaError
 from upvla.images import encode_jpeg
 from upvla.rollout.client import RemotePolicy
 
@@ -121,8 +122,10 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert _run("data", "show", "mine", *root, "--json")["quarantine"][0]["reason"] == "missing_frame"
     assert _run("data", "verify", "mine", *root, "--json")["damaged"] == []
     assert _run("data", "tag", "mine@1", "golden", *root, "--json")["tag"] == "golden"
-    changed = _run("data", "remove", "mine", "--where", "max_steps=5", "--because", "short", *root, "--json")
+    changed = _run("data", "remove", "mine@1", "--where", "max_steps=5", "--because", "short", *root, "--json")
     assert (changed["version"], changed["recordings"]) == (2, 1)
+    old = _refused("data", "remove", "mine@1", "--where", "max_steps=6", "--because", "short", *root)
+    assert "v1 is not the newest, v2" in old and old.endswith("say mine or mine@2")
     assert len(_run("data", "diff", "mine@golden", "mine", *root, "--json")["removed"]) == 1
     assert _run("data", "gc", "mine", "--keep-versions", "1", *root, "--json")["versions"] == []  # 1 has a tag
     assert "findings" in _run("data", "stats", "check", "mine", *root, "--json")
@@ -135,8 +138,67 @@ def test_recordings_go_in_and_out_by_command(tmp_path: Path) -> None:
     assert _run(*again)["steps"] == 12
     wrong = CliRunner().invoke(app, ["ingest", "--format", "tape", "--source", out, "--dataset", "x", *root])
     assert wrong.exit_code == 1 and "there is: calvin, lerobot" in str(wrong.exception)
-    none = CliRunner().invoke(app, [*command, "--recordings-per-task", "0"])
-    assert none.exit_code == 1 and re.search(r"recordings_per_task\s.*greater than 0", str(none.exception))
+    none = _refused(*command, "--recordings-per-task", "0")
+    assert none == "'recordings_per_task' in the options of `upvla ingest`: Input should be greater than 0 (got 0)"
+
+
+def _refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert isinstance(done.exception, UpvlaError), (done.output, done.exception)
+    return str(done.exception)
+
+
+def test_what_is_mistyped_about_an_ingest_is_answered_with_the_next_move(tmp_path: Path) -> None:
+    raw = write_calvin(tmp_path / "raw" / "training", (5,), static=(32, 32, 3), gripper=(16, 16, 3))
+    root = ["--dataset", "mine", "--root", str(tmp_path / "store")]
+    (tmp_path / "list.yaml").write_text("[a, b]")
+    calvin = ["ingest", "--format", "calvin", "--source", str(raw)]
+    lerobot = ["ingest", "--format", "lerobot", "--source", str(raw)]
+    for command, said in (
+        (
+            [*calvin, *root, "--option", "cameras=5"],
+            r"options of format 'calvin' \(cameras=5\): .*there is: split, span_end",
+        ),
+        ([*calvin, *root, "--options", str(tmp_path / "list.yaml")], r"list.yaml holds a list, not a mapping"),
+        ([*calvin, *root, "--min-accept-ratio", "3"], r"'min_accept_ratio' in .*less than or equal to 1 \(got 3.0\)$"),
+        ([*calvin, "--dataset", "My Data"], r"'dataset' in .* match pattern .* \(got 'My Data'\)$"),
+        ([*calvin, "--dataset", "x", "--root", str(tmp_path / "list.yaml")], r"cannot be a folder: a file is there"),
+        (["ingest", "--source", str(tmp_path / "raw"), *root], rf"; or name a folder in it: {raw} \(calvin\)$"),
+        (["ingest", "--source", str(tmp_path / "rwa"), *root], r"; or correct the URL: no file lies below it$"),
+        (["ingest", "--source", "nosuch://bar/x", *root], r"nosuch://bar/x cannot be opened: .*nosuch"),
+        ([*lerobot, *root], r"root of a LeRobot data set"),
+    ):
+        assert re.search(said, _refused(*command)), (command, _refused(*command))
+    assert not (tmp_path / "store" / "datasets").exists()
+
+
+def test_what_is_mistyped_about_a_dataset_is_answered_with_the_next_move(tmp_path: Path) -> None:
+    raw = write_calvin(tmp_path / "raw", (5, 6), static=(32, 32, 3), gripper=(16, 16, 3))
+    root = ["--root", str(tmp_path / "store")]
+    empty = CliRunner().invoke(app, ["data", "ls", *root])
+    assert empty.exit_code == 0 and f"{tmp_path}/store holds no data sets" in empty.stderr
+    _run("ingest", "--format", "calvin", "--source", str(raw), "--dataset", "mine", *root, "--json")
+    _run("data", "tag", "mine", "golden", *root, "--json")
+    because = ["--because", "dull"]
+    for command, said in (
+        (["show", "mine@9"], r"mine has no version 9; tags: golden; versions: 1$"),
+        (["show", "mine@silver"], r"mine has no version or tag 'silver'; tags: golden; versions: 1$"),
+        (["show", "other@1"], r"other has no version 1; it is no dataset, `upvla ingest` makes one$"),
+        (["stats", "check"], r"`upvla data stats check` one after the word$"),
+        (["stats", "mine", "other"], r"`upvla data stats` takes one dataset"),
+        (
+            ["remove", "mine", "--where", "colour=red", *because],
+            r"^unknown key 'colour' in --where; known: embodiments, keys",
+        ),
+        (["remove", "other", "--where", "scenes=A", *because], r"other holds no dataset"),
+        (["gc", "other"], r"other holds no dataset"),
+        (
+            ["report", "mine", "--out", str(tmp_path / "no" / "x.html")],
+            r"No such file .*; name a file in a folder that exists",
+        ),
+    ):
+        assert re.search(said, _refused("data", *command, *root)), (command, _refused("data", *command, *root))
+    assert [folder.name for folder in (tmp_path / "store" / "datasets").iterdir()] == ["mine"]
 
 
 def test_a_benchmark_needs_no_stack_nor_looks_for_one_that_was_stopped(

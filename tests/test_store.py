@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.conftest import S3Server
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, NotFound, OutcomeUnknown, StoreError
@@ -127,6 +128,30 @@ def test_other_urls_can_be_read_but_hold_no_dataset() -> None:
         store.read("a/y")
     with pytest.raises(StoreError, match=r"cannot be written: keep datasets"):
         supports_conditional_create(store)
+
+
+@pytest.mark.parametrize(
+    ("said", "repaired"),
+    [
+        ({"ETag": "a", "LastModified": 1}, {"ETag": "b"}),
+        ({"etag": "a", "last_modified": 1}, {"etag": "b"}),
+        ({"last_modified": 1}, {"last_modified": 2}),
+        ({"updated": "mon", "md5Hash": "x", "generation": "1"}, {"generation": "2"}),
+        ({"md5Hash": "x"}, {"md5Hash": "y"}),
+        ({"content_md5": "x"}, {"content_md5": "y"}),
+    ],
+)
+def test_a_repaired_object_of_equal_size_is_another_by_any_clouds_names(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, object], repaired: dict[str, object]
+) -> None:
+    store, told = open_store("memory://clouds"), said
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda self, path, **how: {"/clouds/x": {"size": 5, **told}})
+    before = store.tokens()
+    assert store.tokens() == before
+    told = said | repaired
+    assert store.tokens().keys() == before.keys() and store.tokens() != before
+    told = {"size": 5, "ETag": "a", "LastModified": "t", "StorageClass": "cold"}
+    assert store.tokens() == {"x": "5-a-t"}  # as it was written down before
 
 
 def test_content_hash_ignores_key_order_only() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from pydantic import ValidationError
 
 from upvla.console import Config, Json, Set, SiteName, count_bar, open_line, open_root, show
 from upvla.errors import ConfigError, Corrupt
@@ -66,6 +67,7 @@ def ingest(
         raise ConfigError("an ingest needs --source and --dataset (and --format, --root)")
     if set_:
         raise ConfigError("ingest: --set belongs to the line's own dataset; leave it out beside --dataset")
+    from upvla.config import explained
     from upvla.data.ingest import IngestConfig
     from upvla.data.sources import detect_format
     from upvla.launch.ingest import run_ingest
@@ -77,8 +79,8 @@ def ingest(
             options=_options(options, option or []),
             **{name: value for name, value in limits.items() if value is not None},  # type: ignore[arg-type]
         )
-    except ValueError as error:
-        raise ConfigError(f"ingest: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(explained(error, IngestConfig, "the options of `upvla ingest`")) from error
     progress, bar = count_bar("recordings")
     with bar:
         result = run_ingest(open_root(root, site), settings, source, progress)
@@ -89,13 +91,18 @@ def _options(file: Path | None, pairs: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         if file is not None:
-            found |= yaml.safe_load(file.read_text()) or {}
+            listed = yaml.safe_load(file.read_text()) or {}
+            if not isinstance(listed, dict):
+                raise ConfigError(
+                    f"--options {file} holds a {type(listed).__name__}, not a mapping: write `name: value`"
+                )
+            found |= listed
         for pair in pairs:
             name, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(f"--option {pair!r}: write it as name=value")
             found[name] = yaml.safe_load(value)
-    except (OSError, yaml.YAMLError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"options of the format: {error}") from error
     return found
 
@@ -107,6 +114,8 @@ def data_ls(root: Root = None, site: SiteName = "local", as_json: Json = False) 
 
     store = open_root(root, site)
     rows = [row for name in list_datasets(store) for row in history(store, name)]
+    if not rows:
+        print(f"upvla: {store.url} holds no data sets; `upvla ingest` makes one, or correct --root", file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -165,7 +174,7 @@ def data_repair(dataset: str, root: Root = None, site: SiteName = "local", as_js
 
 @data_app.command("remove")
 def data_remove(
-    dataset: str,
+    dataset: Annotated[str, typer.Argument(help="dataset, or its newest version as dataset@version.")],
     because: Annotated[str, typer.Option(help="Why; it is kept in the lineage.")],
     where: Annotated[
         list[str], typer.Option(help="keys=, scenes=, embodiments=, tasks= (comma-separated), min_steps=, max_steps=")
@@ -175,6 +184,7 @@ def data_remove(
     as_json: Json = False,
 ) -> None:
     """A new version without the recordings that fit. Example: upvla data remove mine --where scenes=B --because dark"""
+    from upvla.config import explained
     from upvla.data.table import EpisodeFilter
     from upvla.data.upkeep import describe, remove_where
 
@@ -182,8 +192,8 @@ def data_remove(
     lists = {name: tuple(text.split(",")) for name, text in fields.items() if not name.endswith("_steps")}
     try:
         chosen = EpisodeFilter.model_validate(fields | lists)
-    except ValueError as error:
-        raise ConfigError(f"--where: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(explained(error, EpisodeFilter, "--where")) from error
     show(describe(remove_where(open_root(root, site), dataset, chosen, because)), as_json)
 
 
@@ -215,7 +225,10 @@ def data_stats(
     from upvla.data.table import Dataset
     from upvla.data.versions import open_version
 
-    store, check = open_root(root, site), name == "check" and bool(checked)
+    check = name == "check"
+    if check != bool(checked):
+        raise ConfigError("`upvla data stats` takes one dataset, and `upvla data stats check` one after the word")
+    store = open_root(root, site)
     stats = Dataset(store, open_version(store, checked if check else name)).stats
     if not check:
         show({"stats_id": stats.stats_id, **stats.to_json()}, as_json)
@@ -284,6 +297,10 @@ def data_report(
 
     store = open_root(root, site)
     dataset = Dataset(store, open_version(store, name))
-    out.write_text(render_report(dataset))
+    page = render_report(dataset)
+    try:
+        out.write_text(page)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; name a file in a folder that exists") from error
     counts = Counter(row.split for row in dataset.episodes)
     show({"page": str(out), "train": counts["train"], "validation": counts["validation"]}, as_json)

@@ -5,6 +5,11 @@ Every message says what happened, where, and the next move.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UpvlaError(Exception):
     """Base of every error that upvla raises on purpose; `code` is stable and machine-readable."""
@@ -124,3 +129,8 @@ class NoAnswer(UpvlaError):
 
     def __reduce__(self) -> tuple[type[NoAnswer], tuple[str, str]]:
         return (NoAnswer, (self.reason, self.detail))
+
+
+def problems_of(error: ValidationError, whole: str = "it") -> str:
+    """What a schema found, by place and without its own decoration; `whole`: what a problem of no part is of."""
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in error.errors())

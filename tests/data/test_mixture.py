@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from tests.data.test_table import OPTIONS, make_episode, put, staged_of
 from upvla.data import rowgroups
 from upvla.data.commit import commit
-from upvla.data.mixture import Mixture, MixtureConfig, _chairman, make_plan, plan_from_json
+from upvla.data.mixture import Mixture, MixtureConfig, make_plan, plan_from_json
 from upvla.data.objects import put_table
 from upvla.data.order import permutation
 from upvla.data.samples import SampleReader
 from upvla.data.shards import Layout, stage
+from upvla.data.shares import chairman
 from upvla.data.table import Dataset, load_manifest
 from upvla.data.versions import dataset_root
 from upvla.errors import ConfigError, Mismatch, NotFound
@@ -81,7 +82,7 @@ def test_every_ranks_stride_gets_every_source(dataset: Dataset) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5))
 def test_no_source_is_ever_a_draw_away_from_its_share(weights: list[int]) -> None:
-    turns, ranks, counts = _chairman(tuple(map(float, weights)))
+    turns, ranks, counts = chairman(tuple(map(float, weights)))
     shares = np.array(weights) / sum(weights)
     drawn = np.zeros(len(weights), int)
     for n, (turn, rank) in enumerate(zip(turns, ranks, strict=True), start=1):
@@ -93,7 +94,7 @@ def test_no_source_is_ever_a_draw_away_from_its_share(weights: list[int]) -> Non
 
 def test_awkward_weights_still_come_true() -> None:
     for weights in ((0.1, 0.2, 0.7), (1e-4, 1.0), (np.pi, np.e), (1 / 3, 2 / 3)):
-        _, _, counts = _chairman(weights)
+        _, _, counts = chairman(weights)
         assert np.allclose(np.array(counts) / sum(counts), np.array(weights) / sum(weights), atol=2e-4)
         assert min(counts) >= 1 and sum(counts) <= 20_000
 
@@ -117,7 +118,7 @@ def test_the_order_is_pure_and_no_global_generator_matters(dataset: Dataset, mon
 def test_the_order_itself_is_pinned() -> None:
     """Runs resume across releases: a change here is a change of every plan that was ever written down."""
     assert permutation(10, 3, "a", 1).tolist() == [6, 8, 7, 0, 1, 4, 9, 5, 2, 3]
-    assert _chairman((3.0, 2.0, 1.0))[0].tolist() == [0, 1, 0, 2, 1, 0]
+    assert chairman((3.0, 2.0, 1.0))[0].tolist() == [0, 1, 0, 2, 1, 0]
 
 
 def test_seeds_batches_and_sources_make_other_plans(dataset: Dataset) -> None:
@@ -339,6 +340,42 @@ def test_splits_and_wordings_do_not_mix(dataset: Dataset) -> None:
             (q.episode, q.step) == (r.episode, r.step)
             for q, r in zip(questions, (r for r in refs if r.qa >= 0), strict=True)
         )
+
+
+def test_a_source_may_name_its_version_in_one_word() -> None:
+    def source(**fields: object) -> MixtureConfig:
+        return MixtureConfig.model_validate({"sources": [{"kind": "robot"} | fields], "global_batch": 8})
+
+    for word, version in (("table@1", 1), ("table@golden", "golden")):
+        apart = source(dataset="table", version=version)
+        assert source(dataset=word) == source(dataset=word, version=version) == apart
+        assert source(dataset=word).model_dump(mode="json") == apart.model_dump(mode="json")
+    with pytest.raises(ValidationError, match="dataset table@1 and version 2 are not the same: leave one of them out"):
+        source(dataset="table@1", version=2)
+
+
+def test_two_versions_of_a_dataset_are_refused_where_they_are_planned(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for numbers in ((1, 2, 3), (4, 5)):
+        put(store, numbers)
+    for versions in (("d@1", "d"), ("d", "d@1")):
+        sources = [{"dataset": word, "kind": "robot"} for word in versions]
+        mixed = MixtureConfig.model_validate({"sources": sources, "global_batch": 8})
+        with pytest.raises(ConfigError, match=r"asks for v\d and v\d of dataset d: one plan reads one version"):
+            mixed.plan(store)
+    sources = [{"dataset": word, "kind": "robot"} for word in ("d@2", "d")]
+    assert len(MixtureConfig.model_validate({"sources": sources, "global_batch": 8}).plan(store).sources) == 2
+
+
+@pytest.mark.parametrize("field", [{"weight": float("inf")}, {"temperature": 1e-3}, {"temperature": float("inf")}])
+def test_what_no_share_follows_from_is_refused_in_the_configuration(field: dict[str, float]) -> None:
+    source = {"dataset": "table", "kind": "robot"} | ({} if "temperature" in field else field)
+    with pytest.raises(ValidationError, match=next(iter(field))):
+        MixtureConfig.model_validate(
+            {"sources": [source], "global_batch": 8} | (field if "temperature" in field else {})
+        )
+    with pytest.raises(ConfigError, match="not positive and finite"):
+        make_plan([MixtureSource("table", 1, "x", "robot", float("inf"))], 0, 4)
 
 
 def test_what_cannot_be_drawn_is_refused(dataset: Dataset) -> None:

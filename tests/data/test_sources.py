@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,14 @@ from upvla.data.sources import detect_format, open_source
 from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, StoreError
 from upvla.images import decode_image, encode_jpeg
 from upvla.store import open_store
+from upvla.store.readonly import FsspecStore
 from upvla.types import CALVIN_RELATIVE, KnowsLengths, Span
 
 STEPS = 12
+UPVLA = Path(sys.executable).with_name("upvla")  # the console script: its path lacks the working directory
 
 
 def pictures(steps: int = STEPS, size: int = 32, seed: int = 0) -> list[np.ndarray]:
@@ -548,6 +553,93 @@ def test_records_are_read_in_any_order(tmp_path: Path) -> None:
     assert [file.read(n)[0] for n in (4, 0, 2)] == [4, 0, 2] and file.count() == 5
 
 
+def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(object, bytes) of every request to a store that is neither a folder nor S3, from now on."""
+    seen: list[tuple[str, int]] = []
+    plain = {name: getattr(FsspecStore, name) for name in ("read", "read_ranges")}
+
+    def read(self: FsspecStore, key: str) -> bytes:
+        seen.append((key, self.size(key)))
+        return bytes(plain["read"](self, key))
+
+    def read_ranges(self: FsspecStore, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+        seen.extend((key, end - start) for start, end in ranges)
+        return list(plain["read_ranges"](self, key, ranges))
+
+    monkeypatch.setattr(FsspecStore, "read", read)
+    monkeypatch.setattr(FsspecStore, "read_ranges", read_ranges)
+    return seen
+
+
+def test_a_remote_rlds_set_is_listed_from_its_description_and_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = write_bridge(tmp_path / "set", [(7, 8, 6), (9, 5)]), count_requests(monkeypatch)
+    meant = [
+        open_source("rlds", str(folder), layout="bridge_v2").read(f"{path.name}/000000")
+        for path in sorted(folder.glob("*tfrecord*"))
+    ]
+    files = fsspec.filesystem("memory")
+    files.put(str(folder), "/rlds-plain", recursive=True)
+    walked = open_source("rlds", "memory://rlds-plain", layout="bridge_v2").keys()
+    described = {"splits": [{"name": "train", "shardLengths": ["3", "2"]}]}
+    (folder / "dataset_info.json").write_text(json.dumps(described))
+    files.put(str(folder), "/rlds-described", recursive=True)
+    seen.clear()
+    source = open_source("rlds", "memory://rlds-described", layout="bridge_v2")
+    assert source.keys() == walked == open_source("rlds", str(folder), layout="bridge_v2").keys()
+    assert [key for key, _ in seen] == ["dataset_info.json"]
+    seen.clear()
+    assert [len(source.read(key)) for key in source.keys()] == [7, 8, 6, 9, 5]
+    assert len(seen) <= 4  # a header and a block a file
+    for key, episode in zip((walked[0], walked[3]), meant, strict=True):
+        assert source.read(key).images == episode.images
+    described["splits"][0]["shardLengths"] = ["3", "1"]
+    files.pipe_file("/rlds-described/dataset_info.json", json.dumps(described).encode())
+    with pytest.raises(Corrupt, match=r"goes on after the 1 records that dataset_info.json says; correct or remove"):
+        open_source("rlds", "memory://rlds-described", layout="bridge_v2").read(walked[3])
+
+
+def test_an_rlds_file_that_its_description_does_not_know_is_walked(tmp_path: Path) -> None:
+    folder = write_bridge(tmp_path / "set", [(7, 8)])
+    keys = open_source("rlds", str(folder), layout="bridge_v2").keys()
+    assert len(keys) == 2
+    for text in (
+        "{}",
+        "no JSON",
+        '{"splits": [{"name": "train", "shardLengths": ["1", "1"]}]}',
+        '{"splits": [{"name": "x"}]}',
+    ):
+        (folder / "dataset_info.json").write_text(text)
+        assert open_source("rlds", str(folder), layout="bridge_v2").keys() == keys
+
+
+def test_a_remote_hdf5_file_is_fetched_once_to_read_it_and_not_to_list_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [40] * 12
+    files, seen = fsspec.filesystem("memory"), count_requests(monkeypatch)
+    for name in ("a", "b"):
+        path = write_libero(tmp_path / f"{name}.hdf5", lengths)
+        files.pipe_file(f"/hdf5-remote/{name}.hdf5", path.read_bytes())
+    source = open_source("hdf5", "memory://hdf5-remote")
+    keys = source.keys()
+    size = path.stat().st_size
+    assert keys == open_source("hdf5", str(tmp_path)).keys() and len(keys) == 24
+    assert sum(length for _, length in seen) < size / 2 and max(length for _, length in seen) < size / 10
+    seen.clear()
+    for key in keys:
+        source.read(key)
+    assert seen == [("a.hdf5", size), ("b.hdf5", size)]
+
+    def away(store: FsspecStore, key: str, ranges: object) -> Sequence[bytes]:
+        raise StoreError("away")
+
+    monkeypatch.setattr(FsspecStore, "read_ranges", away)
+    with pytest.raises(StoreError, match="away"):  # and not a file that does not open
+        source.keys()
+
+
 def test_a_record_beyond_the_limit_is_one_bad_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_bridge(tmp_path / "set", [(20, 5)])
     monkeypatch.setattr("upvla.data.sources.tfrecord._MAX_RECORD_BYTES", len(example_bytes(bridge_episode(5, 1))) + 4)
@@ -783,22 +875,70 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path, monkeypatch: py
 # ------------------------------------------------------------------------------------------------- the robot at home
 
 
-def test_the_documented_example_ingests(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / "raw" / name / "front").mkdir(parents=True)
+def write_my_robot(folder: Path, names: Sequence[str] = ("one", "two")) -> Path:
+    for name in names:
+        (folder / name / "front").mkdir(parents=True)
         rows = np.tile([0.5, 0, -0.5, 1, 0.1, 0.2, 0.3], (6, 1)) + np.array([0, 0, 0, 0, 0, 0, len(name) / 10])
-        np.savetxt(tmp_path / "raw" / name / "log.csv", rows, delimiter=",")
-        (tmp_path / "raw" / name / "task.txt").write_text(f"task {name}\n")
+        np.savetxt(folder / name / "log.csv", rows, delimiter=",")
+        (folder / name / "task.txt").write_text(f"task {name}\n")
         for step, frame in enumerate(pictures(6, seed=ord(name[0]))):
-            (tmp_path / "raw" / name / "front" / f"{step:06d}.jpg").write_bytes(encode_jpeg(frame))
+            (folder / name / "front" / f"{step:06d}.jpg").write_bytes(encode_jpeg(frame))
+    return folder
+
+
+def test_the_documented_example_ingests(tmp_path: Path) -> None:
+    write_my_robot(tmp_path / "raw")
     (tmp_path / "raw" / "two" / "front" / "000003.jpg").unlink()
     store = open_store(str(tmp_path / "store"))
     config = IngestConfig(format="examples.my_robot:MyRobot", dataset="mine")
     found = ingest(store, config, str(tmp_path / "raw"))
     assert (found["recordings"], found["steps"], found["quarantined"]) == (1, 6, {"unreadable_frame": 1})
-    assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 60
+    assert len((ROOT / "examples" / "my_robot.py").read_text().splitlines()) < 50
     with pytest.raises(ConfigError, match="cannot be imported"):
         open_source("examples.my_robot:Nobody", str(tmp_path))
+
+
+def test_the_documented_command_runs_where_a_person_copied_the_example_to(tmp_path: Path) -> None:
+    write_my_robot(tmp_path / "raw")
+    text = (ROOT / "examples" / "my_robot.py").read_text()
+    (tmp_path / "my_robot.py").write_text(text)
+    (command,) = re.findall(r"^    (upvla ingest .*)$", text, re.MULTILINE)
+    words = command.replace("RECORDINGS", "raw").replace("STORE", "store").split()[1:]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [UPVLA, *words, "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recordings"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_thing", "No module named 'no_such_thing' \\(.*mine_broken.py, line 1\\)"),
+        ("x = 1\ny = 1 / 0", "ZeroDivisionError: division by zero \\(.*mine_broken.py, line 2\\)"),
+        ("def broken(:", "SyntaxError"),
+        ("MyRobot = 5", "is a int, not a class"),
+        ("", "has no attribute 'MyRobot'"),
+    ],
+)
+def test_a_format_that_cannot_be_imported_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine_broken", raising=False)
+    (tmp_path / "mine_broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        open_source("mine_broken:MyRobot", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"No module named 'mine_absent'; start in the folder that holds it"):
+        open_source("mine_absent:MyRobot", str(tmp_path))
 
 
 @pytest.mark.seam
@@ -841,6 +981,29 @@ def test_a_source_on_s3_is_the_source_in_its_folder(
             assert np.array_equal(found.state, meant.state) and np.array_equal(found.actions, meant.actions)
             read += 1
     assert read >= 2
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "said"),
+    [
+        ("lerobot", {"action_space": 5}, "action_space is 5, neither a known name nor a mapping"),
+        (
+            "lerobot",
+            {"action_space": "calvin_relative", "cameras": 5},
+            r"\(action_space='calvin_relative', cameras=5\): ",
+        ),
+        ("rlds", {"layout": "bridge_v2", "action_space": 5}, "action_space is 5, neither"),
+        (
+            "calvin",
+            {"cameras": 5},
+            r"options of format 'calvin' \(cameras=5\): 'int' object is not iterable; there is: spl",
+        ),
+    ],
+)
+def test_an_option_of_a_wrong_kind_is_named(tmp_path: Path, format: str, options: dict[str, Any], said: str) -> None:
+    write = {"lerobot": write_lerobot_v21, "rlds": write_bridge, "calvin": lambda folder: write_calvin(folder, (3,))}
+    with pytest.raises(ConfigError, match=said):
+        open_source(format, str(write[format](tmp_path / "set")), **options)
 
 
 def test_what_lies_there_decides_or_nothing_does(tmp_path: Path) -> None:

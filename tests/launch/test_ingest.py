@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+from tests.data.test_sources import UPVLA, write_my_robot
 from tests.factories import write_calvin
 from tests.launch.conftest import RayHead
 from upvla.config import RunConfig, SiteConfig, load
@@ -40,6 +44,28 @@ def test_ray_tasks_give_the_same_dataset(ray_head: RayHead, tmp_path: Path) -> N
     found = run_ingest(open_store(str(tmp_path / "ray")), CONFIG, str(recordings), lambda *step: seen.append(step))
     assert found["content_id"] == expected["content_id"]
     assert seen[-1] == (5, 5) and len(seen) == 3
+
+
+@pytest.mark.seam
+def test_ray_tasks_find_a_format_that_lies_in_the_working_directory(ray_head: RayHead, tmp_path: Path) -> None:
+    """Typed as a person does, from a folder that the cluster does not know."""
+    write_my_robot(tmp_path / "raw")
+    (tmp_path / "mine_here.py").write_text((ROOT / "examples" / "my_robot.py").read_text())
+    command = (
+        "ingest --format mine_here:MyRobot --source raw --dataset mine --root store --recordings-per-task 1 --json"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [UPVLA, *command.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recordings"] == 2
 
 
 @pytest.mark.seam

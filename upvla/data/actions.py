@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError, Mismatch, problems_of
 from upvla.types import CALVIN_RELATIVE, ActionDim, ActionSpace
 
 _XYZ = ("x", "y", "z")
@@ -102,11 +102,12 @@ def declared_space(value: str | Mapping[str, Any] | None, source: str) -> Action
         if value not in KNOWN:
             raise ConfigError(f"{source}: no known action space {value!r}; there is: {', '.join(sorted(KNOWN))}")
         return KNOWN[value]
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{source}: action_space is {value!r}, neither a known name nor a mapping")
     try:
         space = _ADAPTER.validate_python(dict(value), extra="forbid")
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc'])) or 'action_space'}: {p['msg']}" for p in error.errors()]
-        raise ConfigError(f"{source}: action_space: {'; '.join(problems)}") from error
+        raise ConfigError(f"{source}: action_space: {problems_of(error, 'action_space')}") from error
     _require_conventions(space, source)
     return space
 

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from upvla.data.actions import ActionMap, declared_space
 from upvla.data.order import Groups, Order
+from upvla.data.shares import chairman
 from upvla.data.stats import Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter, load_manifest
 from upvla.errors import ConfigError, Mismatch
 from upvla.store import Store, content_hash
 from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
-_MAX_PERIOD = 10_000  # weights are taken as fractions with at most this denominator
 _MAX_LANES = 64
 _GAP = 12  # times the mean distance of a row group's samples in the order: one in 160,000 is further from the next
 _LAG_STEPS = 7  # global batches of which a loader reads between fetching a sample, three ahead, and decoding it
@@ -38,21 +38,34 @@ class SourceConfig(BaseModel):
     """One source of a mixture: robot windows or questions of a dataset, by default of its newest version.
 
     weight: share of all draws after normalisation; left out, the source's own size decides (see `temperature`).
-    version: a number or a tag. where: which of its recordings. cameras: the model's camera -> this dataset's, where
-    they are called differently; "" for a view that it lacks (shown black). paraphrases: task -> sentences that ask for
-    the same, or the name of a world's own (`playtable`): an instruction that is one of its task's is told by any of
-    them, drawn by position; every other one, and by default all, stay in the words that they were recorded with.
+    version: a number or a tag; `dataset: name@version` is the same. where: which of its recordings. cameras: the
+    model's camera -> this dataset's, where they are called differently; "" for a view that it lacks (shown black).
+    paraphrases: task -> sentences that ask for the same, or the name of a world's own (`playtable`): an instruction
+    that is one of its task's is told by any of them, drawn by position; every other one, and by default all, stay in
+    the words that they were recorded with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     kind: Literal["robot", "qa"]
-    weight: float | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     version: int | str | None = None
     where: EpisodeFilter = EpisodeFilter()
     cameras: dict[str, str] = {}
     paraphrases: str | dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, values: Any) -> Any:
+        """`name@version` is taken apart, so that either way of writing it is the same configuration."""
+        if not isinstance(values, dict) or "@" not in str(values.get("dataset")):
+            return values
+        name, _, version = str(values["dataset"]).partition("@")
+        given = values.get("version")
+        if given is not None and str(given) != version:
+            raise ValueError(f"dataset {values['dataset']} and version {given} are not the same: leave one of them out")
+        return values | {"dataset": name, "version": int(version) if version.isdigit() else version}
 
 
 class MixtureConfig(BaseModel):
@@ -69,7 +82,7 @@ class MixtureConfig(BaseModel):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     seed: int = 0
     global_batch: int = Field(gt=0)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.1, allow_inf_nan=False)
     lanes: int | None = Field(default=None, gt=0)
     pool_mb: int = Field(default=256, gt=0)
     action_space: str | dict[str, Any] | None = None
@@ -89,7 +102,12 @@ class MixtureConfig(BaseModel):
         datasets: dict[str, Dataset] = {}
         for source in self.sources:
             manifest = load_manifest(store, source.dataset, source.version)
-            datasets.setdefault(source.dataset, Dataset(store, manifest))
+            dataset = datasets.setdefault(source.dataset, Dataset(store, manifest))
+            if dataset.manifest.version != manifest.version:
+                raise ConfigError(
+                    f"the mixture asks for v{dataset.manifest.version} and v{manifest.version} of dataset "
+                    f"{source.dataset}: one plan reads one version of a dataset, so give all its sources the same"
+                )
             draft = MixtureSource(
                 dataset=source.dataset,
                 version=manifest.version,
@@ -99,9 +117,9 @@ class MixtureConfig(BaseModel):
                 split=split,
                 where=source.where.model_dump(mode="json", exclude_defaults=True),
                 cameras=source.cameras,
-                paraphrases=_paraphrases(source, datasets[source.dataset], worlds or {}),
+                paraphrases=_paraphrases(source, dataset, worlds or {}),
             )
-            size = len(_Samples(datasets[source.dataset], draft))
+            size = len(_Samples(dataset, draft))
             if source.weight is None:
                 draft = replace(draft, weight=size ** (1 / self.temperature))
             pinned.append(draft)
@@ -129,8 +147,10 @@ def make_plan(
     if lanes < 1 or global_batch % lanes:
         raise ConfigError(f"lanes={lanes} do not divide a global batch of {global_batch}; choose a divisor of it")
     for source in sources:
-        if not source.weight > 0:
-            raise ConfigError(f"mixture source {source.dataset}/{source.kind}: weight {source.weight} is not positive")
+        if not 0 < source.weight < math.inf:
+            raise ConfigError(
+                f"mixture source {source.dataset}/{source.kind}: weight {source.weight} is not positive and finite"
+            )
     plan = MixturePlan(tuple(sources), seed, global_batch, lanes, spread, action_space)
     return replace(plan, plan_id=content_hash(_identity(plan)))
 
@@ -204,7 +224,7 @@ class Mixture:
                     f"{source.version}, opened is {dataset.manifest.content_id} v{dataset.manifest.version}"
                 )
             self._samples.append(_Samples(dataset, source))
-        self._turns, self._ranks, self._shares = _chairman(tuple(source.weight for source in plan.sources))
+        self._turns, self._ranks, self._shares = chairman(tuple(source.weight for source in plan.sources))
         period = len(self._turns)
         self._begins = [lane * period // plan.lanes for lane in range(plan.lanes)]
         self._before = np.stack([np.cumsum(self._turns == s) - (self._turns == s) for s in range(len(plan.sources))])
@@ -365,30 +385,3 @@ class _Samples:
         step = end - int(self._ends[where]) + number
         robot = self._kind == "robot"
         return SampleRef(source, self._kind, row, step, which if robot else -1, -1 if robot else which)
-
-
-@functools.lru_cache(maxsize=16)
-def _chairman(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """(source of every draw of one period, how many draws of that source came before it, draws a source a period).
-
-    Of the sources that would otherwise fall behind by a whole draw the one with the nearest deadline is taken; no
-    source is ever further than one draw from its share. R. Tijdeman, "The chairman assignment problem", 1980.
-    """
-    fractions = [Fraction(weight).limit_denominator(_MAX_PERIOD) or Fraction(weight) for weight in weights]
-    total = sum(fractions)
-    shares = [fraction / total for fraction in fractions]
-    period = functools.reduce(lambda a, b: a * b // np.gcd(a, b), (int(share.denominator) for share in shares))
-    if period > _MAX_PERIOD:
-        rounded = [max(1, round(share * _MAX_PERIOD)) for share in shares]
-        period = sum(rounded)
-        shares = [Fraction(count, period) for count in rounded]
-    counts = [int(share * period) for share in shares]
-    done, turns, ranks = [0] * len(counts), [], []
-    slack = Fraction(1, max(1, 2 * len(counts) - 2))
-    for draw in range(1, period + 1):
-        due = [i for i, share in enumerate(shares) if share * draw - done[i] >= slack and done[i] < counts[i]]
-        chosen = min(due, key=lambda i: ((1 - slack + done[i]) / shares[i], i))
-        turns.append(chosen)
-        ranks.append(done[chosen])
-        done[chosen] += 1
-    return np.array(turns), np.array(ranks), tuple(counts)

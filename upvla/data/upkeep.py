@@ -95,10 +95,18 @@ def diff(store: Store, before: str, after: str) -> dict[str, Any]:
 
 
 def remove_where(store: Store, dataset: str, where: EpisodeFilter, because: str) -> Manifest:
-    """The next version without the recordings that fit. `ConfigError` for a filter that fits everything or nothing."""
+    """The next version without the recordings that fit. `ConfigError` for a filter that fits everything or nothing, and
+    where `dataset` names a version (`name@version`) that another one follows."""
     if where == EpisodeFilter():
         raise ConfigError(f"dataset {dataset}: the filter is empty and would remove everything; set one of its fields")
-    found = Dataset(store, load_manifest(store, dataset))
+    named = open_version(store, dataset)
+    dataset, newest = named.dataset, load_manifest(store, named.dataset)
+    if named.version != newest.version:
+        raise ConfigError(
+            f"dataset {dataset}: v{named.version} is not the newest, v{newest.version}, from which recordings go; "
+            f"say {dataset} or {dataset}@{newest.version}"
+        )
+    found = Dataset(store, newest)
     ids = [row.id for row in found.episodes if where.fits(row)]
     if not ids:
         raise ConfigError(
@@ -192,6 +200,7 @@ def collect_garbage(
     """
     if keep_versions is not None and keep_versions < 1:
         raise ConfigError(f"keep_versions is {keep_versions}; the newest version always stays")
+    load_manifest(store, dataset)  # where there is none nothing is written either
     root, versions = dataset_root(store, dataset), list_versions(store, dataset)
     tagged = set(list_tags(store, dataset).values())
     expired = [v for v in versions[: -keep_versions or None] if v not in tagged] if keep_versions else []

@@ -68,8 +68,11 @@ def load_manifest(store: Store, dataset: str, version: int | str | None = None) 
             raise NotFound(f"{root.url} holds no dataset; `upvla ingest` makes one")
         return found
     if isinstance(version, str):
-        version = int(version) if version.isdigit() else _tagged(root, version)
-    value = root.read_json(manifest_key(version))
+        version = int(version) if version.isdigit() else _tagged(store, dataset, version)
+    try:
+        value = root.read_json(manifest_key(version))
+    except NotFound as error:
+        raise NotFound(f"{root.url} has no version {version}; {_there_is(store, dataset)}") from error
     try:
         if value.get("format", 1) > FORMAT:
             raise Mismatch(
@@ -167,9 +170,16 @@ def _tag_key(tag: str) -> str:
     return f"_tags/{tag}.json"
 
 
-def _tagged(root: Store, tag: str) -> int:
+def _tagged(store: Store, dataset: str, tag: str) -> int:
+    root = dataset_root(store, dataset)
     try:
         return int(root.read_json(_tag_key(tag))["version"])
     except NotFound as error:
-        known = [key[len("_tags/") : -len(".json")] for key in root.list("_tags/")]
-        raise NotFound(f"{root.url} has no version or tag {tag!r}; tags: {', '.join(known) or 'none'}") from error
+        raise NotFound(f"{root.url} has no version or tag {tag!r}; {_there_is(store, dataset)}") from error
+
+
+def _there_is(store: Store, dataset: str) -> str:
+    versions, tags = list_versions(store, dataset), list_tags(store, dataset)
+    if not versions:
+        return "it is no dataset, `upvla ingest` makes one"
+    return f"tags: {', '.join(tags) or 'none'}; versions: {', '.join(map(str, versions))}"

@@ -11,14 +11,15 @@ from upvla.data.ingest import IngestConfig, Portion, ingest, stage_here, stage_p
 from upvla.data.shards import Staged
 from upvla.launch.cluster import connected, result_of
 from upvla.launch.steps import turn
-from upvla.store import Store
+from upvla.store import Store, open_store
 
 
 def run_ingest(
     store: Store, config: IngestConfig, source_url: str, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Add what is new at `source_url` to the dataset; see `upvla.data.ingest.ingest` for what comes back."""
-    return ingest(store, config, source_url, fan_out=_in_turn, progress=progress)
+    whole = open_store(source_url).url  # a relative path means another folder to a worker, whose own is Ray's
+    return ingest(store, config, whole, fan_out=_in_turn, progress=progress)
 
 
 def _in_turn(portions: Sequence[Portion], progress: Callable[[int, int], None]) -> list[Staged]:

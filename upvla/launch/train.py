@@ -36,6 +36,7 @@ from upvla.errors import (
     StackError,
     StoreError,
     UpvlaError,
+    problems_of,
 )
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
@@ -216,9 +217,9 @@ def _spec(value: Any, url: str) -> TrainSpec:
     try:
         return TrainSpec.model_validate(value)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
         raise ConfigError(
-            f"{url} describes no stage ({said}): start the line again, from the version of upvla that the cluster runs"
+            f"{url} describes no stage ({problems_of(error)}): start the line again, from the version of upvla that "
+            "the cluster runs"
         ) from error
 
 

@@ -111,7 +111,12 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
         folder = self._path(key).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StoreError(
+                f"{folder} cannot be a folder: a file is there, or above it; name another place"
+            ) from error
         temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             yield temporary

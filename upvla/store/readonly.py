@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from upvla.errors import NotFound, StoreError
+from upvla.errors import ConfigError, NotFound, StoreError
 from upvla.store.base import Store, checked, require_whole
+
+_VERSION = (
+    "size", "etag", "mtime", "created", "lastmodified",  # S3, Azure, folders, memory
+    "updated", "generation", "md5hash", "crc32c", "contentmd5", "md5", "checksum",  # Google, and hashes where there are
+    "modified", "modifiedat", "modificationtime", "crc", "sha", "sha1", "sha256", "blobid",  # drives, HDFS, code hosts
+)  # fmt: skip
 
 
 class FsspecStore(Store):
@@ -15,7 +22,10 @@ class FsspecStore(Store):
         from fsspec.core import url_to_fs
 
         super().__init__(url)
-        self._files, root = url_to_fs(self.url)
+        try:
+            self._files, root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # the package of this kind of URL is not here, or there is none
+            raise ConfigError(f"{url} cannot be opened: {error}; s3:// and folders need nothing more") from error
         self._root = root.rstrip("/")
 
     def read(self, key: str) -> bytes:
@@ -46,9 +56,11 @@ class FsspecStore(Store):
         folder = prefix.rpartition("/")[0]
         found = self._files.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
         keys = {path[len(self._root) :].lstrip("/"): info for path, info in sorted(found.items())}
-        names = ("size", "ETag", "mtime", "created", "LastModified")
-        return {
-            key: "-".join(str(info[name]) for name in names if name in info)
-            for key, info in keys.items()
-            if key.startswith(prefix) and key > after
-        }
+        return {key: _token(info) for key, info in keys.items() if key.startswith(prefix) and key > after}
+
+
+def _token(info: Mapping[str, Any]) -> str:
+    """What a file system says of an object's version. Each has names of its own: `ETag` and `etag`, `LastModified` and
+    `last_modified` are one."""
+    told = {name.lower().replace("_", ""): value for name, value in info.items()}
+    return "-".join(str(told[name]) for name in _VERSION if told.get(name) is not None)

@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
-from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
+from upvla.data.sources.ranges import RangeFile
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, problems_of
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
@@ -143,10 +144,12 @@ class HDF5Source:
         return self._open[1]
 
     def _demos(self, file: str) -> list[str]:
-        """Names in order of their numbers. A file that does not open counts as one, and reading that says why."""
+        """Names in order of their numbers, read where the file lies: they are a few kilobytes of it. A file that does
+        not open counts as one, and reading that says why."""
         try:
-            opened = self._file(file)
-            names = [name.decode() for name in opened[f"mask/{self._mask}"]] if self._mask else list(opened["data"])
+            with h5py.File(RangeFile(self.store, file), "r") as opened:
+                mask = f"mask/{self._mask}"
+                names = [name.decode() for name in opened[mask]] if self._mask else list(opened["data"])
         except (OSError, RuntimeError, KeyError):
             return ["unreadable"]
         return sorted(names, key=lambda name: (len(name), name))
@@ -158,7 +161,7 @@ class HDF5Source:
             try:
                 return DemoMap.model_validate(self._layout)
             except ValidationError as error:
-                raise ConfigError(f"{self.store.url}: layout: {error}") from error
+                raise ConfigError(f"{self.store.url}: layout: {problems_of(error)}") from error
         demo = opened["data"][next(iter(opened["data"]))]
         fits = [m for m in LAYOUTS.values() if all(path in demo for path in m.cameras.values())]
         if len(fits) != 1 or self._layout:

@@ -9,7 +9,10 @@ differs from set to set, so a `FeatureMap` says it: by name for known sets, or w
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvla.data.actions import declared_space, joined
 from upvla.data.sources.tfrecord import RecordFile, parse_example
-from upvla.errors import BadEpisode, ConfigError, NotFound
+from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, problems_of
 from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionSpace, Episode, Span
+
+_SHARD = re.compile(r"-(?P<split>[^-/]+)\.tfrecord-(?P<number>\d+)-of-(?P<of>\d+)$")
+_FILES_WALKED = 16  # at a time
 
 
 class FeatureMap(BaseModel):
@@ -105,14 +111,19 @@ class RLDSSource:
         return store.exists("features.json") and bool(_record_files(store, ""))
 
     def keys(self) -> Sequence[str]:
-        return [f"{file}/{n:06d}" for file in self._tokens for n in range(self._file(file).count())]
+        """As many a file as `dataset_info.json` says; files that it does not know are walked, several at a time."""
+        unknown = [file for file in self._tokens if file not in self._described]
+        with ThreadPoolExecutor(_FILES_WALKED) as pool:
+            walked = pool.map(lambda file: RecordFile(self.store, file).count(), unknown)
+            counts = self._described | dict(zip(unknown, walked, strict=True))
+        return [f"{file}/{n:06d}" for file in self._tokens for n in range(counts[file])]
 
     def token(self, key: str) -> str:
         return content_hash([self._tokens[key.rpartition("/")[0]], self.layout.model_dump(), self.space.to_json()])
 
     def read(self, key: str) -> Episode:
         file, _, number = key.rpartition("/")
-        example = parse_example(self._file(file).read(int(number)), key)
+        example = parse_example(self._record(file, int(number)), key)
         images = {name: _frames(example, feature, key) for name, feature in self.layout.cameras.items()}
         steps = len(next(iter(images.values())))
         return Episode(
@@ -128,6 +139,32 @@ class RLDSSource:
             actions=joined([_numbers(example, feature, steps, key) for feature in self.layout.action]),
             spans=self._spans(example, steps, key),
         )
+
+    @cached_property
+    def _described(self) -> dict[str, int]:
+        """Records of each file that the set's own description counts. TFDS itself trusts it."""
+        try:
+            splits = self.store.read_json("dataset_info.json")["splits"]
+            lengths = {str(split["name"]): [int(length) for length in split["shardLengths"]] for split in splits}
+        except (NotFound, Corrupt, KeyError, TypeError, ValueError):
+            return {}
+        found = {}
+        for file in self._tokens:
+            name = _SHARD.search(file)
+            shards = lengths.get(name["split"], []) if name else []
+            if name and len(shards) == int(name["of"]) and int(name["number"]) < len(shards):
+                found[file] = shards[int(name["number"])]
+        return found
+
+    def _record(self, file: str, number: int) -> bytes:
+        opened = self._file(file)
+        data = opened.read(number)
+        if number + 1 == self._described.get(file) and not opened.ends_with(number):
+            raise Corrupt(
+                f"{self.store.url}/{file} goes on after the {number + 1} records that dataset_info.json says; correct "
+                "or remove that description, and the file's records are counted"
+            )
+        return data
 
     def _file(self, key: str) -> RecordFile:
         if self._open is None or self._open.key != key:
@@ -165,8 +202,7 @@ def _feature_map(layout: str | Mapping[str, Any] | None, url: str) -> FeatureMap
     try:
         return FeatureMap.model_validate(layout)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise ConfigError(f"RLDS set {url}: layout: {problems}") from error
+        raise ConfigError(f"RLDS set {url}: layout: {problems_of(error)}") from error
 
 
 def _feature(example: Mapping[str, Any], name: str, key: str) -> Any:

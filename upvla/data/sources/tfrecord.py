@@ -18,6 +18,8 @@ from upvla.store import Store
 HEADER_BYTES = 12
 _MAX_RECORD_BYTES = 1 << 30  # of one episode, which is parsed in memory
 _LANES = 1024
+_HOP_BYTES = 1 << 16  # fetched with a header: little records then come along
+_AHEAD_BYTES = 8 << 20  # fetched with a record: what follows is likely asked for next
 
 
 class RecordFile:
@@ -26,9 +28,11 @@ class RecordFile:
     def __init__(self, store: Store, key: str):
         self._store, self.key, self._size = store, key, store.size(key)
         self._starts = [0]
+        self._fetched: tuple[int, bytes] = (0, b"")  # where it begins, and what was fetched last
 
     def count(self) -> int:
-        """Records that the file has, a damaged last one included: reading that will say what is wrong."""
+        """Records that the file has, a damaged last one included: reading that will say what is wrong. A request a
+        record, or a few where they are small."""
         while self._starts[-1] < self._size:
             try:
                 self._hop()
@@ -46,14 +50,14 @@ class RecordFile:
         if end - start > _MAX_RECORD_BYTES:
             where = f"{self._store.url}/{self.key}, record {number}"
             raise BadEpisode("zip_bomb", f"{where} has {end - start} bytes, the most is {_MAX_RECORD_BYTES}")
-        (data,) = self._bytes(start, end)
+        data = self._bytes(start, end, _AHEAD_BYTES)
         if masked_crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise self._damaged(number, "its checksum does not fit")
         return data[:-4]
 
     def _hop(self) -> None:
         start, number = self._starts[-1], len(self._starts) - 1
-        (header,) = self._bytes(start, start + HEADER_BYTES)
+        header = self._bytes(start, start + HEADER_BYTES, _HOP_BYTES)
         length, checksum = struct.unpack("<QI", header)
         if masked_crc32c(header[:8]) != checksum:
             raise self._damaged(number, "its length is damaged")
@@ -62,12 +66,20 @@ class RecordFile:
             raise self._damaged(number, f"the file ends {end - self._size} bytes too early")
         self._starts.append(end)
 
-    def _bytes(self, start: int, end: int) -> tuple[bytes]:
-        try:
-            (data,) = self._store.read_ranges(self.key, [(start, end)])
-        except Corrupt as error:
-            raise self._damaged(len(self._starts) - 1, str(error)) from error
-        return (data,)
+    def ends_with(self, number: int) -> bool:
+        """Whether record `number`, which was read, is the last one."""
+        return self._starts[number + 1] >= self._size
+
+    def _bytes(self, start: int, end: int, ahead: int) -> bytes:
+        """Of what was fetched last, else fetched now, with what follows up to `ahead` bytes in all."""
+        begin, data = self._fetched
+        if not begin <= start <= end <= begin + len(data):
+            try:
+                (data,) = self._store.read_ranges(self.key, [(start, max(end, min(start + ahead, self._size)))])
+            except Corrupt as error:
+                raise self._damaged(len(self._starts) - 1, str(error)) from error
+            begin, self._fetched = start, (start, data)
+        return data[start - begin : end - begin]
 
     def _damaged(self, number: int, why: str) -> BadEpisode:
         return BadEpisode("unreadable_frame", f"{self._store.url}/{self.key}, record {number}: {why}")
