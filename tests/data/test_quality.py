@@ -10,7 +10,7 @@ from tests.factories import write_calvin
 from upvla.data.quality import REASONS, QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.errors import BadEpisode
-from upvla.types import Episode, Span
+from upvla.types import Episode, Span, Talk
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,13 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         "silence": lambda: {"spans": (Span(0, 3, "  ", "go"),)},
         "no picture": lambda: {"images": images | {"static": [*static[:-1], b"not a picture"]}},
         "other size": lambda: {"images": images | {"static": [*static[:-1], images["gripper"][-1]]}},
+        "infinite start": lambda: {"timestamps": np.r_[-np.inf, times[1:]]},
+        "half a character": lambda: {"spans": (Span(0, 3, "go \ud800", "go"),)},
+        "half a scene": lambda: {"scene": "\udcff"},
+        "half an answer": lambda: {"talks": (Talk(0, "x", (("what?", "\ud800"),)),)},
+        "a late question": lambda: {"talks": (Talk(20, "x", (("what?", "that"),)),)},
+        "no question": lambda: {"talks": (Talk(0, "x", ()),)},
+        "no pixels": lambda: {"images": images | {"static": np.zeros((20, 0, 8, 3), np.uint8)}},
         "float picture": lambda: {"images": images | {"static": np.zeros((20, 8, 8, 3))}},
         "bad name": lambda: {"id": f"{episode.id}\0"},
         "way out": lambda: {"id": f"a/../{episode.id}"},
@@ -70,6 +77,13 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         ("silence", "empty_language"),
         ("no picture", "unreadable_image"),
         ("other size", "shape"),
+        ("infinite start", "time"),
+        ("half a character", "text"),
+        ("half a scene", "text"),
+        ("half an answer", "text"),
+        ("a late question", "span_range"),
+        ("no question", "empty_language"),
+        ("no pixels", "shape"),
         ("float picture", "dtype"),
         ("bad name", "bad_id"),
         ("way out", "bad_id"),

@@ -173,7 +173,7 @@ def _payloads(canary: Path) -> list[bytes]:
     return found
 
 
-def _header() -> bytes:
+def npy_header() -> bytes:
     head = io.BytesIO()
     np.save(head, np.array({"a": 1}, object), allow_pickle=True)
     return head.getvalue()[: head.getvalue().index(b"\n") + 1]
@@ -190,7 +190,7 @@ def _array(dtype: Any, shape: Any, data: Any) -> _Call:
     return _Call(reconstruct, *arguments, state=(1, shape, dtype, False, data))
 
 
-def _about_memory() -> dict[str, bytes]:
+def about_memory() -> dict[str, bytes]:
     """Pickles that numpy, asked by itself, takes for more or other memory than they have."""
     pointer, objects, floats = b"\x41" * 8, _dtype("O8", flags=63), _dtype("f8", order="<")
     scalar, (_, eight) = np.float64(0).__reduce__()  # type: ignore[misc]
@@ -235,14 +235,14 @@ def _about_memory() -> dict[str, bytes]:
 def _read_each(payloads: dict[str, bytes], results: Any) -> None:
     for name, payload in payloads.items():
         try:
-            results.send((name, repr(read_object_npy(_header() + payload, "x.npy"))))
+            results.send((name, repr(read_object_npy(npy_header() + payload, "x.npy"))))
         except Corrupt:
             results.send((name, "refused"))
 
 
 def test_no_pickle_makes_numpy_take_bytes_for_objects() -> None:
     """In a process of its own: where one did, that would not see the next."""
-    payloads, context = _about_memory(), multiprocessing.get_context("fork")
+    payloads, context = about_memory(), multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_read_each, args=(payloads, theirs))
     child.start()
@@ -255,7 +255,7 @@ def test_no_pickle_makes_numpy_take_bytes_for_objects() -> None:
 
 def test_no_malicious_pickle_runs(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    payloads, header = _payloads(canary), _header()
+    payloads, header = _payloads(canary), npy_header()
     assert len(payloads) >= 30
     for payload in payloads:
         with pytest.raises(UnsafePickle, match="nothing of it was run"):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from upvla.data.sources.calvin import CalvinSource
@@ -17,7 +19,7 @@ from upvla.data.sources.hdf5 import HDF5Source
 from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.llava import LlavaSource
 from upvla.data.sources.rlds import RLDSSource
-from upvla.errors import ConfigError
+from upvla.errors import ConfigError, Corrupt, UpvlaError
 from upvla.store import open_store
 from upvla.types import EpisodeSource
 
@@ -32,13 +34,30 @@ def open_source(format: str, url: str, **options: Any) -> EpisodeSource:
     except TypeError as error:
         known = [name for name in inspect.signature(factory).parameters if name != "url"]
         raise ConfigError(f"options of format {format!r}: {error}; there is: {', '.join(known)}") from error
-    source: EpisodeSource = factory(url, **options)
+    with asked(url):
+        source: EpisodeSource = factory(url, **options)
     return source
+
+
+@contextmanager
+def asked(url: str) -> Iterator[None]:
+    """Around what a source is asked about itself, before any recording is read: whatever its description makes go
+    wrong that no format has a better word for is said of the source."""
+    try:
+        yield
+    except (UpvlaError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise Corrupt(
+            f"{url} cannot be listed, its description holds what no reader expects: {type(error).__name__}: "
+            f"{error!s:.500}; repair the description, or fetch it again"
+        ) from error
 
 
 def detect_format(url: str) -> str:
     """The one format whose files lie at `url`. `ConfigError` where none or several fit."""
-    found = [name for name, source in FORMATS.items() if source.recognises(open_store(url))]
+    with asked(url):
+        found = [name for name, source in FORMATS.items() if source.recognises(open_store(url))]
     if len(found) != 1:
         raise ConfigError(
             f"{url} {'fits ' + ' and '.join(found) if found else 'holds no format that is known'}; "

@@ -28,6 +28,7 @@ from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
+_UNREADABLE = "unreadable"  # the one demonstration of a file that does not say which it has
 _BLOCK = 32  # frames read at a time
 _MAX_BYTES = 1 << 30  # of what is read at once: an array of numbers, a block of frames, a stored chunk
 _MAX_VIDEO_BYTES = 64 << 30  # of one camera's frames in a demonstration
@@ -104,19 +105,21 @@ class HDF5Source:
         file, _, name = key.rpartition("/")
         try:
             opened = self._file(file)
+            if name == _UNREADABLE:
+                self._names(opened)
             demo, layout = opened[f"data/{name}"], self._map(opened)
             space = self._space_of(opened, file)
             steps = len(_array(demo, layout.action, key))
             images = {camera: _encoded(demo, path, layout, key) for camera, path in layout.cameras.items()}
             state = joined([_array(demo, path, key)[()] for path in layout.state])
             actions = np.asarray(_array(demo, layout.action, key)[()], np.float32)
+            text = self._instruction or _language(opened)
         except (OSError, RuntimeError, MemoryError) as error:  # what h5py raises for damaged files
             raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
         except KeyError as error:
             raise BadEpisode("schema", f"{key}: {error}") from error
         except (TypeError, ValueError) as error:
             raise BadEpisode("dtype", f"{key}: {error}") from error
-        text = self._instruction or _language(opened)
         return Episode(
             id=key,
             source=self.format,
@@ -143,13 +146,20 @@ class HDF5Source:
         return self._open[1]
 
     def _demos(self, file: str) -> list[str]:
-        """Names in order of their numbers. A file that does not open counts as one, and reading that says why."""
+        """Names in order of their numbers. A file that does not say them counts as one, and reading that says why."""
         try:
-            opened = self._file(file)
-            names = [name.decode() for name in opened[f"mask/{self._mask}"]] if self._mask else list(opened["data"])
-        except (OSError, RuntimeError, KeyError):
-            return ["unreadable"]
-        return sorted(names, key=lambda name: (len(name), name))
+            return self._names(self._file(file))
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError):
+            return [_UNREADABLE]
+
+    def _names(self, opened: h5py.File) -> list[str]:
+        if not isinstance(opened["data"], h5py.Group):
+            raise TypeError("'data' is no group of demonstrations")
+        names = list(opened[f"mask/{self._mask}"] if self._mask else opened["data"])
+        if not all(isinstance(name, bytes | str) for name in names):
+            raise TypeError(f"mask/{self._mask} lists no names")
+        texts = [name.decode() if isinstance(name, bytes) else name for name in names]
+        return sorted(texts, key=lambda name: (len(name), name))
 
     def _map(self, opened: h5py.File) -> DemoMap:
         if isinstance(self._layout, str) and self._layout in LAYOUTS:
@@ -175,10 +185,9 @@ class HDF5Source:
         try:
             settings = json.loads(opened["data"].attrs["env_args"])["env_kwargs"]
             return controller_space(settings)
-        except (KeyError, TypeError, ValueError):
-            return declared_space(
-                None, f"HDF5 file {self.store.url}/{file} (no OSC_POSE settings in data.attrs['env_args'])"
-            )
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            why = f"no OSC_POSE settings in data.attrs['env_args']: {error!r}"
+            return declared_space(None, f"HDF5 file {self.store.url}/{file} ({why})")
 
 
 def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
