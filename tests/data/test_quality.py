@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from tests.factories import write_calvin
+from upvla.data.actions import NO_ACTIONS
 from upvla.data.quality import REASONS, QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.errors import BadEpisode
+from upvla.images import encode_jpeg
 from upvla.types import Episode, Span, Talk
 
 
@@ -44,6 +46,8 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         "silence": lambda: {"spans": (Span(0, 3, "  ", "go"),)},
         "no picture": lambda: {"images": images | {"static": [*static[:-1], b"not a picture"]}},
         "other size": lambda: {"images": images | {"static": [*static[:-1], images["gripper"][-1]]}},
+        "slower": lambda: {"rate_hz": 10.0},
+        "no rate": lambda: {"rate_hz": np.nan},
         "infinite start": lambda: {"timestamps": np.r_[-np.inf, times[1:]]},
         "half a character": lambda: {"spans": (Span(0, 3, "go \ud800", "go"),)},
         "half a scene": lambda: {"scene": "\udcff"},
@@ -77,6 +81,8 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         ("silence", "empty_language"),
         ("no picture", "unreadable_image"),
         ("other size", "shape"),
+        ("slower", "time"),
+        ("no rate", "time"),
         ("infinite start", "time"),
         ("half a character", "text"),
         ("half a scene", "text"),
@@ -96,6 +102,17 @@ def test_each_fault_has_its_reason(episode: Episode, how: str, reason: str) -> N
     with pytest.raises(BadEpisode, match=episode.id) as caught:
         check(_spoilt(episode, how), limits)
     assert caught.value.reason == reason and reason in REASONS
+
+
+def test_a_rate_says_nothing_of_a_picture() -> None:
+    frame = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    none = np.zeros((1, 0), np.float32)
+    picture = Episode(
+        "p", "llava", "none", "picture", NO_ACTIONS, 25.0, np.zeros(1), {"image": [frame]}, none, none, ()
+    )
+    check(picture, QualityLimits())
+    with pytest.raises(BadEpisode, match="time: p: recorded at inf Hz"):
+        check(replace(picture, rate_hz=np.inf), QualityLimits())
 
 
 def test_limits_are_limits(episode: Episode) -> None:

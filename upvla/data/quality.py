@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from upvla.data.actions import gripper_values
+from upvla.data.actions import fits_rate, gripper_values
 from upvla.errors import BadEpisode
 from upvla.images import verify_image
 from upvla.types import Episode
@@ -140,6 +140,10 @@ def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
 
 
 def _check_time(episode: Episode, limits: QualityLimits) -> None:
+    rate_hz, space = episode.rate_hz, episode.action_space
+    if not (0 < rate_hz < float("inf") and fits_rate(space, rate_hz)):
+        detail = f"recorded at {rate_hz:g} Hz, but an action of {space.name} holds for {space.dt_s:g} s"
+        raise BadEpisode("time", f"{episode.id}: {detail}")
     if not np.isfinite(episode.timestamps).all():
         step = int(np.argmin(np.isfinite(episode.timestamps)))
         raise BadEpisode("time", f"{episode.id}: the timestamp of step {step} is {episode.timestamps[step]}")

@@ -14,6 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from upvla.data.actions import declared_space, joined
+from upvla.data.actions import agreed_space, declared_space, joined, require_rate
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound
 from upvla.images import encode_jpeg
 from upvla.store import Store, content_hash, open_store
@@ -179,15 +180,17 @@ class HDF5Source:
         return fits[0]
 
     def _space_of(self, opened: h5py.File, file: str) -> ActionSpace:
-        """As declared, or as the recording's own controller settings say."""
-        if self._space is not None:
-            return declared_space(self._space, f"HDF5 file {file}")
+        """As declared, or as the recording's own controller settings say, which must agree."""
+        where, settings = f"HDF5 file {self.store.url}/{file}", _settings(opened)
+        stated = None
         try:
-            settings = json.loads(opened["data"].attrs["env_args"])["env_kwargs"]
-            return controller_space(settings)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            why = f"no OSC_POSE settings in data.attrs['env_args']: {error!r}"
-            return declared_space(None, f"HDF5 file {self.store.url}/{file} ({why})")
+            stated = declared_space(controller_space(settings).to_json(), where)
+        except (ConfigError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            where += f" (no OSC_POSE settings in data.attrs['env_args']: {error!r})"
+        space = agreed_space(self._space, stated, where)
+        with suppress(LookupError, TypeError, ValueError):  # other controllers state their rate, too
+            require_rate(space, float(settings["control_freq"]), where)
+        return space
 
 
 def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
@@ -256,6 +259,14 @@ def _encoded(demo: h5py.Group, path: str, layout: DemoMap, key: str) -> list[byt
     turned = slice(None, None, -1 if layout.upside_down else 1)
     blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
     return [encode_jpeg(frame[turned]) for block in blocks for frame in block]
+
+
+def _settings(opened: h5py.File) -> Mapping[str, Any]:
+    """What robosuite was told; empty where the file does not say."""
+    try:
+        return dict(json.loads(opened["data"].attrs["env_args"])["env_kwargs"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _language(opened: h5py.File) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from upvla.data.actions import declared_space
+from upvla.data.actions import agreed_space, declared_space, require_rate
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, UpvlaError
 from upvla.images import MAX_PIXELS, encode_jpeg
 from upvla.store import Store, content_hash, open_store
@@ -35,7 +35,8 @@ _PREFIX = "observation.images."
 class LeRobotSource:
     """The episodes of a data set's root folder.
 
-    action_space: the format has no field for it, so it is declared here (data sets that upvla exported carry theirs).
+    action_space: the format has no field for it, so it is declared here (data sets that upvla exported carry theirs,
+    and another one declared is refused).
     cameras: {name in the table: feature key}; all image and video features by default, under their last word.
     """
 
@@ -130,7 +131,10 @@ class LeRobotSource:
 
     def _space(self, declared: str | Mapping[str, Any] | None, action: str) -> ActionSpace:
         carried = self.info.get("upvla", {}).get("action_space") if isinstance(self.info.get("upvla"), dict) else None
-        space = declared_space(declared or carried, f"LeRobot data set {self.store.url}")
+        source = f"LeRobot data set {self.store.url}"
+        stated = declared_space(carried, f"{source} (upvla.action_space of meta/info.json)") if carried else None
+        space = agreed_space(declared, stated, source)
+        require_rate(space, self.rate_hz, source)
         shape = self._features.get(action, {}).get("shape")
         if shape is not None and list(shape) != [len(space)]:
             raise ConfigError(
