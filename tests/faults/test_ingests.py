@@ -208,6 +208,15 @@ def test_a_bad_recording_is_in_quarantine_and_the_good_ones_in_the_version(name:
     assert reason == bad.reason and re.search(bad.detail, detail), detail
 
 
+def test_a_name_that_is_no_text_is_in_quarantine_as_it_can_be_written(tmp_path: Path) -> None:
+    _libero(_settings())(tmp_path / "raw")
+    (tmp_path / "raw/other.hdf5").rename(tmp_path / "raw/\udcff.hdf5")
+    for _ in range(2):
+        good, rejected = _ingested(tmp_path, "hdf5", {})
+        assert len(good) == 2 and rejected.keys() == {r"\udcff.hdf5/demo_0"}
+        assert rejected[r"\udcff.hdf5/demo_0"][0] == "bad_id"
+
+
 # ---------------------------------------------------------------------------------------------- what is bad as a whole
 
 

@@ -22,7 +22,7 @@ REASONS = {
     "schema": "a column, feature or field that should be there is not",
     "dtype": "an array of another type than its format says",
     "unsafe_pickle": "a pickled file that wants to run something",
-    "no_image": "a conversation without a picture",
+    "no_image": "a conversation without a picture, or a recording without a camera",
     "missing_frame": "a frame of the recording is not there",
     "missing_array": "a frame lacks an array",
     "unreadable_frame": "a frame's file is damaged, or holds what no reader expects",
@@ -66,6 +66,8 @@ def check(episode: Episode, limits: QualityLimits) -> None:
         raise BadEpisode("bad_id", f"{episode.id[:80]!r} is no safe name")
     if steps < least:
         raise BadEpisode("too_short", f"{episode.id}: {steps} steps, the limit is {least}")
+    if not episode.images:
+        raise BadEpisode("no_image", f"{episode.id}: no camera")
     _check_text(episode)
     _check_numbers(episode, limits)
     _check_time(episode, limits)
