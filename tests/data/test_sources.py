@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,17 @@ def test_lerobot_v3_episodes_are_found_without_looking_through_the_others(
         episode = source.read(key)
         assert episode.actions.shape == (length, 7) and (episode.actions == number).all()
     assert sorted(asked) == sorted([*range(22), *range(22)])  # once for itself, once to learn where its file begins
+
+
+def test_lerobot_episodes_may_be_described_in_columns_of_others(tmp_path: Path) -> None:
+    path = write_lerobot_v30(tmp_path / "set", [[3, 4]]) / "meta/episodes/chunk-000/file-000.parquet"
+    table, seen = pq.read_table(path), set[str]()
+    for values in ([1.0, 2.0], [1.0, np.nan], [datetime(2026, 1, 1)] * 2, [datetime(2026, 1, 2)] * 2, [b"\xff"] * 2):
+        pq.write_table(table.append_column("recorded", pa.array(values)), path)
+        source = open_source("lerobot", str(tmp_path / "set"), action_space="calvin_relative")
+        seen |= {source.token(key) for key in source.keys()}
+        assert [len(source.read(key)) for key in source.keys()] == [3, 4]
+    assert len(seen) == 9  # the first episode's 1.0 is said twice
 
 
 def test_a_video_of_huge_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import multiprocessing
 import os
@@ -196,6 +197,9 @@ def about_memory() -> dict[str, bytes]:
     scalar, (_, eight) = np.float64(0).__reduce__()  # type: ignore[misc]
     from_buffer = np.zeros(1).__reduce_ex__(5)[0]
     hidden = _dtype("V8", None, ("a",), {"a": (objects, 0)}, size=8)
+    many: Any = ()
+    for _ in range(60):
+        many = (many, many)
     own: list[Any] = []
     own.append(_array(objects, (1,), own))
     values: dict[str, Any] = {
@@ -223,6 +227,8 @@ def about_memory() -> dict[str, bytes]:
         "text that is no Unicode": _array(_dtype("U2", order="<", size=8), (1,), b"\xff" * 8),
         "no state": _Call(_array(floats, (1,), eight)._call[0], np.ndarray, (0,), b"b"),
         "itself": own,
+        "an encoding that takes an age to be said": _Call(codecs.encode, "x", many),
+        "a shape that takes an age to be said": _array(floats, many, eight),
         "a dtype": floats,
         "a class": np.ndarray,
     }

@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from tests.data.test_sources import (
     pictures,
     write_bridge,
     write_lerobot_v21,
-    write_lerobot_v30,
     write_libero,
     write_records,
 )
@@ -228,12 +226,13 @@ def _info(**changes: Any) -> Act:
     return act
 
 
-def _episodes(values: Sequence[Any]) -> Act:
-    """LeRobot v3 with another column about its two episodes."""
+def _episodes(**changes: Any) -> Act:
+    """Something else about the first episode."""
 
     def act(folder: Path) -> None:
-        path = write_lerobot_v30(folder, [[3, 4]]) / "meta/episodes/chunk-000/file-000.parquet"
-        pq.write_table(pq.read_table(path).append_column("recorded", pa.array(values)), path)
+        path = write_lerobot_v21(folder) / "meta/episodes.jsonl"
+        first, *others = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps(json.loads(first) | changes), *others]))
 
     return act
 
@@ -276,8 +275,14 @@ REFUSED: dict[str, tuple[str, Act, Mapping[str, Any], type[UpvlaError], str]] = 
     ),
     "lerobot: a feature": ("lerobot", _info(features={"action": 5}), LEROBOT, Corrupt, r"info\.json is no description"),
     "lerobot: no task_index": ("lerobot", _tasks, LEROBOT, Corrupt, "meta/tasks has no task_index and text"),
-    "lerobot: nan": ("lerobot", _episodes([1.0, np.nan]), LEROBOT, Corrupt, "raw cannot be listed.*ValueError.*repair"),
-    "lerobot: a day": ("lerobot", _episodes([datetime(2026, 1, 1)] * 2), LEROBOT, Corrupt, "raw cannot be.*TypeError"),
+    "lerobot: tasks": (
+        "lerobot",
+        _episodes(tasks=[["x"]]),
+        LEROBOT,
+        Corrupt,
+        "raw cannot be listed.*TypeError.*repair",
+    ),
+    "lerobot: a length": ("lerobot", _episodes(length=float("inf")), LEROBOT, Corrupt, "raw cannot be.*OverflowError"),
     "llava: nested": ("llava", _llava(b"[" * 100_000), {}, Corrupt, r"rows\.json: byte \d+: a row of more lists"),
     "hdf5: no rate": (
         "hdf5",

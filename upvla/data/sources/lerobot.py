@@ -92,6 +92,7 @@ class LeRobotSource:
         row = self._episodes[key]
         files = [self._data_key(row), *(self._video_key(row, feature) for feature in self._video_features())]
         options = [self.space.to_json(), self.cameras, self._state, self._action, self.embodiment, self.scene]
+        row = json.loads(json.dumps(row, default=str), parse_constant=str)  # columns of others may hold days, or NaN
         return content_hash([row, [self._tokens.get(file, "") for file in files], self._tasks_of(row), options])
 
     def _tasks_of(self, row: Mapping[str, Any]) -> dict[str, str]:
@@ -106,7 +107,8 @@ class LeRobotSource:
         self._check_rows(key, row, table)
         times = _column(table, "timestamp", key).to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1)
         if not np.isfinite(times).all():
-            raise BadEpisode("time", f"{key}: timestamp is {times[~np.isfinite(times)][0]} at a step")
+            step = int(np.argmin(np.isfinite(times)))
+            raise BadEpisode("time", f"{key}: timestamp is {times[step]} at step {step}")
         images = {
             name: list(self._video(key, row, feature, times))
             if self._features[feature]["dtype"] == "video"

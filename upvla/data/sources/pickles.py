@@ -111,7 +111,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it wants to encode as {encoding}")
+        raise pickle.UnpicklingError("it wants to encode as something else than Latin-1")
     return text.encode("latin1")
 
 
