@@ -171,16 +171,35 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, key: str
         np.load(folder / key, allow_pickle=True)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 def test_honest_pickles_of_any_protocol_are_read(tmp_path: Path, protocol: int) -> None:
     value = {"ann": ["añ"], "emb": np.ones((2, 1, 3), np.float32), "indx": [(np.int64(1), 2)], "names": np.array(["x"])}
+    cube, shared = np.arange(24.0).reshape(2, 3, 4), np.array(["añ", "b"])
+    arrays = {
+        "turned": cube.transpose(1, 0, 2),
+        "columns": np.asfortranarray(cube[0]),
+        "parts": cube[:, ::2],
+        "other order": np.arange(3, dtype=">i4"),
+        "none": np.zeros((0, 2)),
+        "bits": np.array([True, False]),
+        "bytes": np.array([b"ab", b"c"]),
+        "many": [shared, shared],
+    }
+    scalars = [np.float32(0.5), np.bool_(True), np.str_("añ"), np.str_(""), np.bytes_(b"x"), np.uint8(7)]
+    objects = np.array([[1, "x"], [None, np.ones(2)]], object)
+    value |= {"arrays": arrays, "scalars": scalars, "objects": objects}
     header = tmp_path / "header.npy"
     np.save(header, np.array(value, object), allow_pickle=True)
     data = header.read_bytes()
     body = pickle.dumps(np.array(value, object), protocol)
     read = read_object_npy(data[: data.index(b"\n") + 1] + body, "x.npy")
     assert read["ann"] == ["añ"] and read["indx"] == [(1, 2)] and read["names"].tolist() == ["x"]
-    assert np.array_equal(read["emb"], value["emb"])
+    assert np.array_equal(read["emb"], value["emb"]) and read["emb"].dtype == np.float32
+    assert read["arrays"].keys() == arrays.keys() and read["scalars"] == scalars
+    for name, array in arrays.items():
+        assert np.array_equal(read["arrays"][name], array), name
+    assert read["objects"].shape == (2, 2) and read["objects"][0].tolist() == [1, "x"]
+    assert read["objects"][1, 1].tolist() == [1, 1] and read["arrays"]["many"][0] is read["arrays"]["many"][1]
 
 
 def test_annotations_and_frames_outside_of_recordings_are_ignored_and_counted(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from tests.factories import write_calvin
+from upvla.data.actions import NO_ACTIONS
 from upvla.data.quality import REASONS, QualityLimits, check
 from upvla.data.sources import open_source
 from upvla.errors import BadEpisode
-from upvla.types import Episode, Span
+from upvla.images import encode_jpeg
+from upvla.types import Episode, Span, Talk
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,16 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         "silence": lambda: {"spans": (Span(0, 3, "  ", "go"),)},
         "no picture": lambda: {"images": images | {"static": [*static[:-1], b"not a picture"]}},
         "other size": lambda: {"images": images | {"static": [*static[:-1], images["gripper"][-1]]}},
+        "slower": lambda: {"rate_hz": 10.0},
+        "no rate": lambda: {"rate_hz": np.nan},
+        "infinite start": lambda: {"timestamps": np.r_[-np.inf, times[1:]]},
+        "half a character": lambda: {"spans": (Span(0, 3, "go \ud800", "go"),)},
+        "half a scene": lambda: {"scene": "\udcff"},
+        "half an answer": lambda: {"talks": (Talk(0, "x", (("what?", "\ud800"),)),)},
+        "a late question": lambda: {"talks": (Talk(20, "x", (("what?", "that"),)),)},
+        "no question": lambda: {"talks": (Talk(0, "x", ()),)},
+        "no camera": lambda: {"images": {}},
+        "no pixels": lambda: {"images": images | {"static": np.zeros((20, 0, 8, 3), np.uint8)}},
         "float picture": lambda: {"images": images | {"static": np.zeros((20, 8, 8, 3))}},
         "bad name": lambda: {"id": f"{episode.id}\0"},
         "way out": lambda: {"id": f"a/../{episode.id}"},
@@ -70,6 +82,16 @@ def _spoilt(episode: Episode, how: str) -> Episode:
         ("silence", "empty_language"),
         ("no picture", "unreadable_image"),
         ("other size", "shape"),
+        ("slower", "time"),
+        ("no rate", "time"),
+        ("infinite start", "time"),
+        ("half a character", "text"),
+        ("half a scene", "text"),
+        ("half an answer", "text"),
+        ("a late question", "span_range"),
+        ("no question", "empty_language"),
+        ("no camera", "no_image"),
+        ("no pixels", "shape"),
         ("float picture", "dtype"),
         ("bad name", "bad_id"),
         ("way out", "bad_id"),
@@ -82,6 +104,17 @@ def test_each_fault_has_its_reason(episode: Episode, how: str, reason: str) -> N
     with pytest.raises(BadEpisode, match=episode.id) as caught:
         check(_spoilt(episode, how), limits)
     assert caught.value.reason == reason and reason in REASONS
+
+
+def test_a_rate_says_nothing_of_a_picture() -> None:
+    frame = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    none = np.zeros((1, 0), np.float32)
+    picture = Episode(
+        "p", "llava", "none", "picture", NO_ACTIONS, 25.0, np.zeros(1), {"image": [frame]}, none, none, ()
+    )
+    check(picture, QualityLimits())
+    with pytest.raises(BadEpisode, match="time: p: recorded at inf Hz"):
+        check(replace(picture, rate_hz=np.inf), QualityLimits())
 
 
 def test_limits_are_limits(episode: Episode) -> None:

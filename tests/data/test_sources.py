@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from upvla.data.sources import detect_format, open_source
 from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.tfrecord import RecordFile, _example_class, crc32c, masked_crc32c, parse_example
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, StoreError
+from upvla.errors import BadEpisode, ConfigError, Corrupt, Mismatch, NotFound, StoreError
 from upvla.images import decode_image, encode_jpeg
 from upvla.store import open_store
 from upvla.store.readonly import FsspecStore
@@ -105,6 +106,34 @@ def test_lerobot_says_nothing_of_actions_so_it_is_asked() -> None:
         open_source("lerobot", str(folder), action_space="none")
     with pytest.raises(ConfigError, match=r"no feature 'tactile'; there is: observation\.images\.static"):
         open_source("lerobot", str(folder), action_space="calvin_relative", cameras={"static": "tactile"})
+
+
+def test_lerobot_at_another_rate_than_its_actions_is_refused(tmp_path: Path) -> None:
+    path = write_lerobot_v21(tmp_path / "set") / "meta/info.json"
+    path.write_text(path.read_text().replace('"fps": 30', '"fps": 10'))
+    with pytest.raises(
+        ConfigError, match=r"set runs at 10 Hz, the action space calvin_relative holds for 0\.0333333 s"
+    ):
+        open_source("lerobot", str(tmp_path / "set"), action_space="calvin_relative")
+
+
+def test_a_declared_space_does_not_contradict_the_one_that_a_lerobot_set_carries(tmp_path: Path) -> None:
+    path = write_lerobot_v21(tmp_path / "set") / "meta/info.json"
+    info = json.loads(path.read_text()) | {"upvla": {"action_space": CALVIN_RELATIVE.to_json()}}
+    path.write_text(json.dumps(info))
+    for declared in ({}, {"action_space": "calvin_relative"}):
+        source = open_source("lerobot", str(tmp_path / "set"), **declared)
+        assert source.read("episode_000000").action_space == CALVIN_RELATIVE
+    turned = CALVIN_RELATIVE.to_json()
+    turned["dims"][6]["convention"] = "-1=open,+1=close"
+    both = r"dimension 6 \(gripper\) differs in 'convention': the option action_space has '-1=open,\+1=close', LeRobot"
+    with pytest.raises(Mismatch, match=f"{both}.*set has '\\+1=open,-1=close'; leave the option out"):
+        open_source("lerobot", str(tmp_path / "set"), action_space=turned)
+    with pytest.raises(Mismatch, match=r"dimension 0 \(dx\).*leave the option out"):
+        open_source("lerobot", str(tmp_path / "set"), action_space="libero")
+    path.write_text(json.dumps(info | {"upvla": {"action_space": {"name": "x"}}}))
+    with pytest.raises(ConfigError, match=r"upvla\.action_space of meta/info\.json\): action_space: dims"):
+        open_source("lerobot", str(tmp_path / "set"), action_space="calvin_relative")
 
 
 def write_lerobot_v21(folder: Path, lengths: Sequence[int] = (STEPS, 9), codec: str = "mpeg4") -> Path:
@@ -235,6 +264,17 @@ def test_lerobot_v3_episodes_are_found_without_looking_through_the_others(
         episode = source.read(key)
         assert episode.actions.shape == (length, 7) and (episode.actions == number).all()
     assert sorted(asked) == sorted([*range(22), *range(22)])  # once for itself, once to learn where its file begins
+
+
+def test_lerobot_episodes_may_be_described_in_columns_of_others(tmp_path: Path) -> None:
+    path = write_lerobot_v30(tmp_path / "set", [[3, 4]]) / "meta/episodes/chunk-000/file-000.parquet"
+    table, seen = pq.read_table(path), set[str]()
+    for values in ([1.0, 2.0], [1.0, np.nan], [datetime(2026, 1, 1)] * 2, [datetime(2026, 1, 2)] * 2, [b"\xff"] * 2):
+        pq.write_table(table.append_column("recorded", pa.array(values)), path)
+        source = open_source("lerobot", str(tmp_path / "set"), action_space="calvin_relative")
+        seen |= {source.token(key) for key in source.keys()}
+        assert [len(source.read(key)) for key in source.keys()] == [3, 4]
+    assert len(seen) == 9  # the first episode's 1.0 is said twice
 
 
 def test_a_video_of_huge_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -733,6 +773,23 @@ def test_a_controller_without_deltas_has_to_be_declared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not say what its actions mean"):
         open_source("hdf5", str(tmp_path)).read("a.hdf5/demo_0")
     assert len(open_source("hdf5", str(path), action_space="libero").read("a.hdf5/demo_0")) == 5
+    with pytest.raises(ConfigError, match=r"a\.hdf5 .*runs at 20 Hz, the action space calvin_relative holds"):
+        open_source("hdf5", str(path), action_space="calvin_relative").read("a.hdf5/demo_0")
+
+
+def test_a_declared_space_does_not_contradict_a_controllers_settings(tmp_path: Path) -> None:
+    write_libero(tmp_path / "a.hdf5", [5])
+    episode = open_source("hdf5", str(tmp_path), action_space="libero").read("a.hdf5/demo_0")
+    assert episode.action_space == LIBERO  # whose gripper is never in between, which the settings leave open
+    both = r"dimension 0 \(dx\) differs in 'scale': the option action_space has 0\.02, HDF5 file .*a\.hdf5 has 0\.05"
+    with pytest.raises(Mismatch, match=f"{both}; leave the option out"):
+        open_source("hdf5", str(tmp_path), action_space="calvin_relative").read("a.hdf5/demo_0")
+    write_libero(tmp_path / "b.hdf5", [5], input_min=-2)
+    with pytest.raises(Mismatch, match=r"dimension 0 \(dx\) differs in 'low'.*b\.hdf5 has -2\.0"):
+        open_source("hdf5", str(tmp_path), action_space="libero").read("b.hdf5/demo_0")
+    write_libero(tmp_path / "c.hdf5", [5], output_max=[float("nan")] * 6)
+    with pytest.raises(ConfigError, match=r"c\.hdf5 .*all of them finite.*does not say what its actions mean"):
+        open_source("hdf5", str(tmp_path)).read("c.hdf5/demo_0")
 
 
 def test_broken_hdf5_spoils_its_own_demonstrations_only(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import multiprocessing
 import os
 import pickle
 import zipfile
@@ -140,8 +142,8 @@ def test_a_thousand_mutated_recordings_are_each_rejected_for_the_right_reason(re
 
 
 class _Call:
-    def __init__(self, function: Any, *arguments: Any):
-        self._call = (function, arguments)
+    def __init__(self, function: Any, *arguments: Any, state: Any = None):
+        self._call = (function, arguments) if state is None else (function, arguments, state)
 
     def __reduce__(self) -> Any:
         return self._call
@@ -172,13 +174,95 @@ def _payloads(canary: Path) -> list[bytes]:
     return found
 
 
-def test_no_malicious_pickle_runs(tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    payloads = _payloads(canary)
-    assert len(payloads) >= 30
+def npy_header() -> bytes:
     head = io.BytesIO()
     np.save(head, np.array({"a": 1}, object), allow_pickle=True)
-    header = head.getvalue()[: head.getvalue().index(b"\n") + 1]
+    return head.getvalue()[: head.getvalue().index(b"\n") + 1]
+
+
+def _dtype(name: str, *parts: Any, order: str = "|", size: int = -1, flags: int = 0) -> _Call:
+    """A pickled dtype; parts: of a sub-array, names of fields, the fields."""
+    described = (*parts, None, None, None)[:3]
+    return _Call(np.dtype, name, False, True, state=(3, order, *described, size, size, flags))
+
+
+def _array(dtype: Any, shape: Any, data: Any) -> _Call:
+    (reconstruct, arguments, _) = np.zeros(0).__reduce__()  # type: ignore[misc]
+    return _Call(reconstruct, *arguments, state=(1, shape, dtype, False, data))
+
+
+def about_memory() -> dict[str, bytes]:
+    """Pickles that numpy, asked by itself, takes for more or other memory than they have."""
+    pointer, objects, floats = b"\x41" * 8, _dtype("O8", flags=63), _dtype("f8", order="<")
+    scalar, (_, eight) = np.float64(0).__reduce__()  # type: ignore[misc]
+    from_buffer = np.zeros(1).__reduce_ex__(5)[0]
+    hidden = _dtype("V8", None, ("a",), {"a": (objects, 0)}, size=8)
+    many: Any = ()
+    for _ in range(60):
+        many = (many, many)
+    own: list[Any] = []
+    own.append(_array(objects, (1,), own))
+    values: dict[str, Any] = {
+        "a hidden object": _array(hidden, (1,), pointer),
+        "a hidden object as a scalar": _Call(scalar, hidden, pointer),
+        "a hidden object in a buffer": _Call(from_buffer, pointer, hidden, (1,), "C"),
+        "an object in fields of text": _array(_dtype("S8", None, ("a",), {"a": (objects, 0)}, size=8), (1,), pointer),
+        "an array in every element": _array(_dtype("V8", (objects, (1,)), size=8), (1,), pointer),
+        "objects without the flag of objects": _array(_dtype("O8"), (1,), pointer),
+        "an object as bytes": _Call(scalar, objects, pointer),
+        "a type without a state": _array(_Call(np.dtype, "V8"), (1,), pointer),
+        "an array as a type": _array(_array(floats, (1,), eight), (1,), eight),
+        "times": _array(_dtype("M8", order="<"), (1,), eight),
+        "a huge shape": _array(floats, (1 << 40, 1 << 40), eight),
+        "a huge shape of objects": _array(objects, (1 << 60,), [None]),
+        "a huge text": _array(_dtype("U99999999", order="<", size=4), (1,), eight),
+        "a negative shape": _array(floats, (-1,), eight),
+        "a shape that is positive by two wrongs": _array(floats, (-1, -1), eight),
+        "more dimensions than numpy has": _array(floats, (1,) * 200, eight),
+        "a shape of words": _array(floats, ("1",), eight),
+        "bytes too few": _array(floats, (2,), eight),
+        "bytes too many": _array(floats, (1,), eight * 2),
+        "a list of numbers": _array(floats, (1,), [0.0]),
+        "fewer objects than places": _array(objects, (2,), [None]),
+        "text that is no Unicode": _array(_dtype("U2", order="<", size=8), (1,), b"\xff" * 8),
+        "no state": _Call(_array(floats, (1,), eight)._call[0], np.ndarray, (0,), b"b"),
+        "itself": own,
+        "an encoding that takes an age to be said": _Call(codecs.encode, "x", many),
+        "a shape that takes an age to be said": _array(floats, many, eight),
+        "a dtype": floats,
+        "a class": np.ndarray,
+    }
+    found = {f"{name}, protocol {p}": pickle.dumps(value, p) for name, value in values.items() for p in (2, 4)}
+    found["a place far out in the memo"] = b"\x80\x02}r\xff\xff\xff\x7f0cnumpy\nndarray\n."
+    found["a state for a function"] = b"\x80\x02c_codecs\nencode\n}X\x01\0\0\0aK\x01sb."
+    return found
+
+
+def _read_each(payloads: dict[str, bytes], results: Any) -> None:
+    for name, payload in payloads.items():
+        try:
+            results.send((name, repr(read_object_npy(npy_header() + payload, "x.npy"))))
+        except Corrupt:
+            results.send((name, "refused"))
+
+
+def test_no_pickle_makes_numpy_take_bytes_for_objects() -> None:
+    """In a process of its own: where one did, that would not see the next."""
+    payloads, context = about_memory(), multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_read_each, args=(payloads, theirs))
+    child.start()
+    theirs.close()
+    for name in payloads:
+        assert ours.recv() == (name, "refused")  # EOFError: the child crashed
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_no_malicious_pickle_runs(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    payloads, header = _payloads(canary), npy_header()
+    assert len(payloads) >= 30
     for payload in payloads:
         with pytest.raises(UnsafePickle, match="nothing of it was run"):
             read_object_npy(header + payload, "auto_lang_ann.npy")

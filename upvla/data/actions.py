@@ -7,6 +7,7 @@ base frame, another control rate) is refused by naming the dimension.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ ROTATIONS = {"euler_xyz": 3, "axis_angle": 3, "quat_xyzw": 4, "rot6d": 6}
 """Rotation layouts and their widths: euler_xyz turns about fixed axes; rot6d is the matrix's first two columns."""
 
 _GRIPPER = re.compile(r"([+-]?[\d.]+)=open,([+-]?[\d.]+)=close(,continuous)?")
+_RATE_TOLERANCE = 0.01  # of a period
 _ADAPTER = TypeAdapter(ActionSpace)
 
 
@@ -112,6 +114,48 @@ def declared_space(value: str | Mapping[str, Any] | None, source: str) -> Action
     return space
 
 
+def agreed_space(declared: str | Mapping[str, Any] | None, stated: ActionSpace | None, source: str) -> ActionSpace:
+    """The space that an import option declares, or where there is none the one that the source itself states.
+
+    `Mismatch` where they contradict each other. Whether a gripper may stand in between is no contradiction: who
+    declares that it does not has recordings where it does in quarantine.
+    """
+    if declared is None and stated is not None:
+        return stated
+    space = declared_space(declared, source)
+    if stated is not None:
+        try:
+            _without_betweens(space).require_equal(
+                _without_betweens(stated), ours="the option action_space", theirs=source
+            )
+        except Mismatch as error:
+            raise Mismatch(f"{error}; leave the option out, or correct the source where it is wrong") from error
+    return space
+
+
+def _without_betweens(space: ActionSpace) -> ActionSpace:
+    dims = []
+    for dim in space.dims:
+        if dim.unit == "gripper":
+            opened, closed, _ = gripper_values(dim)
+            dim = replace(dim, convention=f"{opened:+g}=open,{closed:+g}=close")
+        dims.append(dim)
+    return replace(space, dims=tuple(dims))
+
+
+def fits_rate(space: ActionSpace, rate_hz: float) -> bool:
+    """Whether an action holds until the next one is due. Where nothing moves, any rate will do."""
+    return not space.dims or abs(rate_hz * space.dt_s - 1) <= _RATE_TOLERANCE
+
+
+def require_rate(space: ActionSpace, rate_hz: float, source: str) -> None:
+    if not fits_rate(space, rate_hz):
+        raise ConfigError(
+            f"{source} runs at {rate_hz:g} Hz, the action space {space.name} holds for {space.dt_s:g} s; "
+            "declare the one that is right"
+        )
+
+
 def gripper_values(dim: ActionDim) -> tuple[float, float, bool]:
     """(value of open, value of close, whether values in between mean something) of a gripper dimension."""
     found = _GRIPPER.fullmatch(dim.convention)
@@ -121,7 +165,7 @@ def gripper_values(dim: ActionDim) -> tuple[float, float, bool]:
 
 
 def _require_conventions(space: ActionSpace, source: str) -> None:
-    if not space.dt_s > 0:
+    if not 0 < space.dt_s < math.inf:
         raise ConfigError(f"{source}: action_space.dt_s is {space.dt_s}, must be positive seconds")
     for i, dim in enumerate(space.dims):
         if dim.unit == "gripper":
@@ -131,8 +175,10 @@ def _require_conventions(space: ActionSpace, source: str) -> None:
                 f"{source}: action_space.dims.{i} ({dim.name}): convention is {dim.convention!r}, fill in one of "
                 f"{', '.join(ROTATIONS)}"
             )
-        if not (dim.low < dim.high and dim.scale > 0):
-            raise ConfigError(f"{source}: action_space.dims.{i} ({dim.name}): low < high and scale > 0 must hold")
+        if not (-math.inf < dim.low < dim.high < math.inf and 0 < dim.scale < math.inf):
+            raise ConfigError(
+                f"{source}: action_space.dims.{i} ({dim.name}): low < high and scale > 0 must hold, all of them finite"
+            )
     _parts(space)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,15 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from upvla.data.commit import DAMAGED, commit, require_conditional_create
 from upvla.data.pieces import Pieces
-from upvla.data.quality import QualityLimits, check
+from upvla.data.quality import UNEXPECTED, QualityLimits, check, unexpected
 from upvla.data.report import render_report
 from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
-from upvla.data.sources import open_source
+from upvla.data.sources import asked, open_source
 from upvla.data.table import Dataset
 from upvla.data.versions import dataset_root, hashing_of, newest_manifest
 from upvla.errors import BadEpisode, NotFound
 from upvla.store import Store, content_hash
 from upvla.types import Episode, EpisodeSource, KnowsLengths, Manifest
+
+log = logging.getLogger(__name__)
 
 _LONG_STEPS = 512  # a recording of so many steps counts as one, and a longer one as several
 _PICTURES = 64  # recordings of a single step that count as one
@@ -87,11 +90,12 @@ def ingest(
     source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
     known = _known(store, parent)
-    keys = source.keys()
+    with asked(source_url):
+        keys = source.keys()
+        fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
+        parts = list(portions_of(source, fresh, config.recordings_per_task))
     if not keys:
         raise NotFound(f"{source_url} holds no recordings; record some, or correct the URL")
-    fresh = [recording for recording in ((key, source.token(key)) for key in keys) if recording not in known]
-    parts = portions_of(source, fresh, config.recordings_per_task)
     portions = [Portion(store, config, source_url, tuple(part), run, hashing_of(parent)) for part in parts]
     manifest = commit(
         store,
@@ -176,16 +180,25 @@ def _source(run: str, config: IngestConfig, url: str) -> EpisodeSource:
 def _judged(portion: Portion, pieces: Pieces, told: Callable[[], None]) -> Iterator[tuple[Episode, str] | Rejection]:
     source = _source(portion.run, portion.config, portion.source_url)
     for key, token in portion.recordings:
+        episode = pieces.find(key, token)
         try:
-            episode = pieces.find(key, token)
             if episode is None:
                 episode = source.read(key)
                 check(episode, portion.config.quality)
         except BadEpisode as error:
-            yield Rejection(key, error.reason, error.detail, token)
+            yield _rejection(key, error, token)
+        except UNEXPECTED as error:
+            log.info("%s of %s", key, portion.source_url, exc_info=True)
+            yield _rejection(key, unexpected(key, error), token)
         else:
             yield episode, token
         told()
+
+
+def _rejection(key: str, error: BadEpisode, token: str) -> Rejection:
+    """In text that the table can hold: what is wrong may be the name itself."""
+    key, detail = (text.encode(errors="backslashreplace").decode() for text in (key, error.detail))
+    return Rejection(key, error.reason, detail, token)
 
 
 def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from upvla.data.actions import gripper_values
+from upvla.data.actions import fits_rate, gripper_values
 from upvla.errors import BadEpisode
 from upvla.images import verify_image
 from upvla.types import Episode
@@ -18,13 +18,14 @@ _SAFE_ID = re.compile(r"[\w.+=,@:-][\w.+=,@: /-]{0,511}")  # no control characte
 
 REASONS = {
     "bad_id": "a name that is no safe path: empty, too long, '..', control characters",
+    "text": "text that is no UTF-8, or that UTF-8 cannot hold (half of a surrogate pair)",
     "schema": "a column, feature or field that should be there is not",
     "dtype": "an array of another type than its format says",
     "unsafe_pickle": "a pickled file that wants to run something",
-    "no_image": "a conversation without a picture",
+    "no_image": "a conversation without a picture, or a recording without a camera",
     "missing_frame": "a frame of the recording is not there",
     "missing_array": "a frame lacks an array",
-    "unreadable_frame": "a frame's file is damaged",
+    "unreadable_frame": "a frame's file is damaged, or holds what no reader expects",
     "unreadable_image": "an encoded image does not decode",
     "zip_bomb": "an archive, a picture or an array claims to hold more than any recording does",
     "shape": "an array of another shape than its format says",
@@ -33,7 +34,7 @@ REASONS = {
     "non_finite": "NaN or infinity among the numbers",
     "action_bounds": "an action outside its declared range",
     "gripper_value": "a gripper command that is neither open nor close",
-    "time": "timestamps that do not increase, or that jump",
+    "time": "timestamps that are no numbers, do not increase or jump, or a rate that is not its actions'",
     "frozen_camera": "a camera that shows one picture all the time",
     "span_range": "a language span that is empty or leaves the recording",
     "empty_language": "a language span without words",
@@ -41,6 +42,10 @@ REASONS = {
     "removed": "taken out on purpose; it stays out until its content changes",
     "damaged": "its stored bytes could not be read any more; ingesting its source again brings it back",
 }
+
+
+UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, NotImplementedError)
+"""What code raises over content that nobody foresaw. An `OSError` or a `MemoryError` may be the machine's fault."""
 
 
 class QualityLimits(BaseModel):
@@ -61,6 +66,9 @@ def check(episode: Episode, limits: QualityLimits) -> None:
         raise BadEpisode("bad_id", f"{episode.id[:80]!r} is no safe name")
     if steps < least:
         raise BadEpisode("too_short", f"{episode.id}: {steps} steps, the limit is {least}")
+    if not episode.images:
+        raise BadEpisode("no_image", f"{episode.id}: no camera")
+    _check_text(episode)
     _check_numbers(episode, limits)
     _check_time(episode, limits)
     for span in episode.spans:
@@ -68,8 +76,35 @@ def check(episode: Episode, limits: QualityLimits) -> None:
             raise BadEpisode("span_range", f"{episode.id}: span [{span.start}, {span.end}) of {steps} steps")
         if not span.text.strip():
             raise BadEpisode("empty_language", f"{episode.id}: span [{span.start}, {span.end}) has no words")
+    for talk in episode.talks:
+        if not 0 <= talk.step < steps:
+            raise BadEpisode("span_range", f"{episode.id}: a conversation about step {talk.step} of {steps}")
+        if not talk.turns:
+            raise BadEpisode("empty_language", f"{episode.id}: a conversation in which nothing is said")
     for camera, frames in episode.images.items():
         _check_camera(episode.id, camera, frames, limits)
+
+
+def unexpected(key: str, error: Exception) -> BadEpisode:
+    """The recording `key`, in which something brought a reader or `check` down with an error of `UNEXPECTED`."""
+    reasons: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+        UnicodeError: "text",
+        (LookupError, AttributeError): "schema",
+        TypeError: "dtype",
+    }
+    reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "unreadable_frame")
+    return BadEpisode(reason, f"{key}: {type(error).__name__}: {error!s:.500}")
+
+
+def _check_text(episode: Episode) -> None:
+    texts = [episode.source, episode.embodiment, episode.scene]
+    texts += [text for span in episode.spans for text in (span.text, span.task)]
+    texts += [text for talk in episode.talks for turn in talk.turns for text in (talk.topic, *turn)]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadEpisode("text", f"{episode.id}: {text!r:.80}: {error.reason}") from error
 
 
 def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
@@ -107,6 +142,13 @@ def _check_numbers(episode: Episode, limits: QualityLimits) -> None:
 
 
 def _check_time(episode: Episode, limits: QualityLimits) -> None:
+    rate_hz, space = episode.rate_hz, episode.action_space
+    if not (0 < rate_hz < float("inf") and fits_rate(space, rate_hz)):
+        detail = f"recorded at {rate_hz:g} Hz, but an action of {space.name} holds for {space.dt_s:g} s"
+        raise BadEpisode("time", f"{episode.id}: {detail}")
+    if not np.isfinite(episode.timestamps).all():
+        step = int(np.argmin(np.isfinite(episode.timestamps)))
+        raise BadEpisode("time", f"{episode.id}: the timestamp of step {step} is {episode.timestamps[step]}")
     gaps = np.diff(episode.timestamps)
     wrong = ~((gaps > 0) & (gaps * episode.rate_hz <= limits.max_gap))
     if wrong.any():
@@ -120,7 +162,7 @@ def _check_camera(key: str, camera: str, frames: np.ndarray | Sequence[bytes], l
     if isinstance(frames, np.ndarray):
         if frames.dtype != np.uint8:
             raise BadEpisode("dtype", f"{key}: {camera} is {frames.dtype}, not uint8")
-        if frames.ndim != 4 or frames.shape[3] != 3:
+        if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
             raise BadEpisode("shape", f"{key}: {camera} is {frames.shape}, not (T, H, W, 3)")
     else:
         sizes: list[tuple[int, int]] = []

@@ -12,6 +12,8 @@ import importlib
 import inspect
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from upvla.data.sources.hdf5 import HDF5Source
 from upvla.data.sources.lerobot import LeRobotSource
 from upvla.data.sources.llava import LlavaSource
 from upvla.data.sources.rlds import RLDSSource
-from upvla.errors import ConfigError
+from upvla.errors import ConfigError, Corrupt, UpvlaError
 from upvla.store import Store, open_store
 from upvla.types import EpisodeSource
 
@@ -34,19 +36,45 @@ def open_source(format: str, url: str, **options: Any) -> EpisodeSource:
     known = [name for name in inspect.signature(factory).parameters if name != "url"]
     try:
         inspect.signature(factory).bind(url, **options)
-        source: EpisodeSource = factory(url, **options)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise ConfigError(
-            f"options of format {format!r}{f' ({given})' if given else ''}: {error}; there is: {', '.join(known)}"
-        ) from error
+    except TypeError as error:
+        raise _misdeclared(format, options, known, error) from error
+    with asked(url):
+        try:
+            source: EpisodeSource = factory(url, **options)
+        except (TypeError, ValueError) as error:
+            if not options:
+                raise
+            raise _misdeclared(format, options, known, error) from error
     return source
+
+
+def _misdeclared(format: str, options: dict[str, Any], known: list[str], error: Exception) -> ConfigError:
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return ConfigError(
+        f"options of format {format!r}{f' ({given})' if given else ''}: {error}; there is: {', '.join(known)}"
+    )
+
+
+@contextmanager
+def asked(url: str) -> Iterator[None]:
+    """Around what a source is asked about itself, before any recording is read: whatever its description makes go
+    wrong that no format has a better word for is said of the source."""
+    try:
+        yield
+    except (UpvlaError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise Corrupt(
+            f"{url} cannot be listed, its description holds what no reader expects: {type(error).__name__}: "
+            f"{error!s:.500}; repair the description, or fetch it again"
+        ) from error
 
 
 def detect_format(url: str) -> str:
     """The one format whose files lie at `url`. `ConfigError` where none or several fit."""
     store = open_store(url)
-    found = _fitting(store)
+    with asked(url):
+        found = _fitting(store)
     if len(found) == 1:
         return found[0]
     what = f"fits {' and '.join(found)}" if found else "holds no format that is known"

@@ -208,14 +208,17 @@ class CalvinSource:
         homeless = 0
         try:
             language, where = annotations["language"], annotations["info"]["indx"]
-            for text, task, (start, end) in zip(language["ann"], language["task"], where, strict=True):
+            for text, task, (first, after) in zip(language["ann"], language["task"], where, strict=True):
+                if not (isinstance(text, str) and isinstance(task, str)):
+                    raise TypeError(f"an annotation is {type(text).__name__} and {type(task).__name__}, not text")
+                start, end = int(first), int(after)
                 place = int(np.searchsorted(starts, start, side="right")) - 1
                 low, high = self._ranges[keys[place]] if place >= 0 else (0, -1)
                 if start > high:
                     homeless += 1
                 else:
-                    spans[keys[place]].append(Span(int(start) - low, int(end) - low + last, str(text), str(task)))
-        except (KeyError, TypeError, ValueError) as error:
+                    spans[keys[place]].append(Span(start - low, end - low + last, str(text), str(task)))
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise Corrupt(f"{self.store.url}/{key} is no annotation file: {error!r}; export it again") from error
         if homeless:
             self._note("annotations outside of every recording", homeless)

@@ -14,6 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from upvla.data.actions import declared_space, joined
+from upvla.data.actions import agreed_space, declared_space, joined, require_rate
 from upvla.data.sources.ranges import RangeFile
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, problems_of
 from upvla.images import encode_jpeg
@@ -29,6 +30,7 @@ from upvla.store import Store, content_hash, open_store
 from upvla.types import ActionDim, ActionSpace, Episode, Span
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
+_UNREADABLE = "unreadable"  # the one demonstration of a file that does not say which it has
 _BLOCK = 32  # frames read at a time
 _MAX_BYTES = 1 << 30  # of what is read at once: an array of numbers, a block of frames, a stored chunk
 _MAX_VIDEO_BYTES = 64 << 30  # of one camera's frames in a demonstration
@@ -105,19 +107,21 @@ class HDF5Source:
         file, _, name = key.rpartition("/")
         try:
             opened = self._file(file)
+            if name == _UNREADABLE:
+                self._names(opened)
             demo, layout = opened[f"data/{name}"], self._map(opened)
             space = self._space_of(opened, file)
             steps = len(_array(demo, layout.action, key))
             images = {camera: _encoded(demo, path, layout, key) for camera, path in layout.cameras.items()}
             state = joined([_array(demo, path, key)[()] for path in layout.state])
             actions = np.asarray(_array(demo, layout.action, key)[()], np.float32)
+            text = self._instruction or _language(opened)
         except (OSError, RuntimeError, MemoryError) as error:  # what h5py raises for damaged files
             raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
         except KeyError as error:
             raise BadEpisode("schema", f"{key}: {error}") from error
         except (TypeError, ValueError) as error:
             raise BadEpisode("dtype", f"{key}: {error}") from error
-        text = self._instruction or _language(opened)
         return Episode(
             id=key,
             source=self.format,
@@ -145,14 +149,21 @@ class HDF5Source:
 
     def _demos(self, file: str) -> list[str]:
         """Names in order of their numbers, read where the file lies: they are a few kilobytes of it. A file that does
-        not open counts as one, and reading that says why."""
+        not say them counts as one, and reading that says why."""
         try:
             with h5py.File(RangeFile(self.store, file), "r") as opened:
-                mask = f"mask/{self._mask}"
-                names = [name.decode() for name in opened[mask]] if self._mask else list(opened["data"])
-        except (OSError, RuntimeError, KeyError):
-            return ["unreadable"]
-        return sorted(names, key=lambda name: (len(name), name))
+                return self._names(opened)
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError):
+            return [_UNREADABLE]
+
+    def _names(self, opened: h5py.File) -> list[str]:
+        if not isinstance(opened["data"], h5py.Group):
+            raise TypeError("'data' is no group of demonstrations")
+        names = list(opened[f"mask/{self._mask}"] if self._mask else opened["data"])
+        if not all(isinstance(name, bytes | str) for name in names):
+            raise TypeError(f"mask/{self._mask} lists no names")
+        texts = [name.decode() if isinstance(name, bytes) else name for name in names]
+        return sorted(texts, key=lambda name: (len(name), name))
 
     def _map(self, opened: h5py.File) -> DemoMap:
         if isinstance(self._layout, str) and self._layout in LAYOUTS:
@@ -172,16 +183,17 @@ class HDF5Source:
         return fits[0]
 
     def _space_of(self, opened: h5py.File, file: str) -> ActionSpace:
-        """As declared, or as the recording's own controller settings say."""
-        if self._space is not None:
-            return declared_space(self._space, f"HDF5 file {file}")
+        """As declared, or as the recording's own controller settings say, which must agree."""
+        where, settings = f"HDF5 file {self.store.url}/{file}", _settings(opened)
+        stated = None
         try:
-            settings = json.loads(opened["data"].attrs["env_args"])["env_kwargs"]
-            return controller_space(settings)
-        except (KeyError, TypeError, ValueError):
-            return declared_space(
-                None, f"HDF5 file {self.store.url}/{file} (no OSC_POSE settings in data.attrs['env_args'])"
-            )
+            stated = declared_space(controller_space(settings).to_json(), where)
+        except (ConfigError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            where += f" (no OSC_POSE settings in data.attrs['env_args']: {error!r})"
+        space = agreed_space(self._space, stated, where)
+        with suppress(LookupError, TypeError, ValueError):  # other controllers state their rate, too
+            require_rate(space, float(settings["control_freq"]), where)
+        return space
 
 
 def controller_space(settings: Mapping[str, Any]) -> ActionSpace:
@@ -250,6 +262,14 @@ def _encoded(demo: h5py.Group, path: str, layout: DemoMap, key: str) -> list[byt
     turned = slice(None, None, -1 if layout.upside_down else 1)
     blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
     return [encode_jpeg(frame[turned]) for block in blocks for frame in block]
+
+
+def _settings(opened: h5py.File) -> Mapping[str, Any]:
+    """What robosuite was told; empty where the file does not say."""
+    try:
+        return dict(json.loads(opened["data"].attrs["env_args"])["env_kwargs"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _language(opened: h5py.File) -> str:

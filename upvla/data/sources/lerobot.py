@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from upvla.data.actions import declared_space
+from upvla.data.actions import agreed_space, declared_space, require_rate
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, UpvlaError
 from upvla.images import MAX_PIXELS, encode_jpeg
 from upvla.store import Store, content_hash, open_store
@@ -35,7 +35,8 @@ _PREFIX = "observation.images."
 class LeRobotSource:
     """The episodes of a data set's root folder.
 
-    action_space: the format has no field for it, so it is declared here (data sets that upvla exported carry theirs).
+    action_space: the format has no field for it, so it is declared here (data sets that upvla exported carry theirs,
+    and another one declared is refused).
     cameras: {name in the table: feature key}; all image and video features by default, under their last word.
     """
 
@@ -57,10 +58,13 @@ class LeRobotSource:
         try:
             self.info = self.store.read_json("meta/info.json")
             self.version = str(self.info["codebase_version"])
-            self._features, self.rate_hz = dict(self.info["features"]), float(self.info["fps"])
+            self._features = {str(key): dict(feature) for key, feature in self.info["features"].items()}
+            self.rate_hz = float(self.info["fps"])
+            if not 0 < self.rate_hz < float("inf"):
+                raise ValueError(f"fps is {self.rate_hz:g}")
         except NotFound as error:
             raise NotFound(f"{error}: the URL must be the root of a LeRobot data set") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Corrupt(f"{url}/meta/info.json is no description of a LeRobot data set: {error!r}") from error
         if not self.version.startswith(("v2.", "v3.")):
             raise ConfigError(f"{url} is LeRobot format {self.version}; v2.1 and v3.0 are read, convert it first")
@@ -88,6 +92,7 @@ class LeRobotSource:
         row = self._episodes[key]
         files = [self._data_key(row), *(self._video_key(row, feature) for feature in self._video_features())]
         options = [self.space.to_json(), self.cameras, self._state, self._action, self.embodiment, self.scene]
+        row = json.loads(json.dumps(row, default=str), parse_constant=str)  # columns of others may hold days, or NaN
         return content_hash([row, [self._tokens.get(file, "") for file in files], self._tasks_of(row), options])
 
     def _tasks_of(self, row: Mapping[str, Any]) -> dict[str, str]:
@@ -101,6 +106,9 @@ class LeRobotSource:
         table, length = self._rows(key, row), int(row["length"])
         self._check_rows(key, row, table)
         times = _column(table, "timestamp", key).to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1)
+        if not np.isfinite(times).all():
+            step = int(np.argmin(np.isfinite(times)))
+            raise BadEpisode("time", f"{key}: timestamp is {times[step]} at step {step}")
         images = {
             name: list(self._video(key, row, feature, times))
             if self._features[feature]["dtype"] == "video"
@@ -125,7 +133,10 @@ class LeRobotSource:
 
     def _space(self, declared: str | Mapping[str, Any] | None, action: str) -> ActionSpace:
         carried = self.info.get("upvla", {}).get("action_space") if isinstance(self.info.get("upvla"), dict) else None
-        space = declared_space(declared or carried, f"LeRobot data set {self.store.url}")
+        source = f"LeRobot data set {self.store.url}"
+        stated = declared_space(carried, f"{source} (upvla.action_space of meta/info.json)") if carried else None
+        space = agreed_space(declared, stated, source)
+        require_rate(space, self.rate_hz, source)
         shape = self._features.get(action, {}).get("shape")
         if shape is not None and list(shape) != [len(space)]:
             raise ConfigError(
@@ -177,11 +188,13 @@ class LeRobotSource:
     @cached_property
     def _tasks(self) -> dict[str, str]:
         """Task index -> instruction."""
-        if self.version.startswith("v2."):
-            return {str(row["task_index"]): str(row["task"]) for row in self._lines("meta/tasks.jsonl")}
-        rows = self.store.parquet("meta/tasks.parquet").read().to_pylist()
+        old = self.version.startswith("v2.")
+        rows = self._lines("meta/tasks.jsonl") if old else self.store.parquet("meta/tasks.parquet").read().to_pylist()
         texts = {"task", "__index_level_0__"}  # the name that pandas gives an index without one
-        return {str(row["task_index"]): str(next(row[name] for name in row if name in texts)) for row in rows}
+        try:
+            return {str(row["task_index"]): str(next(row[name] for name in row if name in texts)) for row in rows}
+        except (KeyError, TypeError, StopIteration) as error:
+            raise Corrupt(f"{self.store.url}/meta/tasks has no task_index and text: {error!r}; repair it") from error
 
     def _lines(self, key: str) -> list[dict[str, Any]]:
         try:
@@ -198,10 +211,10 @@ class LeRobotSource:
 
     def _path(self, template: str, row: Mapping[str, Any], chunk: Any, file: Any, **more: str) -> str:
         number = int(row["episode_index"])
-        where = {"episode_index": number, "episode_chunk": number // int(self.info.get("chunks_size") or 1000)}
         try:
+            where = {"episode_index": number, "episode_chunk": number // int(self.info.get("chunks_size") or 1000)}
             return str(self.info[template]).format(**where, chunk_index=chunk, file_index=file, **more)
-        except (KeyError, ValueError, TypeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise Corrupt(
                 f"{self.store.url}: {template} of meta/info.json does not fit episode {number}: {error!r}"
             ) from error
@@ -251,7 +264,9 @@ class LeRobotSource:
                     data = self.store.read(str(path))
                 except UpvlaError as error:
                     raise BadEpisode("missing_frame", f"{key}: {feature} at step {step}: {error}") from error
-            frames.append(bytes(data))
+            if not isinstance(data, bytes):
+                raise BadEpisode("dtype", f"{key}: {feature} at step {step} is {type(data).__name__}, not bytes")
+            frames.append(data)
         return frames
 
     def _video(self, key: str, row: Mapping[str, Any], feature: str, times: np.ndarray) -> Iterator[bytes]:
@@ -271,7 +286,7 @@ class LeRobotSource:
         """Runs of steps with one instruction."""
         if "task_index" not in table.column_names:
             return ()
-        tasks = table["task_index"].to_numpy(zero_copy_only=False).reshape(-1)
+        tasks = _column(table, "task_index", key).to_numpy(zero_copy_only=False).reshape(-1)
         edges = [0, *(np.flatnonzero(np.diff(tasks)) + 1).tolist(), len(tasks)]
         spans = []
         for start, end in itertools.pairwise(edges):
@@ -314,14 +329,14 @@ def decode_video(path: Path, times: np.ndarray, tolerance_s: float, name: str) -
 def _column(table: pa.Table, name: str, key: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise BadEpisode("schema", f"{key}: there is no column {name!r}; there is: {', '.join(table.column_names)}")
+    if table[name].null_count:
+        raise BadEpisode("schema", f"{key}: {name} has {table[name].null_count} empty rows")
     return table[name]
 
 
 def _matrix(table: pa.Table, name: str, length: int, key: str) -> np.ndarray:
     """Lists of one length -> f32[T,D]."""
     column = _column(table, name, key).combine_chunks()
-    if column.null_count:
-        raise BadEpisode("schema", f"{key}: {name} has {column.null_count} empty rows")
     lists = (
         pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type) or pa.types.is_large_list(column.type)
     )

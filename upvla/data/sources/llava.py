@@ -119,6 +119,9 @@ class LlavaSource:
                         continue
                     raise ValueError("nothing read yet")
                 row, end = self._decoder.raw_decode(text, position)
+            except RecursionError as error:
+                where = f"{self.store.url}/{self.file}: byte {base + position}"
+                raise Corrupt(f"{where}: a row of more lists in lists than can be read; take it out") from error
             except ValueError as error:
                 loaded = base + len(text)
                 if loaded >= size or len(text) - position > 16 * _PIECE_BYTES:

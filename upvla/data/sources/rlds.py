@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from upvla.data.actions import declared_space, joined
+from upvla.data.actions import declared_space, joined, require_rate
 from upvla.data.sources.tfrecord import RecordFile, parse_example
 from upvla.errors import BadEpisode, ConfigError, Corrupt, NotFound, problems_of
 from upvla.store import Store, content_hash, open_store
@@ -96,11 +96,7 @@ class RLDSSource:
         self.notes: Mapping[str, int] = {}
         self.layout = _feature_map(layout, url)
         self.space: ActionSpace = declared_space(action_space or self.layout.action_space, f"RLDS set {url}")
-        if abs(self.space.dt_s * self.layout.rate_hz - 1) > 0.01:
-            raise ConfigError(
-                f"{url}: the layout runs at {self.layout.rate_hz:g} Hz, the action space {self.space.name} holds for "
-                f"{self.space.dt_s:g} s; declare the one that is right"
-            )
+        require_rate(self.space, self.layout.rate_hz, f"{url}: the layout")
         self._tokens = _record_files(self.store, split)
         if not self._tokens:
             raise NotFound(f"{url} holds no TFRecord files{f' of split {split!r}' if split else ''}")
