@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from upvla.data.versions import list_tags, load_manifest, open_version, set_tag
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound, StoreError
 from upvla.images import decode_image
 from upvla.store import LocalStore, Store, open_store
+from upvla.store.s3 import S3Store
 
 
 def test_removed_recordings_stay_out_and_older_versions_keep_them(store: Store) -> None:
@@ -113,6 +115,82 @@ def test_garbage_is_what_no_version_has(store: Store) -> None:
     ]
     assert verify(store, load_manifest(store, "d", 1)) == verify(store, load_manifest(store, "d", 3)) == []
     assert put(store, [5]).version == 4
+
+
+def _grow_old(folder: Path, days: float = 8) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, times=(path.stat().st_atime, path.stat().st_mtime - days * 24 * 3600))
+
+
+def test_garbage_beside_a_rerun_leaves_what_it_relies_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "store" / "datasets" / "d"
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=2)
+    with monkeypatch.context() as dying:
+        dying.setattr("upvla.data.ingest.commit", lambda *args, **more: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            ingest(store, config, str(raw))
+    _grow_old(folder)
+
+    def late(*args: Any, **more: Any) -> Any:
+        assert collect_garbage(store, "d")["objects"] == []
+        return commit(*args, **more)
+
+    monkeypatch.setattr("upvla.data.ingest.commit", late)
+    assert ingest(store, config, str(raw))["recordings"] == 3
+    assert verify(store, load_manifest(store, "d")) == []
+
+
+def test_what_is_staged_again_is_as_young_as_what_is_new(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, [0])
+    staged_of(store, [make_episode(9)])
+    _grow_old(tmp_path)
+    again = staged_of(store, [make_episode(9)])  # no receipt vouches for it yet
+    assert collect_garbage(store, "d")["objects"] == []
+    assert verify(store, commit(store, "d", [again], validation_fraction=0.2, options=OPTIONS)) == []
+
+
+def test_nothing_is_committed_that_garbage_took_and_a_rerun_stages_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    root = store.sub("datasets/d")
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=0)
+
+    def late(*args: Any, **more: Any) -> Any:
+        root.delete(root.list("data/")[1])
+        return commit(*args, **more)
+
+    with monkeypatch.context() as racing:
+        racing.setattr("upvla.data.ingest.commit", late)
+        with pytest.raises(NotFound, match=r"data/.* is gone.*nothing was committed, run the ingest again"):
+            ingest(store, config, str(raw))
+    assert root.list("_manifest/") == [] and len(root.list("staging/")) == 3
+    assert ingest(store, config, str(raw))["recordings"] == 3
+    assert verify(store, load_manifest(store, "d")) == []
+
+
+def test_garbage_is_also_what_writes_left_that_never_ended(store: Store) -> None:
+    put(store, [0])
+    root = store.sub("datasets/d")
+    if isinstance(root, LocalStore):
+        cut = Path(root.url, "data", ".tmp-0123")
+        cut.write_bytes(b"half a shard")
+    else:
+        assert isinstance(root, S3Store)
+        root._client().create_multipart_upload(Bucket=root.bucket, Key=f"{root.prefix}data/half.parquet")
+    assert collect_garbage(store, "d")["objects"] == []  # it may still be written
+    (name,) = root.unfinished()
+    assert name.startswith("data/") and name not in root.list()
+    assert collect_garbage(store, "d", grace_s=0, dry_run=True)["objects"] == [name] and list(root.unfinished()) == [
+        name
+    ]
+    assert collect_garbage(store, "d", grace_s=0)["objects"] == [name] and root.unfinished() == {}
+    root.abandon(name)  # somebody else's `gc` was first
+    assert verify(store, load_manifest(store, "d")) == []
 
 
 def test_a_clock_that_is_wrong_deletes_nothing_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,12 @@ from upvla.data.versions import (
     remember,
     remembered,
 )
-from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError, UpvlaError
+from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound, StoreError, UpvlaError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
 from upvla.types import ActionSpace, Manifest, ShardRef
 
 _COMMIT_ATTEMPTS = 100
+_ASKED_AT_ONCE = 8
 
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in Rejection._fields])
 REMOVED = "removed"
@@ -66,7 +67,7 @@ def commit(
     def append(root: Store, parent: Manifest | None) -> Manifest:
         return _appended(root, dataset, parent, staged, validation_fraction, options, min_accept_ratio)
 
-    return _publish(store, dataset, append)
+    return _publish(store, dataset, append, [key for part in staged for key in part.keys])
 
 
 def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, reason: str = REMOVED) -> Manifest:
@@ -78,11 +79,14 @@ def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, re
     return _publish(store, dataset, without)
 
 
-def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest]) -> Manifest:
+def _publish(
+    store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest], staged: Sequence[str] = ()
+) -> Manifest:
+    """`staged`: keys of what `form` may add, which must be there."""
     root = dataset_root(store, dataset)
     require_conditional_create(store.url)
     for attempt in range(_COMMIT_ATTEMPTS):
-        parent, manifest = _formed(store, dataset, form, remembered(root) if attempt == 0 else None)
+        parent, manifest = _formed(store, dataset, form, staged, remembered(root) if attempt == 0 else None)
         if parent and parent.content_id == manifest.content_id:
             return parent
         try:
@@ -95,17 +99,31 @@ def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None]
 
 
 def _formed(
-    store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest], likely: Manifest | None
+    store: Store,
+    dataset: str,
+    form: Callable[[Store, Manifest | None], Manifest],
+    staged: Sequence[str],
+    likely: Manifest | None,
 ) -> tuple[Manifest | None, Manifest]:
-    """The newest version and the one after it. That is formed on the `likely` one while the listing is on its way, and
-    again if the listing names another; what `form` says of a version that is not the newest is nobody's business."""
+    """The newest version and the one after it. That is formed on the `likely` one while the store is asked which is the
+    newest, and for what was staged, and again if that is another; what `form` says of a version that is not the newest
+    is nobody's business."""
     root, manifest = dataset_root(store, dataset), None
-    with ThreadPoolExecutor(1) as aside:
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as aside:
         listing = aside.submit(newest_manifest, store, dataset)
+        there = aside.map(root.exists, staged)
         if likely is not None:
             with suppress(UpvlaError):
                 manifest = form(root, likely)
         parent = listing.result()
+        gone = {key for key, found in zip(staged, there, strict=True) if not found}
+    if parent:
+        gone -= {ref.key for ref in (*parent.shards, *parent.index, *parent.qa)}  # nothing that this commit adds
+    if gone:
+        raise NotFound(
+            f"{root.url}: {min(gone)} is gone, with {len(gone) - 1} more of what was staged: a `gc` took it before "
+            "this commit; nothing was committed, run the ingest again, which stages it again"
+        )
     if manifest is None or parent is not likely:
         manifest = form(root, parent)
     return parent, manifest

@@ -11,6 +11,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -143,10 +144,11 @@ def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> 
     root = dataset_root(portion.store, portion.config.dataset)
     meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
     receipt = f"staging/{content_hash([meaning, portion.hashing, portion.recordings])}.json"
-    if root.exists(receipt):
+    found = _receipt(root, receipt)
+    if found is not None:
         for _ in portion.recordings:
             told()
-        return Staged.from_json(root.read_json(receipt))
+        return found
     config, pieces = portion.config, Pieces(root, meaning)
     judged = _judged(portion, pieces, told)
     staged = stage(
@@ -160,6 +162,17 @@ def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> 
     root.write_json(receipt, staged.to_json())
     pieces.clear()
     return staged
+
+
+def _receipt(root: Store, key: str) -> Staged | None:
+    """What was staged before, if all of it is still there. The receipt is written again first: `gc` spares for a week
+    what a receipt stands for, however old it is itself."""
+    with suppress(NotFound):
+        staged = Staged.from_json(root.read_json(key))
+        root.write_json(key, staged.to_json())
+        if all(map(root.exists, staged.keys)):
+            return staged
+    return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -84,10 +84,10 @@ class HashedFile(io.BufferedWriter):
 
 
 def put_file(root: Store, folder: str, path: Path, rows: int, sha256: str) -> ShardRef:
-    """Under the name that its content gives; the file itself may be gone afterwards."""
+    """Under the name that its content gives; the file itself may be gone afterwards. What lies there already is written
+    again: `gc` goes by age, and what an ingest left behind a week ago must not go while its rerun relies on it."""
     ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
-    if not root.exists(ref.key):
-        root.adopt(path, ref.key)
+    root.adopt(path, ref.key)
     return ref
 
 

@@ -188,7 +188,7 @@ def collect_garbage(
     """Delete what no version refers to and is older than `grace_s`. With `keep_versions`, older versions without a tag
     go first. Time is the store's own, so a machine whose clock is wrong cannot delete too much.
 
-    Returns {"versions": expired, "objects": deleted keys, "bytes_kept"}.
+    Returns {"versions": expired, "objects": deleted keys and unfinished writes, "bytes_kept"}.
     """
     if keep_versions is not None and keep_versions < 1:
         raise ConfigError(f"keep_versions is {keep_versions}; the newest version always stays")
@@ -205,7 +205,7 @@ def collect_garbage(
     for key in [key for key, when in written.items() if key.startswith("staging/") and now - when < grace_s]:
         if not key.startswith("staging/.now-"):
             staged = Staged.from_json(root.read_json(key))  # an ingest may still commit what it vouches for
-            used |= {ref.key for ref in (*staged.shards, *staged.index, *staged.qa)}
+            used.update(staged.keys)
     dead = [
         key
         for key, when in written.items()
@@ -214,9 +214,12 @@ def collect_garbage(
     dead.sort(key=lambda key: not key.startswith("_manifest/"))  # a version is gone before the first of its objects is
     for key in dead if not dry_run else ():
         root.delete(key)
+    cut = [name for name, when in root.unfinished().items() if now - when >= grace_s]
+    for name in cut if not dry_run else ():
+        root.abandon(name)
     return {
         "versions": expired,
-        "objects": dead,
+        "objects": [*dead, *cut],
         "bytes_kept": sum(s.num_bytes for s in {s for m in kept for s in m.shards}),
     }
 
