@@ -10,7 +10,7 @@ import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from upvla.data.objects import put_table, read_index, read_summaries
+from upvla.data.objects import put_table, read_index
 from upvla.data.shards import Rejection, Staged
-from upvla.data.stats import Statistics, Summary
+from upvla.data.tally import statistics_of
 from upvla.data.versions import (
     assign_splits,
     dataset_root,
@@ -36,7 +36,7 @@ from upvla.data.versions import (
 )
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound, StoreError, UpvlaError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
-from upvla.types import ActionSpace, Manifest, ShardRef
+from upvla.types import ActionSpace, Manifest
 
 _COMMIT_ATTEMPTS = 100
 _ASKED_AT_ONCE = 8
@@ -257,7 +257,7 @@ def _completed(
     fraction = draft.options["splits"]["validation_fraction"]
     ids = sorted(rows)
     splits = assign_splits(ids, fraction, parent.options["splits"]["forced"] if parent else {})
-    stats = Statistics.folded(_summaries(root, draft.index, {i for i in ids if splits[i] == "train"}))
+    stats = statistics_of(root, draft.index, frozenset(i for i in ids if splits[i] == "train"))
     if parent is None or parent.stats_id != stats.stats_id:
         root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())  # named by its content: twice is harmless
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}
@@ -281,15 +281,6 @@ def _completed(
         "options": manifest.options,
     }
     return replace(manifest, content_id=content_hash(content))
-
-
-def _summaries(root: Store, index: Sequence[ShardRef], ids: set[str]) -> Iterator[tuple[str, Mapping[str, Summary]]]:
-    """(id, summary) of these recordings, each once, with one index at a time in memory."""
-    for ref in index:
-        found = read_summaries(root, ref)
-        for identity in ids & found.keys():
-            yield identity, found[identity]
-        ids -= found.keys()
 
 
 class _Header(NamedTuple):

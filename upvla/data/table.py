@@ -176,7 +176,7 @@ class Dataset:
         """What every recording contributes to the statistics, by feature; in the order of `episodes`."""
         found: dict[str, dict[str, Summary]] = {}
         for ref in self.manifest.index:
-            found |= read_summaries(self.root, ref)
+            found |= read_summaries(self.root, ref, [row["episode_id"].hex() for row in read_index(self.root, ref)])
         return [found[row.id] for row in self.episodes]
 
     @property
