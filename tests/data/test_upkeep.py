@@ -16,6 +16,7 @@ import pytest
 
 from tests.data.test_table import OPTIONS, make_episode, put, staged_of
 from tests.factories import write_calvin
+from upvla.data import objects, tally, versions
 from upvla.data.commit import commit, remove
 from upvla.data.export import export_lerobot
 from upvla.data.ingest import IngestConfig, ingest
@@ -231,13 +232,67 @@ def test_damage_is_found_and_repaired_from_the_source(tmp_path: Path, how: str) 
     assert load_manifest(store, "d").content_id == manifest.content_id
 
 
-def test_damaged_descriptions_are_not_repaired_but_named(tmp_path: Path) -> None:
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _forget() -> None:
+    """As a process that has read nothing yet."""
+    for kept in (objects._rows, objects._summaries, tally._tallies):
+        kept._values.clear()
+    versions._newest.clear()
+
+
+@pytest.mark.parametrize("shard_too", [False, True])
+def test_an_index_that_is_damaged_costs_its_shard_until_the_source_is_ingested_again(
+    tmp_path: Path, shard_too: bool
+) -> None:
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "store" / "datasets" / "d"
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=0)
+    ingest(store, config, str(raw))
+    manifest = load_manifest(store, "d")
+    broken = [manifest.index[1].key, *([manifest.shards[1].key] if shard_too else [])]
+    for key in broken:
+        _flip(folder / key)
+    _forget()
+    assert [damage.key for damage in verify(store, manifest)] == broken
+    repaired, damages = repair(store, "d")
+    assert (repaired.version, repaired.num_episodes) == (2, 2) and [damage.key for damage in damages] == broken
+    assert dict(repaired.quarantined) == ({} if shard_too else {"damaged": 1})
+    assert (repaired.operation["kind"], repaired.operation["removed"]) == ("damaged", 1)
+    _forget()
+    assert verify(store, repaired) == [] and len(Dataset(store, repaired).episodes) == 2
+    back = ingest(store, config, str(raw))
+    assert (back["version"], back["recordings"], back["quarantined"]) == (3, 3, {})
+    assert verify(store, load_manifest(store, "d")) == verify(store, manifest) == []
+    assert load_manifest(store, "d").content_id == manifest.content_id
+
+
+def test_damaged_statistics_are_counted_again(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest = put(store, range(3))
-    (tmp_path / "datasets" / "d" / f"stats/{manifest.stats_id}.json").write_text("{}")
+    path = tmp_path / "datasets" / "d" / f"stats/{manifest.stats_id}.json"
+    good = path.read_bytes()
+    for harm in (b"{}", good.replace(b"1", b"2", 1), None):
+        path.unlink() if harm is None else path.write_bytes(harm)
+        (damage,) = verify(store, manifest)
+        assert damage.key == f"stats/{manifest.stats_id}.json"
+        assert repair(store, "d") == (manifest, [damage]) and path.read_bytes() == good
+    assert verify(store, manifest) == []
+
+
+def test_damaged_descriptions_are_not_repaired_but_named(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, range(3))
+    manifest = remove_where(store, "d", EpisodeFilter(keys=("key-1",)), "test")
+    assert manifest.quarantine is not None
+    _flip(tmp_path / "datasets" / "d" / manifest.quarantine.key)
     (damage,) = verify(store, manifest)
-    assert damage.key == f"stats/{manifest.stats_id}.json"
-    with pytest.raises(NotFound, match=r"stats/.*cannot be rebuilt"):
+    assert damage.key == manifest.quarantine.key
+    with pytest.raises(NotFound, match=r"quarantine/.*cannot be rebuilt"):
         repair(store, "d")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -57,24 +58,35 @@ def commit(
     validation_fraction: float,
     options: Mapping[str, Any],
     min_accept_ratio: float = 0.0,
+    settled: Collection[Rejection] = (),
 ) -> Manifest:
     """Add staged recordings to the newest version as the next one; atomic, and safe against concurrent committers.
 
     Recordings that are already there are skipped: committing the same things again returns the version that has them.
-    `Corrupt` where fewer than `min_accept_ratio` are good, of all recordings or of the staged ones alone.
+    `Corrupt` where fewer than `min_accept_ratio` are good, of all recordings or of the staged ones alone. `settled`
+    rows leave the quarantine.
     """
 
     def append(root: Store, parent: Manifest | None) -> Manifest:
-        return _appended(root, dataset, parent, staged, validation_fraction, options, min_accept_ratio)
+        return _appended(root, dataset, parent, staged, validation_fraction, options, min_accept_ratio, settled)
 
     return _publish(store, dataset, append, [key for part in staged for key in part.keys])
 
 
-def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, reason: str = REMOVED) -> Manifest:
-    """The next version without these recordings (by id). Older versions keep them; `gc` frees what no version has."""
+def remove(
+    store: Store,
+    dataset: str,
+    ids: Collection[str],
+    because: str,
+    *,
+    reason: str = REMOVED,
+    unlisted: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Manifest:
+    """The next version without these recordings (by id). Older versions keep them; `gc` frees what no version has.
+    `unlisted`: indexes that cannot be read, which go with their shards, and what is known of the recordings there."""
 
     def without(root: Store, parent: Manifest | None) -> Manifest:
-        return _reduced(root, parent or load_manifest(store, dataset), ids, reason, because)
+        return _reduced(root, parent or load_manifest(store, dataset), ids, reason, because, unlisted)
 
     return _publish(store, dataset, without)
 
@@ -147,11 +159,13 @@ def _appended(
     validation_fraction: float,
     options: Mapping[str, Any],
     min_accept_ratio: float,
+    settled: Collection[Rejection],
 ) -> Manifest:
     """The manifest that adds `staged` to `parent`."""
     header = _header(dataset, parent, staged, options, validation_fraction)
     shards, index = (list(parent.shards), list(parent.index)) if parent else ([], [])
     qa, rejected = (list(parent.qa), read_quarantine(root, parent)) if parent else ([], [])
+    rejected = [row for row in rejected if row not in settled]
     removed = {row.episode_id for row in rejected if row.reason == REMOVED}
     lost = {row.episode_id for row in rejected if row.reason == DAMAGED}
     rows = {row["episode_id"].hex(): row for ref in reversed(index) for row in reversed(read_index(root, ref))}
@@ -215,14 +229,25 @@ def _appended(
     return _completed(root, parent, draft, rows, kept)
 
 
-def _reduced(root: Store, parent: Manifest, ids: Collection[str], reason: str, because: str) -> Manifest:
+def _reduced(
+    root: Store,
+    parent: Manifest,
+    ids: Collection[str],
+    reason: str,
+    because: str,
+    unlisted: Mapping[str, Sequence[str]],
+) -> Manifest:
     """The manifest that lacks some of `parent`'s recordings, and the shards that are empty without them."""
     kept = read_quarantine(root, parent)
     before = {row.episode_id for row in kept}
-    gone = set(ids) - before
+    gone = set(ids).union(*unlisted.values()) - before
     rows: dict[str, dict[str, Any]] = {}
     shards, index = [], []
     for shard, listing in zip(parent.shards, parent.index, strict=True):
+        if listing.key in unlisted:  # nobody knows what their source called them
+            out_of = gone.intersection(unlisted[listing.key])
+            kept += [Rejection(f"{shard.key}/{identity}", reason, because, "", identity) for identity in out_of]
+            continue
         found = {row["episode_id"].hex(): row for row in read_index(root, listing)}
         out = [(identity, row) for identity, row in found.items() if identity in gone]
         kept += [Rejection(row["source_key"], reason, because, row["source_token"], identity) for identity, row in out]
@@ -283,6 +308,17 @@ def _completed(
     return replace(manifest, content_id=content_hash(content))
 
 
+def require_same_import(parent: Manifest, options: Mapping[str, Any], validation_fraction: float) -> None:
+    """Raise `Mismatch` where recordings that are imported like this cannot follow those of `parent`."""
+    imported = {**parent.options["source"], "validation_fraction": parent.options["splits"]["validation_fraction"]}
+    for name, value in {**options, "validation_fraction": validation_fraction}.items():
+        if imported.get(name) != value:
+            raise Mismatch(
+                f"dataset {parent.dataset} was imported with {name}={imported.get(name)!r}, not {value!r}; keep it, or "
+                "import under another dataset name"
+            )
+
+
 class _Header(NamedTuple):
     """What all recordings of one dataset share."""
 
@@ -298,13 +334,7 @@ def _header(
     header = None
     if parent:
         header = _Header(parent.action_space, parent.options["columns"], parent.cameras)
-        imported = {**parent.options["source"], "validation_fraction": parent.options["splits"]["validation_fraction"]}
-        for name, value in {**options, "validation_fraction": fraction}.items():
-            if imported.get(name) != value:
-                raise Mismatch(
-                    f"dataset {dataset} was imported with {name}={imported.get(name)!r}, not {value!r}; keep it, or "
-                    "import under another dataset name"
-                )
+        require_same_import(parent, options, fraction)
     for part in staged:
         if part.action_space is None:
             continue

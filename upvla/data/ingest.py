@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from upvla.data.commit import DAMAGED, commit, require_conditional_create
+from upvla.data.commit import DAMAGED, commit, require_conditional_create, require_same_import
 from upvla.data.pieces import Pieces
 from upvla.data.quality import QualityLimits, check
 from upvla.data.report import render_report
 from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
 from upvla.data.sources import open_source
 from upvla.data.table import Dataset
-from upvla.data.versions import dataset_root, hashing_of, newest_manifest
+from upvla.data.versions import dataset_root, hashing_of, newest_manifest, read_quarantine
 from upvla.errors import BadEpisode, NotFound
-from upvla.store import Store, content_hash
+from upvla.store import Store, content_hash, open_store
 from upvla.types import Episode, EpisodeSource, KnowsLengths, Manifest
 
 _LONG_STEPS = 512  # a recording of so many steps counts as one, and a longer one as several
@@ -87,6 +87,8 @@ def ingest(
     require_conditional_create(store.url)  # before hours of staging, not after
     source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
+    if parent:
+        require_same_import(parent, config.recorded(), config.validation_fraction)  # `commit` says so too, but late
     known = _known(store, parent)
     keys = source.keys()
     if not keys:
@@ -101,6 +103,7 @@ def ingest(
         validation_fraction=config.validation_fraction,
         options=config.recorded(),
         min_accept_ratio=config.min_accept_ratio,
+        settled=_settled(store, parent, source_url, set(keys)),
     )
     return {
         "version": manifest.version,
@@ -208,6 +211,19 @@ def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
     dataset = Dataset(store, manifest)
     accepted = {(episode.source_key, episode.source_token) for episode in dataset.episodes}
     return accepted | {(row.key, row.token) for row in dataset.quarantine if row.reason != DAMAGED}
+
+
+def _settled(store: Store, parent: Manifest | None, source_url: str, keys: set[str]) -> list[Rejection]:
+    """What stands in quarantine for a file that could not be opened, where the source now lists what is in the file.
+    Another source may have a file of that name, so the row must tell of this one's."""
+    if parent is None:
+        return []
+    files = {key.rpartition("/")[0] for key in keys}
+    rows = [(row, row.key.rpartition("/")[0]) for row in read_quarantine(dataset_root(store, parent.dataset), parent)]
+    gone = [(row, file) for row, file in rows if file in files and row.key not in keys and not row.episode_id]
+    url = open_store(source_url).url if gone else ""
+    places = (url, url.rpartition("/")[0])  # a folder, or the file alone
+    return [row for row, file in gone if file and row.detail.startswith(tuple(f"{place}/{file}: " for place in places))]
 
 
 def _write_report(store: Store, manifest: Manifest) -> str:
