@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from upvla.data.commit import commit, remove
 from upvla.data.export import export_lerobot
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.objects import put_table
+from upvla.data.shards import stage
 from upvla.data.sources import open_source
 from upvla.data.stats import Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter
@@ -360,6 +362,38 @@ def test_datasets_of_the_first_format_are_read_verified_and_added_to(tmp_path: P
     assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 2, 1, {})
     assert {row.id for row in dataset.episodes} < {row.id for row in Dataset(store, new).episodes}
     assert verify(store, new) == []
+
+
+def test_datasets_of_the_second_format_keep_their_ids_and_what_was_removed(tmp_path: Path) -> None:
+    """tests/data/format2 was written by the code of f366410, the last before ids were BLAKE3: T33. The third of its
+    four recordings was removed."""
+    shutil.copytree(Path(__file__).parent / "format2", tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
+    root, old = store.sub("datasets/old"), load_manifest(store, "old")
+    assert (old.format, old.version, old.num_episodes, dict(old.quarantined)) == (2, 2, 3, {"removed": 1})
+    assert verify(store, old) == verify(store, load_manifest(store, "old", 1)) == []
+    (listing,) = root.parquet(old.index[0].key).read(["summary", "row_groups"]).to_pylist()[:1]
+    assert isinstance(json.loads(listing["summary"])["action"]["buckets"], str) and listing["row_groups"] == [0]
+    dataset = Dataset(store, old)
+    assert [row.id[:4] for row in dataset.episodes] == ["5e29", "cf9f", "f5f6"]
+    assert [row.length for row in dataset.episodes] == [4, 5, 5] and dataset.qa
+    frames = dataset.read(2, range(5), ["image_gripper", "state"])
+    assert frames["state"].shape == (5, 15) and decode_image(frames["image_gripper"][4]).shape == (16, 16, 3)
+    assert dataset.counted_stats() == dataset.stats
+    sizes: dict[str, Any] = {"static": (24, 24, 3), "gripper": (16, 16, 3), "scenes": ("calvin_scene_A",)}
+    raw = write_calvin(tmp_path / "raw", (5, 4, 6, 5, 8), **sizes)  # the four again, and one more
+    config = IngestConfig(format="calvin", dataset="old", validation_fraction=0.5, qa_per_episode=4)
+    assert ingest(store, config, str(raw))["recordings"] == 4
+    new = load_manifest(store, "old")
+    assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 3, 2, {"removed": 1})
+    found = {row.source_key: row.id for row in Dataset(store, new).episodes}
+    assert {row.source_key: row.id for row in dataset.episodes}.items() < found.items()
+    source = open_source("calvin", str(raw))
+    alike = stage(store.sub("elsewhere"), [(source.read("0000020-0000027"), "token")], hashing="blake2b")
+    (row,) = objects.read_index(store.sub("elsewhere"), alike.index[0])
+    assert found["0000020-0000027"] == row["episode_id"].hex()
+    assert verify(store, new) == [] and new.stats_id != old.stats_id
+    assert Dataset(store, new).counted_stats().stats_id == new.stats_id
 
 
 def test_an_index_that_misstates_row_groups_is_damage(tmp_path: Path) -> None:
