@@ -11,6 +11,7 @@ from upvla.data.commit import remove
 from upvla.data.stats import Statistics, Summary, folded
 from upvla.data.table import Dataset, load_manifest
 from upvla.data.tally import statistics_of
+from upvla.data.upkeep import collect_garbage
 from upvla.data.versions import dataset_root
 from upvla.store import open_store
 
@@ -70,3 +71,35 @@ def test_a_commit_parses_no_summary_but_those_of_what_it_adds_or_takes(
     monkeypatch.undo()
     put(calm, [number for number in range(14) if number != 4])
     assert load_manifest(calm, "d").stats_id == last.stats_id
+
+
+def test_the_next_process_goes_on_from_what_was_left_if_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calm, parsed = open_store(str(tmp_path / "store")), open_store(str(tmp_path / "calm")), list[str]()
+    root, real = dataset_root(store, "d"), objects.read_summaries
+
+    def told(root: objects.Store, ref: objects.ShardRef, ids: list[str]) -> dict[str, dict[str, Summary]]:
+        parsed.extend(ids)
+        return real(root, ref, ids)
+
+    def commit_in_a_new_process(number: int) -> int:
+        for kept in (objects._rows, objects._summaries, tally._tallies):
+            kept._values.clear()
+        parsed.clear()
+        put(store, [number])
+        return len(parsed)
+
+    expected = put(calm, range(16)).stats_id
+    monkeypatch.setattr(tally, "_MUCH", 5)
+    monkeypatch.setattr(tally, "read_summaries", told)
+    put(store, range(12))
+    (key,) = root.list("tally/")
+    assert commit_in_a_new_process(12) <= 1 and root.list("tally/") == [key]
+    damaged = bytearray(root.read(key))
+    damaged[-3] ^= 1
+    root.write(key, bytes(damaged))
+    assert commit_in_a_new_process(13) > 5 and len(root.list("tally/")) == 2
+    assert commit_in_a_new_process(14) <= 2
+    assert {name for name in collect_garbage(store, "d", grace_s=0)["objects"] if name.startswith("tally/")}
+    assert commit_in_a_new_process(15) > 5 and load_manifest(store, "d").stats_id == expected
