@@ -218,12 +218,12 @@ def _settled(store: Store, parent: Manifest | None, source_url: str, keys: set[s
     Another source may have a file of that name, so the row must tell of this one's."""
     if parent is None:
         return []
-    files = {key.rpartition("/")[0] for key in keys}
+    files = {key.rpartition("/")[0] for key in keys} - {""}
     rows = [(row, row.key.rpartition("/")[0]) for row in read_quarantine(dataset_root(store, parent.dataset), parent)]
     gone = [(row, file) for row, file in rows if file in files and row.key not in keys and not row.episode_id]
     url = open_store(source_url).url if gone else ""
     places = (url, url.rpartition("/")[0])  # a folder, or the file alone
-    return [row for row, file in gone if file and row.detail.startswith(tuple(f"{place}/{file}: " for place in places))]
+    return [row for row, file in gone if row.detail.startswith(tuple(f"{place}/{file}: " for place in places))]
 
 
 def _write_report(store: Store, manifest: Manifest) -> str:
