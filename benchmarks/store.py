@@ -1,6 +1,6 @@
 """What the object store costs: reading row groups, committing versions, committers who race.
 
-    python benchmarks/store.py [--writers 8] [--commits 25] [--reads 100] [--json [FILE]]
+    python benchmarks/store.py [--writers 8] [--commits 25] [--reads 100] [--recordings 10000] [--json [FILE]]
 
 Against an S3 server of its own on loopback. `ratio_row_group`: our open handle with a cached footer against the faster
 of boto3 and obstore, which get the row group's bytes in one range and parse them into the same table;
@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import boto3
@@ -30,7 +31,9 @@ from obstore.store import S3Store
 from upvla.data.commit import commit
 from upvla.data.shards import Layout, stage
 from upvla.data.versions import dataset_root, list_versions, load_manifest
+from upvla.images import encode_jpeg
 from upvla.store import Store, open_store
+from upvla.types import Episode
 
 OPTIONS = {"format": "synthetic"}
 
@@ -41,6 +44,25 @@ def commit_one(store: Store, dataset: str, number: int) -> float:
     began = time.perf_counter()
     commit(store, dataset, [staged], validation_fraction=0.0, options=OPTIONS)
     return time.perf_counter() - began
+
+
+def many(store: Store, recordings: int) -> float:
+    """Milliseconds, p50, of adding one recording to so many, all of which show the same tiny picture."""
+    first, frame = make_recording(0), encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    root, images = dataset_root(store, "many"), dict.fromkeys(first.images, [frame] * len(first))
+
+    def cheap(number: int) -> tuple[Episode, str]:
+        values = np.random.Generator(np.random.Philox(number)).normal(0, 0.3, (len(first), 15)).astype(np.float32)
+        return replace(first, id=f"{number}", images=images, state=values, actions=np.sin(values[:, :7])), "token"
+
+    def add(numbers: Iterable[int]) -> float:
+        staged = stage(root, map(cheap, numbers))
+        began = time.perf_counter()
+        commit(store, "many", [staged], validation_fraction=0.1, options=OPTIONS)
+        return time.perf_counter() - began
+
+    add(range(recordings))
+    return 1000 * statistics.median(add([recordings + n]) for n in range(20))
 
 
 def write(url: str, writer: int, commits: int, start: Any, times: Any) -> None:
@@ -117,7 +139,7 @@ def row_groups(store: Store, url: str, reads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("writers", 8), ("commits", 25), ("reads", 100)):
+    for name, default in (("writers", 8), ("commits", 25), ("reads", 100), ("recordings", 10_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parse(parser, has_table=False)
     with s3_bucket() as url:
@@ -126,6 +148,7 @@ def main() -> None:
         alone = [commit_one(store, "alone", n) for n in range(1, 21)]
         result = {
             "commit_p50_ms": round(1000 * statistics.median(alone), 2),
+            "commit_onto_many_p50_ms": round(many(store, options.recordings), 1),
             **row_groups(store, url, options.reads),
             **race(url, options.writers, options.commits),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from upvla.checkpoint import MARKER, Bundle, export, load_bundle, read_marker
 from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound
 from upvla.model.text import TextTokenizer
 from upvla.model.vq import VQTokenizer
+from upvla.rollout.golden import proven
 from upvla.store import open_store
 from upvla.types import CALVIN_RELATIVE, Checkpoint
 
@@ -89,6 +91,35 @@ def test_a_missing_file_and_a_missing_marker(saved: Checkpoint) -> None:
     (Path(saved.url) / MARKER).unlink()
     with pytest.raises(NotFound, match="no finished checkpoint"):
         load_bundle(saved.url)
+
+
+def test_a_checkpoint_of_an_earlier_version_answers_as_it_did() -> None:
+    """tests/data/checkpoint_f366410 was exported by the code of that commit."""
+    stored = Path(__file__).parent / "data" / "checkpoint_f366410"
+    bundle = load_bundle(str(stored))
+    assert read_marker(open_store(str(stored))) == Checkpoint(str(stored), "d4de73d835d5db1e", 40, "f366410")
+    assert bundle.golden is not None and bundle.golden.actions.shape == (3, 4, 7)
+    assert bundle.action_space == CALVIN_RELATIVE and bundle.text.vocab_size == bundle.config.text_vocab_size
+    proven(bundle, "stored")
+    linear = bundle.config.model_copy(update={"vision_filter": "linear"})
+    with pytest.raises(Mismatch, match="answers its golden observation"):  # the answers tell whether anything changed
+        proven(replace(bundle, config=linear), "stored")
+
+
+def test_a_marker_of_another_format_says_what_to_do(saved: Checkpoint) -> None:
+    marker = Path(saved.url) / MARKER
+    value = json.loads(marker.read_text())
+    for harm, message in (
+        (
+            value | {"format": 2},
+            r"is of format 2, this upvla reads up to 1; upgrade upvla, or take a checkpoint from before",
+        ),
+        ({key: part for key, part in value.items() if key != "format"}, "marks no checkpoint; export the model again"),
+        ([], "marks no checkpoint"),
+    ):
+        marker.write_text(json.dumps(harm))
+        with pytest.raises(Mismatch, match=message):
+            load_bundle(saved.url)
 
 
 def test_weights_that_do_not_fit_the_config_are_named(bundle: Bundle, tmp_path: Path) -> None:

@@ -227,8 +227,14 @@ def _marker(store: Store) -> dict[str, Any]:
         raise NotFound(f"{store.url} holds no finished checkpoint: {MARKER} is missing, was its export cut?") from error
     except ValueError as error:
         raise Corrupt(f"{store.url}/{MARKER} is not JSON: {error}") from error
-    if not isinstance(marker, dict) or marker.get("format") != _FORMAT:
-        raise Mismatch(f"{store.url}/{MARKER}: not a checkpoint of format {_FORMAT}; use the version that wrote it")
+    written = marker.get("format") if isinstance(marker, dict) else None
+    if isinstance(written, int) and written > _FORMAT:
+        raise Mismatch(
+            f"{store.url}/{MARKER} is of format {written}, this upvla reads up to {_FORMAT}; upgrade upvla, or take "
+            "a checkpoint from before"
+        )
+    if written != _FORMAT:
+        raise Mismatch(f"{store.url}/{MARKER} marks no checkpoint; export the model again, or correct the URL")
     return marker
 
 

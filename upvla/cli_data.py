@@ -168,8 +168,8 @@ def data_repair(dataset: str, root: Root = None, site: SiteName = "local", as_js
     from upvla.data.upkeep import repair
 
     manifest, damages = repair(open_root(root, site), dataset)
-    lost = sum(len(damage.episodes) for damage in damages)
-    show({"version": manifest.version, "damaged": [d.key for d in damages], "recordings_lost": lost}, as_json)
+    lost = {identity for damage in damages for identity in damage.episodes}
+    show({"version": manifest.version, "damaged": [d.key for d in damages], "recordings_lost": len(lost)}, as_json)
 
 
 @data_app.command("remove")

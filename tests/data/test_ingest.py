@@ -10,16 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
-from tests.data.test_sources import shared
+from tests.data.test_sources import shared, write_libero
 from tests.factories import write_calvin
 from upvla.data.ingest import IngestConfig, ingest, portions_of
 from upvla.data.report import render_summary
 from upvla.data.sources.calvin import CalvinSource
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import Corrupt, NotFound
+from upvla.errors import Corrupt, Mismatch, NotFound
 from upvla.images import decode_image
 from upvla.store import LocalStore, Store, open_store
 from upvla.types import Episode, EpisodeSource
@@ -191,6 +192,48 @@ def test_killed_anywhere_and_rerun_it_gives_the_same_dataset(tmp_path: Path, rec
         assert {key for key in store.list() if "/data/" in key} == shards
         assert load_manifest(store, "table") == load_manifest(calm, "table")
     assert call > 12
+
+
+def test_other_options_are_refused_before_anything_is_read(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    ingest(store, CONFIG.model_copy(update={"options": {"span_end": "exclusive"}}), str(recordings))
+    more = write_calvin(tmp_path / "more", (6, 7), seed=1, static=(48, 48, 3), gripper=(32, 32, 3))
+    monkeypatch.setattr(CalvinSource, "read", lambda self, key: pytest.fail("read"))
+    for other, message in (
+        (CONFIG, r"table was imported with options=\{'span_end': 'exclusive'\}, not \{\}; keep it"),
+        (CONFIG.model_copy(update={"validation_fraction": 0.5}), "options="),
+        (CONFIG.model_copy(update={"qa_per_episode": 3, "options": {"span_end": "exclusive"}}), "qa_per_episode=16"),
+    ):
+        with pytest.raises(Mismatch, match=message):
+            ingest(store, other, str(more))
+    monkeypatch.undo()
+    assert load_manifest(store, "table").version == 1
+
+
+@pytest.mark.parametrize("break_it", [b"no HDF5 any more", None])
+def test_a_file_that_opens_again_leaves_nothing_in_quarantine(tmp_path: Path, break_it: bytes | None) -> None:
+    """Neither while it is broken nor afterwards does another source's file of the same name decide about it."""
+    config = IngestConfig(format="hdf5", dataset="d", qa_per_episode=0, min_accept_ratio=0.1)
+    store, raw, other = open_store(str(tmp_path / "store")), tmp_path / "raw", tmp_path / "other"
+    write_libero(raw / "a.hdf5", [5, 6])
+    path = write_libero(raw / "b.hdf5", [7, 8])
+    write_libero(other / "b.hdf5", [9])
+    good = path.read_bytes()
+    if break_it is None:
+        with h5py.File(path, "a") as file:
+            del file["data"]
+    else:
+        path.write_bytes(good[:8] + break_it)
+    assert sum(ingest(store, config, str(raw))["quarantined"].values()) == 1
+    assert ingest(store, config, str(raw))["version"] == 1
+    added = ingest(store, config, str(other))
+    assert (added["recordings"], sum(added["quarantined"].values())) == (3, 1)
+    path.write_bytes(good)
+    back = ingest(store, config, str(raw))
+    assert (back["version"], back["recordings"], back["quarantined"]) == (3, 5, {})
+    assert ingest(store, config, str(raw))["version"] == 3
 
 
 def test_the_report_shows_what_is_in_it(tmp_path: Path, recordings: Path) -> None:

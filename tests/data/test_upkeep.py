@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,10 +17,12 @@ import pytest
 
 from tests.data.test_table import OPTIONS, make_episode, put, staged_of
 from tests.factories import write_calvin
+from upvla.data import objects, tally, versions
 from upvla.data.commit import commit, remove
 from upvla.data.export import export_lerobot
 from upvla.data.ingest import IngestConfig, ingest
 from upvla.data.objects import put_table
+from upvla.data.shards import stage
 from upvla.data.sources import open_source
 from upvla.data.stats import Statistics, Summary
 from upvla.data.table import Dataset, EpisodeFilter
@@ -27,6 +31,7 @@ from upvla.data.versions import list_tags, load_manifest, open_version, set_tag
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound, StoreError
 from upvla.images import decode_image
 from upvla.store import LocalStore, Store, open_store
+from upvla.store.s3 import S3Store
 
 
 def test_removed_recordings_stay_out_and_older_versions_keep_them(store: Store) -> None:
@@ -115,6 +120,82 @@ def test_garbage_is_what_no_version_has(store: Store) -> None:
     assert put(store, [5]).version == 4
 
 
+def _grow_old(folder: Path, days: float = 8) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, times=(path.stat().st_atime, path.stat().st_mtime - days * 24 * 3600))
+
+
+def test_garbage_beside_a_rerun_leaves_what_it_relies_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "store" / "datasets" / "d"
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=2)
+    with monkeypatch.context() as dying:
+        dying.setattr("upvla.data.ingest.commit", lambda *args, **more: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            ingest(store, config, str(raw))
+    _grow_old(folder)
+
+    def late(*args: Any, **more: Any) -> Any:
+        assert collect_garbage(store, "d")["objects"] == []
+        return commit(*args, **more)
+
+    monkeypatch.setattr("upvla.data.ingest.commit", late)
+    assert ingest(store, config, str(raw))["recordings"] == 3
+    assert verify(store, load_manifest(store, "d")) == []
+
+
+def test_what_is_staged_again_is_as_young_as_what_is_new(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, [0])
+    staged_of(store, [make_episode(9)])
+    _grow_old(tmp_path)
+    again = staged_of(store, [make_episode(9)])  # no receipt vouches for it yet
+    assert collect_garbage(store, "d")["objects"] == []
+    assert verify(store, commit(store, "d", [again], validation_fraction=0.2, options=OPTIONS)) == []
+
+
+def test_nothing_is_committed_that_garbage_took_and_a_rerun_stages_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    root = store.sub("datasets/d")
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=0)
+
+    def late(*args: Any, **more: Any) -> Any:
+        root.delete(root.list("data/")[1])
+        return commit(*args, **more)
+
+    with monkeypatch.context() as racing:
+        racing.setattr("upvla.data.ingest.commit", late)
+        with pytest.raises(NotFound, match=r"data/.* is gone.*nothing was committed, run the ingest again"):
+            ingest(store, config, str(raw))
+    assert root.list("_manifest/") == [] and len(root.list("staging/")) == 3
+    assert ingest(store, config, str(raw))["recordings"] == 3
+    assert verify(store, load_manifest(store, "d")) == []
+
+
+def test_garbage_is_also_what_writes_left_that_never_ended(store: Store) -> None:
+    put(store, [0])
+    root = store.sub("datasets/d")
+    if isinstance(root, LocalStore):
+        cut = Path(root.url, "data", ".tmp-0123")
+        cut.write_bytes(b"half a shard")
+    else:
+        assert isinstance(root, S3Store)
+        root._client().create_multipart_upload(Bucket=root.bucket, Key=f"{root.prefix}data/half.parquet")
+    assert collect_garbage(store, "d")["objects"] == []  # it may still be written
+    (name,) = root.unfinished()
+    assert name.startswith("data/") and name not in root.list()
+    assert collect_garbage(store, "d", grace_s=0, dry_run=True)["objects"] == [name] and list(root.unfinished()) == [
+        name
+    ]
+    assert collect_garbage(store, "d", grace_s=0)["objects"] == [name] and root.unfinished() == {}
+    root.abandon(name)  # somebody else's `gc` was first
+    assert verify(store, load_manifest(store, "d")) == []
+
+
 def test_a_clock_that_is_wrong_deletes_nothing_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
     put(store, [0])
@@ -153,13 +234,67 @@ def test_damage_is_found_and_repaired_from_the_source(tmp_path: Path, how: str) 
     assert load_manifest(store, "d").content_id == manifest.content_id
 
 
-def test_damaged_descriptions_are_not_repaired_but_named(tmp_path: Path) -> None:
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _forget() -> None:
+    """As a process that has read nothing yet."""
+    for kept in (objects._rows, objects._summaries, tally._tallies):
+        kept._values.clear()
+    versions._newest.clear()
+
+
+@pytest.mark.parametrize("shard_too", [False, True])
+def test_an_index_that_is_damaged_costs_its_shard_until_the_source_is_ingested_again(
+    tmp_path: Path, shard_too: bool
+) -> None:
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "store" / "datasets" / "d"
+    raw = write_calvin(tmp_path / "raw", (4, 5, 6), static=(32, 32, 3), gripper=(32, 32, 3))
+    config = IngestConfig(format="calvin", dataset="d", recordings_per_task=1, qa_per_episode=0)
+    ingest(store, config, str(raw))
+    manifest = load_manifest(store, "d")
+    broken = [manifest.index[1].key, *([manifest.shards[1].key] if shard_too else [])]
+    for key in broken:
+        _flip(folder / key)
+    _forget()
+    assert [damage.key for damage in verify(store, manifest)] == broken
+    repaired, damages = repair(store, "d")
+    assert (repaired.version, repaired.num_episodes) == (2, 2) and [damage.key for damage in damages] == broken
+    assert dict(repaired.quarantined) == ({} if shard_too else {"damaged": 1})
+    assert (repaired.operation["kind"], repaired.operation["removed"]) == ("damaged", 1)
+    _forget()
+    assert verify(store, repaired) == [] and len(Dataset(store, repaired).episodes) == 2
+    back = ingest(store, config, str(raw))
+    assert (back["version"], back["recordings"], back["quarantined"]) == (3, 3, {})
+    assert verify(store, load_manifest(store, "d")) == verify(store, manifest) == []
+    assert load_manifest(store, "d").content_id == manifest.content_id
+
+
+def test_damaged_statistics_are_counted_again(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest = put(store, range(3))
-    (tmp_path / "datasets" / "d" / f"stats/{manifest.stats_id}.json").write_text("{}")
+    path = tmp_path / "datasets" / "d" / f"stats/{manifest.stats_id}.json"
+    good = path.read_bytes()
+    for harm in (b"{}", good.replace(b"1", b"2", 1), None):
+        path.unlink() if harm is None else path.write_bytes(harm)
+        (damage,) = verify(store, manifest)
+        assert damage.key == f"stats/{manifest.stats_id}.json"
+        assert repair(store, "d") == (manifest, [damage]) and path.read_bytes() == good
+    assert verify(store, manifest) == []
+
+
+def test_damaged_descriptions_are_not_repaired_but_named(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put(store, range(3))
+    manifest = remove_where(store, "d", EpisodeFilter(keys=("key-1",)), "test")
+    assert manifest.quarantine is not None
+    _flip(tmp_path / "datasets" / "d" / manifest.quarantine.key)
     (damage,) = verify(store, manifest)
-    assert damage.key == f"stats/{manifest.stats_id}.json"
-    with pytest.raises(NotFound, match=r"stats/.*cannot be rebuilt"):
+    assert damage.key == manifest.quarantine.key
+    with pytest.raises(NotFound, match=r"quarantine/.*cannot be rebuilt"):
         repair(store, "d")
 
 
@@ -227,6 +362,38 @@ def test_datasets_of_the_first_format_are_read_verified_and_added_to(tmp_path: P
     assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 2, 1, {})
     assert {row.id for row in dataset.episodes} < {row.id for row in Dataset(store, new).episodes}
     assert verify(store, new) == []
+
+
+def test_datasets_of_the_second_format_keep_their_ids_and_what_was_removed(tmp_path: Path) -> None:
+    """tests/data/format2 was written by the code of f366410, the last before ids were BLAKE3: T33. The third of its
+    four recordings was removed."""
+    shutil.copytree(Path(__file__).parent / "format2", tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
+    root, old = store.sub("datasets/old"), load_manifest(store, "old")
+    assert (old.format, old.version, old.num_episodes, dict(old.quarantined)) == (2, 2, 3, {"removed": 1})
+    assert verify(store, old) == verify(store, load_manifest(store, "old", 1)) == []
+    (listing,) = root.parquet(old.index[0].key).read(["summary", "row_groups"]).to_pylist()[:1]
+    assert isinstance(json.loads(listing["summary"])["action"]["buckets"], str) and listing["row_groups"] == [0]
+    dataset = Dataset(store, old)
+    assert [row.id[:4] for row in dataset.episodes] == ["5e29", "cf9f", "f5f6"]
+    assert [row.length for row in dataset.episodes] == [4, 5, 5] and dataset.qa
+    frames = dataset.read(2, range(5), ["image_gripper", "state"])
+    assert frames["state"].shape == (5, 15) and decode_image(frames["image_gripper"][4]).shape == (16, 16, 3)
+    assert dataset.counted_stats() == dataset.stats
+    sizes: dict[str, Any] = {"static": (24, 24, 3), "gripper": (16, 16, 3), "scenes": ("calvin_scene_A",)}
+    raw = write_calvin(tmp_path / "raw", (5, 4, 6, 5, 8), **sizes)  # the four again, and one more
+    config = IngestConfig(format="calvin", dataset="old", validation_fraction=0.5, qa_per_episode=4)
+    assert ingest(store, config, str(raw))["recordings"] == 4
+    new = load_manifest(store, "old")
+    assert (new.format, new.version, new.parent, dict(new.quarantined)) == (2, 3, 2, {"removed": 1})
+    found = {row.source_key: row.id for row in Dataset(store, new).episodes}
+    assert {row.source_key: row.id for row in dataset.episodes}.items() < found.items()
+    source = open_source("calvin", str(raw))
+    alike = stage(store.sub("elsewhere"), [(source.read("0000020-0000027"), "token")], hashing="blake2b")
+    (row,) = objects.read_index(store.sub("elsewhere"), alike.index[0])
+    assert found["0000020-0000027"] == row["episode_id"].hex()
+    assert verify(store, new) == [] and new.stats_id != old.stats_id
+    assert Dataset(store, new).counted_stats().stats_id == new.stats_id
 
 
 def test_an_index_that_misstates_row_groups_is_damage(tmp_path: Path) -> None:

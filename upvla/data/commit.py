@@ -10,17 +10,18 @@ import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from upvla.data.objects import put_table, read_index, read_summaries
+from upvla.data.objects import put_table, read_index
 from upvla.data.shards import Rejection, Staged
-from upvla.data.stats import Statistics, Summary
+from upvla.data.tally import statistics_of
 from upvla.data.versions import (
     assign_splits,
     dataset_root,
@@ -34,11 +35,12 @@ from upvla.data.versions import (
     remember,
     remembered,
 )
-from upvla.errors import AlreadyExists, Corrupt, Mismatch, StoreError, UpvlaError
+from upvla.errors import AlreadyExists, Corrupt, Mismatch, NotFound, StoreError, UpvlaError
 from upvla.store import Store, content_hash, open_store, supports_conditional_create
-from upvla.types import ActionSpace, Manifest, ShardRef
+from upvla.types import ActionSpace, Manifest
 
 _COMMIT_ATTEMPTS = 100
+_ASKED_AT_ONCE = 8
 
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in Rejection._fields])
 REMOVED = "removed"
@@ -56,33 +58,47 @@ def commit(
     validation_fraction: float,
     options: Mapping[str, Any],
     min_accept_ratio: float = 0.0,
+    settled: Collection[Rejection] = (),
 ) -> Manifest:
     """Add staged recordings to the newest version as the next one; atomic, and safe against concurrent committers.
 
     Recordings that are already there are skipped: committing the same things again returns the version that has them.
-    `Corrupt` where fewer than `min_accept_ratio` are good, of all recordings or of the staged ones alone.
+    `Corrupt` where fewer than `min_accept_ratio` are good, of all recordings or of the staged ones alone. `settled`
+    rows leave the quarantine.
     """
 
     def append(root: Store, parent: Manifest | None) -> Manifest:
-        return _appended(root, dataset, parent, staged, validation_fraction, options, min_accept_ratio)
+        return _appended(root, dataset, parent, staged, validation_fraction, options, min_accept_ratio, settled)
 
-    return _publish(store, dataset, append)
+    return _publish(store, dataset, append, [key for part in staged for key in part.keys])
 
 
-def remove(store: Store, dataset: str, ids: Collection[str], because: str, *, reason: str = REMOVED) -> Manifest:
-    """The next version without these recordings (by id). Older versions keep them; `gc` frees what no version has."""
+def remove(
+    store: Store,
+    dataset: str,
+    ids: Collection[str],
+    because: str,
+    *,
+    reason: str = REMOVED,
+    unlisted: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Manifest:
+    """The next version without these recordings (by id). Older versions keep them; `gc` frees what no version has.
+    `unlisted`: indexes that cannot be read, which go with their shards, and what is known of the recordings there."""
 
     def without(root: Store, parent: Manifest | None) -> Manifest:
-        return _reduced(root, parent or load_manifest(store, dataset), ids, reason, because)
+        return _reduced(root, parent or load_manifest(store, dataset), ids, reason, because, unlisted)
 
     return _publish(store, dataset, without)
 
 
-def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest]) -> Manifest:
+def _publish(
+    store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest], staged: Sequence[str] = ()
+) -> Manifest:
+    """`staged`: keys of what `form` may add, which must be there."""
     root = dataset_root(store, dataset)
     require_conditional_create(store.url)
     for attempt in range(_COMMIT_ATTEMPTS):
-        parent, manifest = _formed(store, dataset, form, remembered(root) if attempt == 0 else None)
+        parent, manifest = _formed(store, dataset, form, staged, remembered(root) if attempt == 0 else None)
         if parent and parent.content_id == manifest.content_id:
             return parent
         try:
@@ -95,17 +111,31 @@ def _publish(store: Store, dataset: str, form: Callable[[Store, Manifest | None]
 
 
 def _formed(
-    store: Store, dataset: str, form: Callable[[Store, Manifest | None], Manifest], likely: Manifest | None
+    store: Store,
+    dataset: str,
+    form: Callable[[Store, Manifest | None], Manifest],
+    staged: Sequence[str],
+    likely: Manifest | None,
 ) -> tuple[Manifest | None, Manifest]:
-    """The newest version and the one after it. That is formed on the `likely` one while the listing is on its way, and
-    again if the listing names another; what `form` says of a version that is not the newest is nobody's business."""
+    """The newest version and the one after it. That is formed on the `likely` one while the store is asked which is the
+    newest, and for what was staged, and again if that is another; what `form` says of a version that is not the newest
+    is nobody's business."""
     root, manifest = dataset_root(store, dataset), None
-    with ThreadPoolExecutor(1) as aside:
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as aside:
         listing = aside.submit(newest_manifest, store, dataset)
+        there = aside.map(root.exists, staged)
         if likely is not None:
             with suppress(UpvlaError):
                 manifest = form(root, likely)
         parent = listing.result()
+        gone = {key for key, found in zip(staged, there, strict=True) if not found}
+    if parent:
+        gone -= {ref.key for ref in (*parent.shards, *parent.index, *parent.qa)}  # nothing that this commit adds
+    if gone:
+        raise NotFound(
+            f"{root.url}: {min(gone)} is gone, with {len(gone) - 1} more of what was staged: a `gc` took it before "
+            "this commit; nothing was committed, run the ingest again, which stages it again"
+        )
     if manifest is None or parent is not likely:
         manifest = form(root, parent)
     return parent, manifest
@@ -129,11 +159,13 @@ def _appended(
     validation_fraction: float,
     options: Mapping[str, Any],
     min_accept_ratio: float,
+    settled: Collection[Rejection],
 ) -> Manifest:
     """The manifest that adds `staged` to `parent`."""
     header = _header(dataset, parent, staged, options, validation_fraction)
     shards, index = (list(parent.shards), list(parent.index)) if parent else ([], [])
     qa, rejected = (list(parent.qa), read_quarantine(root, parent)) if parent else ([], [])
+    rejected = [row for row in rejected if row not in settled]
     removed = {row.episode_id for row in rejected if row.reason == REMOVED}
     lost = {row.episode_id for row in rejected if row.reason == DAMAGED}
     rows = {row["episode_id"].hex(): row for ref in reversed(index) for row in reversed(read_index(root, ref))}
@@ -197,14 +229,25 @@ def _appended(
     return _completed(root, parent, draft, rows, kept)
 
 
-def _reduced(root: Store, parent: Manifest, ids: Collection[str], reason: str, because: str) -> Manifest:
+def _reduced(
+    root: Store,
+    parent: Manifest,
+    ids: Collection[str],
+    reason: str,
+    because: str,
+    unlisted: Mapping[str, Sequence[str]],
+) -> Manifest:
     """The manifest that lacks some of `parent`'s recordings, and the shards that are empty without them."""
     kept = read_quarantine(root, parent)
     before = {row.episode_id for row in kept}
-    gone = set(ids) - before
+    gone = set(ids).union(*unlisted.values()) - before
     rows: dict[str, dict[str, Any]] = {}
     shards, index = [], []
     for shard, listing in zip(parent.shards, parent.index, strict=True):
+        if listing.key in unlisted:  # nobody knows what their source called them
+            out_of = gone.intersection(unlisted[listing.key])
+            kept += [Rejection(f"{shard.key}/{identity}", reason, because, "", identity) for identity in out_of]
+            continue
         found = {row["episode_id"].hex(): row for row in read_index(root, listing)}
         out = [(identity, row) for identity, row in found.items() if identity in gone]
         kept += [Rejection(row["source_key"], reason, because, row["source_token"], identity) for identity, row in out]
@@ -239,7 +282,7 @@ def _completed(
     fraction = draft.options["splits"]["validation_fraction"]
     ids = sorted(rows)
     splits = assign_splits(ids, fraction, parent.options["splits"]["forced"] if parent else {})
-    stats = Statistics.folded(_summaries(root, draft.index, {i for i in ids if splits[i] == "train"}))
+    stats = statistics_of(root, draft.index, frozenset(i for i in ids if splits[i] == "train"))
     if parent is None or parent.stats_id != stats.stats_id:
         root.write_json(f"stats/{stats.stats_id}.json", stats.to_json())  # named by its content: twice is harmless
     forced = {i: side for i, side in splits.items() if (side == "validation") != (draw(i) < fraction)}
@@ -265,13 +308,15 @@ def _completed(
     return replace(manifest, content_id=content_hash(content))
 
 
-def _summaries(root: Store, index: Sequence[ShardRef], ids: set[str]) -> Iterator[tuple[str, Mapping[str, Summary]]]:
-    """(id, summary) of these recordings, each once, with one index at a time in memory."""
-    for ref in index:
-        found = read_summaries(root, ref)
-        for identity in ids & found.keys():
-            yield identity, found[identity]
-        ids -= found.keys()
+def require_same_import(parent: Manifest, options: Mapping[str, Any], validation_fraction: float) -> None:
+    """Raise `Mismatch` where recordings that are imported like this cannot follow those of `parent`."""
+    imported = {**parent.options["source"], "validation_fraction": parent.options["splits"]["validation_fraction"]}
+    for name, value in {**options, "validation_fraction": validation_fraction}.items():
+        if imported.get(name) != value:
+            raise Mismatch(
+                f"dataset {parent.dataset} was imported with {name}={imported.get(name)!r}, not {value!r}; keep it, or "
+                "import under another dataset name"
+            )
 
 
 class _Header(NamedTuple):
@@ -289,13 +334,7 @@ def _header(
     header = None
     if parent:
         header = _Header(parent.action_space, parent.options["columns"], parent.cameras)
-        imported = {**parent.options["source"], "validation_fraction": parent.options["splits"]["validation_fraction"]}
-        for name, value in {**options, "validation_fraction": fraction}.items():
-            if imported.get(name) != value:
-                raise Mismatch(
-                    f"dataset {dataset} was imported with {name}={imported.get(name)!r}, not {value!r}; keep it, or "
-                    "import under another dataset name"
-                )
+        require_same_import(parent, options, fraction)
     for part in staged:
         if part.action_space is None:
             continue

@@ -12,20 +12,21 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from upvla.data.commit import DAMAGED, commit, require_conditional_create
+from upvla.data.commit import DAMAGED, commit, require_conditional_create, require_same_import
 from upvla.data.pieces import Pieces
 from upvla.data.quality import UNEXPECTED, QualityLimits, check, unexpected
 from upvla.data.report import render_report
 from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
 from upvla.data.sources import asked, open_source
 from upvla.data.table import Dataset
-from upvla.data.versions import dataset_root, hashing_of, newest_manifest
+from upvla.data.versions import dataset_root, hashing_of, newest_manifest, read_quarantine
 from upvla.errors import BadEpisode, NotFound
-from upvla.store import Store, content_hash
+from upvla.store import Store, content_hash, open_store
 from upvla.types import Episode, EpisodeSource, KnowsLengths, Manifest
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def ingest(
     require_conditional_create(store.url)  # before hours of staging, not after
     source = _source(run, config, source_url)
     parent = newest_manifest(store, config.dataset)
+    if parent:
+        require_same_import(parent, config.recorded(), config.validation_fraction)  # `commit` says so too, but late
     known = _known(store, parent)
     with asked(source_url):
         keys = source.keys()
@@ -104,6 +107,7 @@ def ingest(
         validation_fraction=config.validation_fraction,
         options=config.recorded(),
         min_accept_ratio=config.min_accept_ratio,
+        settled=_settled(store, parent, source_url, set(keys)),
     )
     return {
         "version": manifest.version,
@@ -147,10 +151,11 @@ def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> 
     root = dataset_root(portion.store, portion.config.dataset)
     meaning = portion.config.model_dump(mode="json", exclude={"validation_fraction", "min_accept_ratio"})
     receipt = f"staging/{content_hash([meaning, portion.hashing, portion.recordings])}.json"
-    if root.exists(receipt):
+    found = _receipt(root, receipt)
+    if found is not None:
         for _ in portion.recordings:
             told()
-        return Staged.from_json(root.read_json(receipt))
+        return found
     config, pieces = portion.config, Pieces(root, meaning)
     judged = _judged(portion, pieces, told)
     staged = stage(
@@ -164,6 +169,17 @@ def stage_portion(portion: Portion, told: Callable[[], None] = lambda: None) -> 
     root.write_json(receipt, staged.to_json())
     pieces.clear()
     return staged
+
+
+def _receipt(root: Store, key: str) -> Staged | None:
+    """What was staged before, if all of it is still there. The receipt is written again first: `gc` spares for a week
+    what a receipt stands for, however old it is itself."""
+    with suppress(NotFound):
+        staged = Staged.from_json(root.read_json(key))
+        root.write_json(key, staged.to_json())
+        if all(map(root.exists, staged.keys)):
+            return staged
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -208,6 +224,19 @@ def _known(store: Store, manifest: Manifest | None) -> set[tuple[str, str]]:
     dataset = Dataset(store, manifest)
     accepted = {(episode.source_key, episode.source_token) for episode in dataset.episodes}
     return accepted | {(row.key, row.token) for row in dataset.quarantine if row.reason != DAMAGED}
+
+
+def _settled(store: Store, parent: Manifest | None, source_url: str, keys: set[str]) -> list[Rejection]:
+    """What stands in quarantine for a file that could not be opened, where the source now lists what is in the file.
+    Another source may have a file of that name, so the row must tell of this one's."""
+    if parent is None:
+        return []
+    files = {key.rpartition("/")[0] for key in keys} - {""}
+    rows = [(row, row.key.rpartition("/")[0]) for row in read_quarantine(dataset_root(store, parent.dataset), parent)]
+    gone = [(row, file) for row, file in rows if file in files and row.key not in keys and not row.episode_id]
+    url = open_store(source_url).url if gone else ""
+    places = (url, url.rpartition("/")[0])  # a folder, or the file alone
+    return [row for row, file in gone if row.detail.startswith(tuple(f"{place}/{file}: " for place in places))]
 
 
 def _write_report(store: Store, manifest: Manifest) -> str:

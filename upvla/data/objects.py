@@ -84,10 +84,10 @@ class HashedFile(io.BufferedWriter):
 
 
 def put_file(root: Store, folder: str, path: Path, rows: int, sha256: str) -> ShardRef:
-    """Under the name that its content gives; the file itself may be gone afterwards."""
+    """Under the name that its content gives; the file itself may be gone afterwards. What lies there already is written
+    again: `gc` goes by age, and what an ingest left behind a week ago must not go while its rerun relies on it."""
     ref = ShardRef(f"{folder}/{sha256[:16]}.parquet", rows, path.stat().st_size, sha256)
-    if not root.exists(ref.key):
-        root.adopt(path, ref.key)
+    root.adopt(path, ref.key)
     return ref
 
 
@@ -110,12 +110,13 @@ def refs(values: Iterable[Mapping[str, Any]]) -> tuple[ShardRef, ...]:
 # ------------------------------------------------------------------------------------------------- indexes of shards
 
 
-class _Kept(Generic[_Value]):
+class Kept(Generic[_Value]):
     """The latest values, as many as hold `limit` rows together."""
 
     def __init__(self, limit: int):
         self._limit, self._lock = limit, threading.Lock()
         self._values: OrderedDict[tuple[str, str], tuple[_Value, int]] = OrderedDict()
+        self._held = 0
 
     def get(self, root: Store, key: str) -> _Value | None:
         with self._lock:
@@ -124,14 +125,15 @@ class _Kept(Generic[_Value]):
 
     def put(self, root: Store, key: str, value: _Value, rows: int) -> _Value:
         with self._lock:
+            self._held += rows - self._values.get((root.url, key), (value, 0))[1]
             self._values[root.url, key] = (value, rows)
-            while len(self._values) > 1 and sum(kept for _, kept in self._values.values()) > self._limit:
-                self._values.popitem(last=False)
+            while len(self._values) > 1 and self._held > self._limit:
+                self._held -= self._values.popitem(last=False)[1][1]
         return value
 
 
-_rows: _Kept[list[dict[str, Any]]] = _Kept(100_000)
-_summaries: _Kept[_Summaries] = _Kept(4_000)  # 14 kB each, and only committers ask for them
+_rows: Kept[list[dict[str, Any]]] = Kept(100_000)
+_summaries: Kept[_Summaries] = Kept(4_000)  # 14 kB each, and only committers ask for them
 
 
 def put_index(root: Store, rows: Sequence[Mapping[str, Any]], summaries: _Summaries) -> ShardRef:
@@ -153,19 +155,18 @@ def read_index(root: Store, ref: ShardRef) -> list[dict[str, Any]]:
     return _rows_of(root, ref, read_table(root, ref.key, _ROW)) if found is None else found
 
 
-def read_summaries(root: Store, ref: ShardRef) -> _Summaries:
-    found = _summaries.get(root, ref.key)
-    if found is not None:
-        return found
-    table = read_table(root, ref.key)
-    if _rows.get(root, ref.key) is None:
-        _rows_of(root, ref, table)
-    texts = zip(table["episode_id"].to_pylist(), table["summary"].to_pylist(), strict=True)
-    parsed = {
-        identity.hex(): {name: Summary.from_json(part) for name, part in json.loads(text).items()}
-        for identity, text in texts
+def read_summaries(root: Store, ref: ShardRef, ids: Iterable[str]) -> _Summaries:
+    """Of these recordings of one index object."""
+    known = _summaries.get(root, ref.key)
+    if known is not None:
+        return {identity: known[identity] for identity in ids}
+    table = read_table(root, ref.key, ["episode_id", "summary"])
+    places = {identity.hex(): place for place, identity in enumerate(table["episode_id"].to_pylist())}
+    texts = {identity: table["summary"][places[identity]].as_py() for identity in ids}
+    return {
+        identity: {name: Summary.from_json(part) for name, part in json.loads(text).items()}
+        for identity, text in texts.items()
     }
-    return _summaries.put(root, ref.key, parsed, len(parsed))
 
 
 def _rows_of(root: Store, ref: ShardRef, table: pa.Table) -> list[dict[str, Any]]:

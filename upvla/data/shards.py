@@ -79,6 +79,11 @@ class Staged:
     cameras: tuple[str, ...]
     hashing: Hashing = "blake2b"  # receipts that do not say are of that time
 
+    @property
+    def keys(self) -> list[str]:
+        """Of the objects that it stands for."""
+        return [ref.key for ref in (*self.shards, *self.index, *self.qa)]
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rejected": [row._asdict() for row in self.rejected]}
 

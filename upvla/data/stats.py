@@ -87,20 +87,58 @@ class _Fold:
         if len(self._buckets) == _HELD:
             self._buckets = [_added(np.concatenate(self._buckets))]
 
+    def folded(self) -> Folded:
+        places, parts = zip(*sorted(self._parts, key=lambda placed: placed[0]), strict=True)
+        rows = {name: np.stack([getattr(part, name) for part in parts]) for name in ("mean", "m2", "low", "high")}
+        counts = np.array([[part.count] for part in parts], np.float64)
+        return Folded(np.array(places), counts, **rows, buckets=_added(np.concatenate(self._buckets)))
+
     def merged(self) -> Summary:
         """Of all the steps that the parts are of."""
-        parts = [part for _, part in sorted(self._parts, key=lambda placed: placed[0])]
-        counts = np.array([part.count for part in parts], np.float64)[:, None]
-        means, total = np.stack([part.mean for part in parts]), counts.sum()
-        mean = (means * counts).sum(0) / total
-        return Summary(
-            int(total),
-            mean,
-            np.stack([part.m2 for part in parts]).sum(0) + ((means - mean) ** 2 * counts).sum(0),
-            np.min([part.low for part in parts], axis=0),
-            np.max([part.high for part in parts], axis=0),
-            _added(np.concatenate(self._buckets)),
-        )
+        return self.folded().merged()
+
+
+class Folded(NamedTuple):
+    """One feature's summaries over N recordings: moments a recording, in the order of the recordings' places, which are
+    unique; buckets added up."""
+
+    places: np.ndarray  # [N] sorted
+    counts: np.ndarray  # f64[N,1], as are the others f64[N,D]
+    mean: np.ndarray
+    m2: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    buckets: np.ndarray  # i64[M,2] (key, count)
+
+    def plus(self, other: Folded) -> Folded:
+        """With the recordings of `other`, none of which is here: to the last bit as if folded together."""
+        at = np.searchsorted(self.places, other.places)
+        rows = (np.insert(mine, at, its, axis=0) for mine, its in zip(self[:-1], other[:-1], strict=True))
+        return Folded._make([*rows, _added(np.concatenate([self.buckets, other.buckets]))])
+
+    def minus(self, other: Folded) -> Folded:
+        """Without the recordings of `other`, all of which are here."""
+        at = np.searchsorted(self.places, other.places)
+        rows = (np.delete(mine, at, axis=0) for mine in self[:-1])
+        left = _added(np.concatenate([self.buckets, other.buckets * (1, -1)]))
+        return Folded._make([*rows, left[left[:, 1] > 0]])
+
+    def merged(self) -> Summary:
+        """Of all the steps that the recordings have."""
+        total = self.counts.sum()
+        mean = (self.mean * self.counts).sum(0) / total
+        m2 = self.m2.sum(0) + ((self.mean - mean) ** 2 * self.counts).sum(0)
+        return Summary(int(total), mean, m2, self.low.min(0), self.high.max(0), self.buckets)
+
+
+def folded(summaries: Iterable[tuple[Any, Mapping[str, Summary]]]) -> dict[str, Folded]:
+    """Summaries that come in any order, each after what it is sorted by, a feature at a time; no more than a few of
+    them are held."""
+    parts: dict[str, _Fold] = {}
+    for place, summary in summaries:
+        for name, part in summary.items():
+            parts.setdefault(name, _Fold()).add(place, part)
+    return {name: part.folded() for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -179,11 +217,11 @@ class Statistics:
     def folded(summaries: Iterable[tuple[Any, Mapping[str, Summary]]]) -> Statistics:
         """Of summaries that come in any order, each after what it is sorted by: to the last bit those of that order,
         without holding more than a few of them."""
-        parts: dict[str, _Fold] = {}
-        for place, summary in summaries:
-            for name, part in summary.items():
-                parts.setdefault(name, _Fold()).add(place, part)
-        return Statistics({name: _figures(part.merged()) for name, part in parts.items()})
+        return Statistics.of(folded(summaries))
+
+    @staticmethod
+    def of(features: Mapping[str, Folded]) -> Statistics:
+        return Statistics({name: _figures(feature.merged()) for name, feature in features.items()})
 
 
 class Finding(NamedTuple):

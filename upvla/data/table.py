@@ -166,17 +166,20 @@ class Dataset:
         key = f"stats/{self.manifest.stats_id}.json"
         stats = Statistics.from_json(self.root.read_json(key))
         if stats.stats_id != self.manifest.stats_id:
-            sides = zip(self.episodes, self.summaries(), strict=True)
-            counted = Statistics.merged(summary for row, summary in sides if row.split == "train")
-            stats.require_equal(counted, ours=f"{self.root.url}/{key}", theirs="the recordings")
+            stats.require_equal(self.counted_stats(), ours=f"{self.root.url}/{key}", theirs="the recordings")
             raise Corrupt(f"{self.root.url}/{key} does not match its name")
         return stats
+
+    def counted_stats(self) -> Statistics:
+        """The same, from what the index says of every recording."""
+        sides = zip(self.episodes, self.summaries(), strict=True)
+        return Statistics.merged(summary for row, summary in sides if row.split == "train")
 
     def summaries(self) -> list[dict[str, Summary]]:
         """What every recording contributes to the statistics, by feature; in the order of `episodes`."""
         found: dict[str, dict[str, Summary]] = {}
         for ref in self.manifest.index:
-            found |= read_summaries(self.root, ref)
+            found |= read_summaries(self.root, ref, [row["episode_id"].hex() for row in read_index(self.root, ref)])
         return [found[row.id] for row in self.episodes]
 
     @property

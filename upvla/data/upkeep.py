@@ -123,12 +123,12 @@ def verify(store: Store, manifest: Manifest) -> list[Damage]:
     root = dataset_root(store, manifest.dataset)
     damages = []
     for shard, listing in zip(manifest.shards, manifest.index, strict=True):
-        problem = _problem(root, listing)
-        rows = [] if problem else read_index(root, listing)
-        ids = tuple(row["episode_id"].hex() for row in rows)
-        if problem:
-            damages.append(Damage(listing.key, problem, ids))
+        unlisted = _problem(root, listing)
+        rows = [] if unlisted else read_index(root, listing)
         problem = _problem(root, shard) or _disagreement(root, shard, rows)
+        ids = tuple(row["episode_id"].hex() for row in rows) if rows or problem else _ids_in(root, shard)
+        if unlisted:
+            damages.append(Damage(listing.key, unlisted, ids))
         if problem:
             damages.append(Damage(shard.key, problem, ids))
     others = [*manifest.qa, *([manifest.quarantine] if manifest.quarantine else [])]
@@ -142,24 +142,35 @@ def verify(store: Store, manifest: Manifest) -> list[Damage]:
 
 def repair(store: Store, dataset: str) -> tuple[Manifest, list[Damage]]:
     """The next version without what cannot be read; what went is in quarantine as `damaged`, and ingesting its source
-    again brings it back. Only the newest version is repaired. Damaged objects are deleted, so that they can be written
-    again under their names; so are the receipts that vouch for them."""
+    again brings it back. A shard and its index are lost together; statistics are counted again. Only the newest version
+    is repaired. Damaged objects are deleted, so that they can be written again under their names; so are the receipts
+    that vouch for them."""
     manifest = load_manifest(store, dataset)
     damages = verify(store, manifest)
     lost = sorted({identity for damage in damages for identity in damage.episodes})
-    beyond = [damage.key for damage in damages if not damage.episodes]
+    listings, shards = ({ref.key for ref in refs} for refs in (manifest.index, manifest.shards))
+    unlisted = {damage.key: damage.episodes for damage in damages if damage.key in listings}
+    figures = f"stats/{manifest.stats_id}.json"
+    beyond = [damage.key for damage in damages if damage.key not in listings | shards | {figures}]
     if beyond:
         raise NotFound(
             f"dataset {dataset} v{manifest.version}: {', '.join(beyond)} cannot be rebuilt from the rest; go back to "
             "an older version, or ingest the source into a new dataset"
         )
-    if not lost:
-        return manifest, []
-    root = dataset_root(store, dataset)
-    because = "; ".join(f"{damage.key}: {damage.what}" for damage in damages)
-    repaired = remove(store, dataset, lost, because, reason=DAMAGED)
-    for key in [*(damage.key for damage in damages), *root.list("staging/")]:
-        root.delete(key)
+    root, repaired = dataset_root(store, dataset), manifest
+    if lost or unlisted:
+        because = "; ".join(f"{damage.key}: {damage.what}" for damage in damages)
+        repaired = remove(store, dataset, lost, because, reason=DAMAGED, unlisted=unlisted)
+        for key in [*(damage.key for damage in damages), *root.list("staging/")]:
+            root.delete(key)
+    if any(damage.key == figures for damage in damages):
+        counted = Dataset(store, repaired).counted_stats()
+        if counted.stats_id != repaired.stats_id:
+            raise NotFound(
+                f"dataset {dataset} v{repaired.version}: its index does not give the statistics that it was committed "
+                "with; go back to an older version, or ingest the source into a new dataset"
+            )
+        root.write_json(f"stats/{counted.stats_id}.json", counted.to_json())
     return repaired, damages
 
 
@@ -171,6 +182,11 @@ def _problem(root: Store, ref: ShardRef) -> str:
     if len(data) != ref.num_bytes:
         return f"it has {len(data)} bytes, the manifest says {ref.num_bytes}"
     return "" if hashlib.sha256(data).hexdigest() == ref.sha256 else "its bytes have changed"
+
+
+def _ids_in(root: Store, shard: ShardRef) -> tuple[str, ...]:
+    column = root.parquet(shard.key).read(["episode_id"])["episode_id"]
+    return tuple(sorted(identity.hex() for identity in column.unique().to_pylist()))
 
 
 def _disagreement(root: Store, shard: ShardRef, rows: Sequence[dict[str, Any]]) -> str:
@@ -196,7 +212,7 @@ def collect_garbage(
     """Delete what no version refers to and is older than `grace_s`. With `keep_versions`, older versions without a tag
     go first. Time is the store's own, so a machine whose clock is wrong cannot delete too much.
 
-    Returns {"versions": expired, "objects": deleted keys, "bytes_kept"}.
+    Returns {"versions": expired, "objects": deleted keys and unfinished writes, "bytes_kept"}.
     """
     if keep_versions is not None and keep_versions < 1:
         raise ConfigError(f"keep_versions is {keep_versions}; the newest version always stays")
@@ -214,7 +230,7 @@ def collect_garbage(
     for key in [key for key, when in written.items() if key.startswith("staging/") and now - when < grace_s]:
         if not key.startswith("staging/.now-"):
             staged = Staged.from_json(root.read_json(key))  # an ingest may still commit what it vouches for
-            used |= {ref.key for ref in (*staged.shards, *staged.index, *staged.qa)}
+            used.update(staged.keys)
     dead = [
         key
         for key, when in written.items()
@@ -223,9 +239,12 @@ def collect_garbage(
     dead.sort(key=lambda key: not key.startswith("_manifest/"))  # a version is gone before the first of its objects is
     for key in dead if not dry_run else ():
         root.delete(key)
+    cut = [name for name, when in root.unfinished().items() if now - when >= grace_s]
+    for name in cut if not dry_run else ():
+        root.abandon(name)
     return {
         "versions": expired,
-        "objects": dead,
+        "objects": [*dead, *cut],
         "bytes_kept": sum(s.num_bytes for s in {s for m in kept for s in m.shards}),
     }
 

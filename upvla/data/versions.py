@@ -5,6 +5,7 @@ A version is `_manifest/v00000001.json`, created once and never changed; a tag i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,7 @@ def assign_splits(ids: Sequence[str], fraction: float, forced: Mapping[str, Spli
     return splits
 
 
+@functools.lru_cache(maxsize=200_000)
 def draw(identity: str) -> float:
     """Of a recording's id, uniform in [0, 1)."""
     return int(hashlib.sha256(f"split/{identity}".encode()).hexdigest()[:13], 16) / 16**13

@@ -39,6 +39,15 @@ class Store(ABC):
         """Keys with the time of their last write, in seconds of the store's own clock."""
         raise self._read_only(prefix)
 
+    def unfinished(self) -> dict[str, float]:
+        """What writes take up that never ended, or have not yet, none of which is listed: names for `abandon`, with the
+        time of the store's own clock at which they were last heard of."""
+        return {}
+
+    def abandon(self, name: str) -> None:
+        """Free what an unfinished write takes up; no error if it has ended meanwhile."""
+        raise self._read_only(name)
+
     def list(self, prefix: str = "") -> list[str]:
         return list(self.tokens(prefix))
 

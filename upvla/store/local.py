@@ -16,7 +16,7 @@ from upvla.store.base import Store, checked, require_whole
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
 
-_TEMPORARY = ".tmp-"  # files being written; never listed
+_TEMPORARY = ".tmp-"  # files being written, or left by who was killed; never listed
 
 
 class LocalStore(Store):
@@ -53,19 +53,28 @@ class LocalStore(Store):
             raise
 
     def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
+        return self._tokens(prefix, after, temporary=False)
+
+    def _tokens(self, prefix: str, after: str, *, temporary: bool) -> dict[str, str]:
         root, found = Path(self.url), {}
         top = root / prefix.rpartition("/")[0]
         for folder, _, names in os.walk(top):
             for name in names:
                 path = Path(folder, name)
                 key = path.relative_to(root).as_posix()
-                if key.startswith(prefix) and key > after and not name.startswith(_TEMPORARY):
+                if key.startswith(prefix) and key > after and name.startswith(_TEMPORARY) == temporary:
                     with contextlib.suppress(FileNotFoundError):  # deleted while we walk
                         found[key] = _file_token(path)
         return dict(sorted(found.items()))
 
     def modified(self, prefix: str = "") -> dict[str, float]:
-        return {key: int(token.rpartition("-")[2]) / 1e9 for key, token in self.tokens(prefix).items()}
+        return _times(self.tokens(prefix))
+
+    def unfinished(self) -> dict[str, float]:
+        return _times(self._tokens("", "", temporary=True))
+
+    def abandon(self, name: str) -> None:
+        self.delete(name)
 
     def delete(self, key: str) -> None:
         with self._translated(key):
@@ -134,6 +143,10 @@ class LocalStore(Store):
             raise AlreadyExists(f"{self._url_of(key)} is already there") from error
         except OSError as error:
             raise StoreError(f"{self._url_of(key)}: {error.strerror or error}; check disk and rights") from error
+
+
+def _times(tokens: dict[str, str]) -> dict[str, float]:
+    return {key: int(token.rpartition("-")[2]) / 1e9 for key, token in tokens.items()}
 
 
 def _file_token(path: Path) -> str:

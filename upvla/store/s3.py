@@ -18,6 +18,7 @@ from upvla.store.base import Store, checked, require_whole
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
 
+_UPLOAD = "?uploadId="  # between the key and the upload, in the name of an unfinished write
 _CREATE_ATTEMPTS = 4
 _READ_ATTEMPTS = 4
 _ARROW_ATTEMPTS = 6  # a row group that does not come stops a training run
@@ -94,6 +95,23 @@ class S3Store(Store):
 
     def modified(self, prefix: str = "") -> dict[str, float]:
         return {key: item["LastModified"].timestamp() for key, item in self._listed(prefix).items()}
+
+    def unfinished(self) -> dict[str, float]:
+        """Multipart uploads, a large object each."""
+        with self._translated(""):
+            pages = (
+                self._client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix)
+            )
+            uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+        return {
+            f"{upload['Key'].removeprefix(self.prefix)}{_UPLOAD}{upload['UploadId']}": upload["Initiated"].timestamp()
+            for upload in uploads
+        }
+
+    def abandon(self, name: str) -> None:
+        key, _, upload = name.rpartition(_UPLOAD)
+        with contextlib.suppress(NotFound), self._translated(key):
+            self._client().abort_multipart_upload(**self._at(key), UploadId=upload)
 
     def _listed(self, prefix: str, after: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -172,7 +190,7 @@ class S3Store(Store):
         code, url = str(answer.get("Error", {}).get("Code", "")), self._url_of(key)
         if code == "NoSuchBucket":
             return StoreError(f"{url}: there is no bucket {self.bucket!r}; create it or correct the URL")
-        if code in ("404", "NoSuchKey") or isinstance(error, FileNotFoundError):
+        if code in ("404", "NoSuchKey", "NoSuchUpload") or isinstance(error, FileNotFoundError):
             return NotFound(f"{url} does not exist")
         if code in ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             return StoreError(f"{url}: access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({error})")

@@ -119,9 +119,9 @@ class HDF5Source:
         except (OSError, RuntimeError, MemoryError) as error:  # what h5py raises for damaged files
             raise BadEpisode("unreadable_frame", f"{self.store.url}/{file}: {error}") from error
         except KeyError as error:
-            raise BadEpisode("schema", f"{key}: {error}") from error
+            raise BadEpisode("schema", f"{self.store.url}/{file}: {name}: {error}") from error
         except (TypeError, ValueError) as error:
-            raise BadEpisode("dtype", f"{key}: {error}") from error
+            raise BadEpisode("dtype", f"{self.store.url}/{file}: {name}: {error}") from error
         return Episode(
             id=key,
             source=self.format,
