@@ -216,8 +216,9 @@ def collect_garbage(
     """
     if keep_versions is not None and keep_versions < 1:
         raise ConfigError(f"keep_versions is {keep_versions}; the newest version always stays")
-    load_manifest(store, dataset)  # where there is none nothing is written either
     root, versions = dataset_root(store, dataset), list_versions(store, dataset)
+    if not versions and not root.list():  # nothing is written either where nothing is
+        load_manifest(store, dataset)
     tagged = set(list_tags(store, dataset).values())
     expired = [v for v in versions[: -keep_versions or None] if v not in tagged] if keep_versions else []
     kept = [load_manifest(store, dataset, version) for version in versions if version not in expired]
