@@ -50,6 +50,7 @@ class StackConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    site: str = Field(default="local", description="the site file that this comes from: flows that name none run there")
     home: Path = Field(default_factory=lambda: Path(os.environ.get("UPVLA_HOME") or ".upvla"), validate_default=True)
     ports: Ports = Ports()
     host: str = Field(default="127.0.0.1", description="the one address that servers listen on and clients call")
@@ -132,6 +133,7 @@ def environment(config: StackConfig) -> dict[str, str]:
     no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), host, "localhost")))
     return {
         **_client_passwords(config),
+        "UPVLA_SITE": config.site,
         "UPVLA_HOME": str(home),
         "UPVLA_STORE_URL": f"s3://{STORE_BUCKET}",
         "UPVLA_PAGES_URL": f"http://{host}:{ports.mlflow}",
