@@ -88,7 +88,8 @@ def test_a_version_is_tagged_with_the_configuration_that_trained_it_whoever_regi
     """`upvla finetune --set stage.steps=5`, later `upvla promote` with neither that nor that code."""
     site = open_site(tmp_path)
     trained_by, registered_by = (
-        Finetuning(site, load("finetune/ci", FinetuneConfig, ["model_name=m", *more])) for more in (["stage.steps=5"], [])
+        Finetuning(site, load("finetune/ci", FinetuneConfig, ["model_name=m", *more]))
+        for more in (["stage.steps=5"], [])
     )
     trained_by.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
     spec = trained_by.logbook.of_training({})
