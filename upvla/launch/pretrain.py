@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.report import render_summary
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import ConfigError, UpvlaError
+from upvla.errors import ConfigError, UpvlaError, shown
 from upvla.launch.ingest import landed, run_ingest
 from upvla.launch.inputs import open_plan
 from upvla.launch.line import Line, Progress, Result
@@ -96,8 +97,9 @@ class Pretraining(Line):
         found: list[Result] = []
         failed: list[UpvlaError] = []
         for name, written in sets.items():
-            key = {"source": f"{url}/{name}", "written": content_hash(written), "ingest": config.model_dump(mode="json")}
-            work = partial(self.ingest, f"{url}/{name}" if name else url, waiting)
+            place = f"{url}/{name}" if name else url
+            key = {"source": place, "written": content_hash(written), "ingest": config.model_dump(mode="json")}
+            work = partial(self.ingest, place, waiting)
             try:
                 found.append(once(self.store, "watch", key, work) if name else work())
             except UpvlaError as error:
@@ -226,7 +228,7 @@ class Pretraining(Line):
         }
         self.store.write_json(self.report_key, report)
         ours = {name: Estimate(**score) for name, score in scored[self.model_name].items()}
-        with self.logbook.pipeline(params=self.config.model_dump(mode="json")) as run:
+        with self.logbook.pipeline(params=json.loads(shown(self.config.model_dump_json()))) as run:
             run.log(as_metrics(ours), 0)
             run.record(report, "report.json")
         return report
