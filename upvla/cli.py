@@ -91,7 +91,7 @@ def up(site: SiteName = "local", as_json: Json = False) -> None:
     """Start the local stack (S3, MLflow, Prefect, Ray) and wait until it is healthy. Example: upvla up"""
     from upvla import stack
 
-    config = stack.load_site(site)
+    config = stack.load_site(site, starting=True)
     stack.up(config, progress=lambda text: print(text, file=sys.stderr))
     status(site, as_json)
 

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 from upvla.config import SiteConfig
 from upvla.errors import StackError, UpvlaError, shown
 from upvla.stack import processes
-from upvla.stack.servers import StackConfig, basic_login, environment, parts
+from upvla.stack.servers import StackConfig, basic_login, environment, parts, recorded
 from upvla.store import open_store, supports_conditional_create
 
 State = Literal["ok", "warning", "broken"]
@@ -69,7 +69,7 @@ def examine(site: SiteConfig, config: StackConfig | None) -> list[Check]:
     checks = [*_packages(), _compiler(), _disk(site.home, config)]
     running = False
     if config is not None:
-        running = config.record.exists()
+        running = recorded(config) is not None
         checks += [*_ports(config), *_credentials(config)]
         if running:
             os.environ.update(environment(config))
