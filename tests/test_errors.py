@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
+from requests import ConnectionError
 
 from upvla import tracking
 from upvla.config import RunConfig, load
@@ -52,6 +53,9 @@ def test_an_mlflow_that_is_away_is_named_without_its_password() -> None:
         translated(URL),
     ):
         raise MlflowException(f"API request to {URL}/api failed")
+    assert SECRET not in "".join(traceback.format_exception(told.value))
+    with pytest.raises(StackError, match="object store up") as told, translated(URL):
+        raise ConnectionError(f"{URL}/artifacts")
     assert SECRET not in "".join(traceback.format_exception(told.value))
     with pytest.raises(StackError) as told, translated("http://mlflow:5000"):
         raise MlflowException("no route")

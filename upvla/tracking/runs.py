@@ -317,6 +317,5 @@ def translated(uri: str) -> Iterator[None]:
             raise NotFound(f"MLflow at {uri}: {error.message}") from cause(error, uri)
         raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from cause(error, uri)
     except RequestException as error:  # of artifacts, whose errors MLflow's client hands on as they come
-        raise StackError(f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)") from cause(
-            error
-        )
+        said = f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)"
+        raise StackError(said) from cause(error, uri)
