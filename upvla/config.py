@@ -131,7 +131,7 @@ def load(name: str, kind: type[_Config], overrides: Sequence[str] = ()) -> _Conf
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, kind, name)) from error
+        raise ConfigError(explained(error, kind, f"configs/{name}.yaml")) from error
 
 
 def assignments(overrides: Sequence[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -141,7 +141,11 @@ def assignments(overrides: Sequence[str], values: dict[str, Any] | None = None) 
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: write it as key.path=value")
-        _assign(values, key.strip().split("."), yaml.safe_load(text))
+        try:
+            _assign(values, key.strip().split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({said}); quote it") from error
     return values
 
 
@@ -176,11 +180,12 @@ def _assign(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], name: str) -> str:
+def explained(error: ValidationError, kind: type[BaseModel], file: str) -> str:
+    """What is wrong with the values of a `kind` that were given in `file`, with the nearest key for an unknown one."""
     lines = []
     for problem in error.errors():
         where = [str(part) for part in problem["loc"]]
-        key, file = ".".join(where), f"configs/{name}.yaml"
+        key = ".".join(where)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(kind, where[:-1])
             lines.append(f"unknown key {key!r} in {file}{_nearest(where[-1], known, prefix=where[:-1])}")

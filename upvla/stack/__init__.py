@@ -193,8 +193,13 @@ def _last_line(log: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(config: StackConfig, progress: Progress) -> Iterator[None]:
-    config.home.mkdir(parents=True, exist_ok=True)
-    with (config.home / "lock").open("w") as handle:
+    try:
+        config.home.mkdir(parents=True, exist_ok=True)
+        lock = (config.home / "lock").open("w")
+    except OSError as error:
+        reason = error.strerror or error
+        raise StackError(f"{config.home} cannot be used ({reason}): set UPVLA_HOME to a folder of yours") from error
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -108,6 +108,8 @@ def load_site(site: str = "local", *, starting: bool = False) -> StackConfig:
     """
     root = os.environ.get("UPVLA_CONFIGS")
     path = (Path(root) if root else Path(__file__).parents[2] / "configs") / f"site/{site}.yaml"
+    source: str = f"`stack` of {path}"
+    kind: type[BaseModel] = StackConfig
     try:
         section = (yaml.safe_load(path.read_text()) or {}).get("stack")
         if section is None:
@@ -119,11 +121,16 @@ def load_site(site: str = "local", *, starting: bool = False) -> StackConfig:
         ports: dict[str, Any] = config.ports.model_dump()
         moved = filter(None, os.environ.get("UPVLA_PORTS", "").split(","))
         ports |= {name.strip(): number for name, _, number in (pair.partition("=") for pair in moved)}
+        source, kind = "UPVLA_PORTS", Ports
         return config.model_copy(update={"ports": Ports.model_validate(ports)})
     except FileNotFoundError as error:
         raise ConfigError(f"no site {site!r}: {path} does not exist") from error
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigError(f"the stack's configuration ({path}, UPVLA_PORTS) is wrong: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except ValidationError as error:
+        from upvla.config import explained  # late: seconds of imports, which starting servers does not need
+
+        raise ConfigError(explained(error, kind, source)) from error
 
 
 def recorded(config: StackConfig) -> StackConfig | None:
@@ -142,7 +149,7 @@ def environment(config: StackConfig) -> dict[str, str]:
     home, ports, host = config.home, config.ports, config.host
     try:
         keys = json.loads((home / "secrets/s3.json").read_bytes())["identities"][0]["credentials"][0]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StackError(f"no stack was ever started in {home}: run `upvla up`, or set UPVLA_HOME") from error
     no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), host, "localhost")))
     return {
