@@ -63,6 +63,12 @@ def test_every_service_is_pinned_healthy_and_not_root() -> None:
     assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
 
 
+def test_postgres_is_not_healthy_before_its_databases_are_made() -> None:
+    """The image's first start makes them with a server that listens on the Unix socket and nowhere else."""
+    check = services()["postgres"]["healthcheck"]["test"]
+    assert check[check.index("-h") + 1] == "127.0.0.1"
+
+
 def test_flows_run_on_a_node_of_ray_that_sees_the_same_recordings() -> None:
     """Ray connects a program to a node on its own machine only; tasks read what the flow has listed."""
     joins = re.search(r"^ *ray start (.*)$", (ROOT / "infra/flow_worker.sh").read_text(), re.MULTILINE)
