@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from upvla.launch.train import TrainSpec
 from upvla.store import open_store
 from upvla.tracking.runs import translated
 
+ROOT = Path(__file__).parents[1]
 SECRET = "canary-51d2e84b67"
 URL = f"https://robot:{SECRET}@weights.example.org"
 
@@ -83,3 +85,14 @@ def test_runs_have_params_without_urls(monkeypatch: pytest.MonkeyPatch, tmp_path
     Journal(spec, 0, 0.0, mixture)
     (params,) = (each["params"] for each in started)
     assert SECRET not in str(params) and params["weights_ids"] == ["0123"]
+
+
+def kinds_of(kind: type[UpvlaError]) -> set[type[UpvlaError]]:
+    return {kind, *(found for each in kind.__subclasses__() for found in kinds_of(each))}
+
+
+def test_the_runbook_has_a_paragraph_for_every_code() -> None:
+    runbook = (ROOT / "docs/operations.md").read_text().partition("## Runbook")[2]
+    titles = " ".join(re.findall(r"^\*\*.*?\*\*", runbook, re.MULTILINE | re.DOTALL))
+    codes = {kind.code for kind in kinds_of(UpvlaError) if kind.__module__ == "upvla.errors"} - {UpvlaError.code}
+    assert len(codes) > 12 and {code for code in codes if f"`{code}`" not in titles} == set()

@@ -205,7 +205,9 @@ def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = 
 
 @app.command()
 def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
-    """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
+    """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100
+
+    It takes no trainer's slot: on a shared cluster run a deployment, which waits for its turn."""
     show(open_line(config, site, set_).train_all(), as_json)
 
 

@@ -35,6 +35,8 @@ def finetune(
     """Fine-tune the champion on the newest data, keeping its statistics; prints the checkpoint's URL and the drift.
 
     Example: upvla finetune --set stage.steps=500
+
+    It takes no trainer's slot: on a shared cluster run the deployment `finetune/nightly`, which waits for its turn.
     """
     line = _finetuning(config, site, set_)
     champion = line.champion()
