@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 
 TRAINER = "trainer"
 """Name of the limit that every training task of a cluster takes its one slot from; the others wait."""
@@ -31,6 +32,9 @@ _ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
 
 
 def main() -> int:
+    if not PREFECT_API_URL.value():  # Prefect would start a server of its own for this, and forget it afterwards
+        print("PREFECT_API_URL names no Prefect server: set it, or `upvla up` starts one", file=sys.stderr)
+        return 1
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)

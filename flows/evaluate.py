@@ -11,7 +11,7 @@ from flows import steps
 
 @flow(name="evaluate", **steps.RESULTS)
 def evaluate(
-    checkpoint: str, config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None
+    checkpoint: str, config: str = "pretrain/full", site: str = "", overrides: list[str] | None = None
 ) -> dict[str, Any]:
     line = steps.open_pretraining(config, site, overrides or [])
     return steps.evaluate(line, {"url": checkpoint})

@@ -10,9 +10,7 @@ from flows import steps
 
 
 @flow(name="finetune", **steps.RESULTS)
-def finetune(
-    config: str = "finetune/nightly", site: str = "local", overrides: list[str] | None = None
-) -> dict[str, Any]:
+def finetune(config: str = "finetune/nightly", site: str = "", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_finetuning(config, site, overrides or [])
     champion = line.champion()
     if not line.is_due(champion):

@@ -10,7 +10,7 @@ from flows import steps
 
 
 @flow(name="ingest", **steps.RESULTS)
-def ingest(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
+def ingest(config: str = "pretrain/full", site: str = "", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_pretraining(config, site, overrides or [])
     return steps.ingest(line, steps.collect(line))
 
@@ -20,7 +20,7 @@ def watch(
     source_url: str = "",
     settle_s: float = 60.0,
     config: str = "pretrain/full",
-    site: str = "local",
+    site: str = "",
     overrides: list[str] | None = None,
 ) -> dict[str, Any]:
     return steps.watch(steps.open_pretraining(config, site, overrides or []), source_url, settle_s)

@@ -10,5 +10,5 @@ from flows import steps
 
 
 @flow(name="mix", **steps.RESULTS)
-def mix(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
+def mix(config: str = "pretrain/full", site: str = "", overrides: list[str] | None = None) -> dict[str, Any]:
     return steps.mix(steps.open_pretraining(config, site, overrides or []))

@@ -11,7 +11,7 @@ from flows.evaluate import evaluate
 
 
 @flow(name="pretrain", **steps.RESULTS)
-def pretrain(config: str = "pretrain/full", site: str = "local", overrides: list[str] | None = None) -> dict[str, Any]:
+def pretrain(config: str = "pretrain/full", site: str = "", overrides: list[str] | None = None) -> dict[str, Any]:
     line = steps.open_pretraining(config, site, overrides or [])
     recorded = steps.collect(line)
     data = steps.ingest(line, recorded)

@@ -7,6 +7,7 @@ artifacts) never fails a stage. What a task or a flow returns is references as J
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -140,16 +141,21 @@ def _link(pages: Mapping[str, str]) -> None:
         create_link_artifact(address, name, description=name)
 
 
+def site_here(site: str = "") -> str:
+    """The site that is asked for, else the one of whoever runs the flow: a schedule names none."""
+    return site or os.environ.get("UPVLA_SITE") or "local"
+
+
 def open_pretraining(config: str, site: str, overrides: list[str]) -> Pretraining:
     from upvla.launch.pretrain import open_pretraining  # late: deploying a flow loads this module, and no engine
 
-    return open_pretraining(config, site, overrides)
+    return open_pretraining(config, site_here(site), overrides)
 
 
 def open_finetuning(config: str, site: str, overrides: list[str]) -> Finetuning:
     from upvla.launch.finetune import open_finetuning
 
-    return open_finetuning(config, site, overrides)
+    return open_finetuning(config, site_here(site), overrides)
 
 
 @_stage("collect")

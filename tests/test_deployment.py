@@ -63,6 +63,12 @@ def test_every_service_is_pinned_healthy_and_not_root() -> None:
     assert services()["ray-worker-gpu"]["profiles"] == ["gpu"]
 
 
+def test_postgres_is_not_healthy_before_its_databases_are_made() -> None:
+    """The image's first start makes them with a server that listens on the Unix socket and nowhere else."""
+    check = services()["postgres"]["healthcheck"]["test"]
+    assert check[check.index("-h") + 1] == "127.0.0.1"
+
+
 def test_flows_run_on_a_node_of_ray_that_sees_the_same_recordings() -> None:
     """Ray connects a program to a node on its own machine only; tasks read what the flow has listed."""
     joins = re.search(r"^ *ray start (.*)$", (ROOT / "infra/flow_worker.sh").read_text(), re.MULTILINE)
@@ -97,6 +103,33 @@ def test_compose_cluster_and_local_stack_give_clients_the_same_variables(tmp_pat
     assert secret == proof, "a cluster's pods get a client's secrets, all of them and no server's"
 
 
+def test_schedules_run_on_the_site_of_the_topology_that_they_are_deployed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They name none, and a flow takes the one of the worker that runs it; so does whoever types a verb there."""
+    from flows import steps
+
+    config = stack.StackConfig(home=tmp_path)
+    stack.prepare(config)
+    lines = (ROOT / "infra/kuberay/site.env").read_text().splitlines()
+    workers: dict[str, dict[str, str]] = {
+        "local": stack.environment(config),
+        "box": stack.environment(config.model_copy(update={"site": "box"})),
+        "compose": services()["worker"]["environment"],
+        "cluster": {name: value for name, _, value in (line.partition("=") for line in lines)},
+    }
+    with_gpus = compose.load({**VALUES, "SITE": "compose-gpu"})["services"]
+    workers["compose-gpu"] = with_gpus["worker"]["environment"]
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    for site, environment in workers.items():
+        monkeypatch.setenv("UPVLA_SITE", environment["UPVLA_SITE"])
+        for deployment in deployments:
+            assert steps.site_here(deployment["parameters"]["site"]) == site, deployment["name"]
+        assert steps.site_here("moon") == "moon"
+    monkeypatch.delenv("UPVLA_SITE")
+    assert steps.site_here() == "local"
+
+
 def names_in(path: Path) -> set[str]:
     return {line.partition("=")[0] for line in path.read_text().splitlines() if line and not line.startswith("#")}
 
@@ -104,9 +137,9 @@ def names_in(path: Path) -> set[str]:
 def test_a_site_file_says_where_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
     sites = {path.stem: load(f"site/{path.stem}", SiteConfig) for path in (ROOT / "configs/site").glob("*.yaml")}
-    assert sites.keys() == {"local", "compose", "cluster"}
+    assert sites.keys() == {"local", "compose", "compose-gpu", "cluster"}
     assert sites["cluster"].tracking_url == "https://mlflow.example.org"
-    assert sites["cluster"].use_gpu and not sites["compose"].use_gpu
+    assert {name for name, site in sites.items() if site.use_gpu} == {"compose-gpu", "cluster"}
     assert [name for name, site in sites.items() if site.stack is not None] == ["local"]
 
 

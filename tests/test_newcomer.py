@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.rollout.test_policy import observation
 from tests.test_stack import fetch, small_stack
-from tests.toy_line import JUDGED, NIGHTLY, record
+from tests.toy_line import JUDGED, MIXTURE, NIGHTLY, record
 from upvla import stack
 from upvla.config import SiteConfig, load
 from upvla.rollout.client import TOKEN, RemotePolicy
@@ -50,14 +50,23 @@ class Shell:
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
     def upvla(self, *words: str) -> dict[str, Any]:
+        code, out, errors = self._ended(*words)
+        assert code == 0, out[-3000:] + errors[-3000:]
+        return dict(json.loads(out)) if "--json" in words else {}
+
+    def refused(self, *words: str) -> str:
+        code, out, errors = self._ended(*words)
+        assert code == 1, out[-3000:] + errors[-3000:]
+        return errors
+
+    def _ended(self, *words: str) -> tuple[int, str, str]:
         with self.start(*words) as running:
             try:
                 out, errors = running.communicate(timeout=PATIENCE_S)
             finally:
                 running.kill()
         self.shown += out + errors
-        assert running.returncode == 0, out[-3000:] + errors[-3000:]
-        return dict(json.loads(out)) if "--json" in words else {}
+        return running.returncode, out, errors
 
 
 def setting(*overrides: str) -> list[str]:
@@ -249,8 +258,24 @@ def parquet(note: str, about: str) -> bytes:
 
 
 def test_no_secret_was_written_anywhere(shell: Shell) -> None:
-    """After all of it: logs, databases, artifacts, Parquet and models in the object store, Ray's session."""
-    secrets = {**CANARY, **json.loads((shell.home / "secrets/passwords.json").read_text())}
+    """After all of it, and a flow run: logs, databases, artifacts, Parquet and models on the store, Ray's session.
+    A password in a URL is one, too."""
+    shell.upvla("deploy", "--json")
+    flow = [sys.executable, "-m", "prefect", "deployment", "run", "mix/default", "--watch", "--watch-interval", "1"]
+    flow += ["--params", json.dumps({"config": "pretrain/ci", "overrides": [*JUDGED, MIXTURE]})]
+    known = {**shell.environment, **stack.environment(shell.config)}
+    done = subprocess.run(flow, env=known, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    shell.shown += done.stdout + done.stderr
+    login = {"login": "canary-7be1950c44d2af38"}
+    url = f"http://robot:{login['login']}@127.0.0.1:9"
+    for words in (
+        ("evaluate", f"{url}/model"),
+        ("ingest", "--format", "calvin", "--source", f"{url}/set", "--dataset", "mine"),
+    ):
+        assert "http://127.0.0.1:9/" in shell.refused(*words)
+
+    secrets = {**CANARY, **login, **json.loads((shell.home / "secrets/passwords.json").read_text())}
     secrets |= {name: (shell.home / "secrets" / name).read_text() for name in ("ray_token", "policy_token")}
     (keys,) = json.loads((shell.home / "secrets/s3.json").read_text())["identities"][0]["credentials"]
     secrets["s3"] = keys["secretKey"]

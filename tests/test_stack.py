@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -350,6 +351,19 @@ def test_clients_are_sent_to_up_before_the_first_start(tmp_path: Path) -> None:
         stack.environment(small_stack(tmp_path))
 
 
+@contextlib.contextmanager
+def something_running(home: Path) -> Iterator[None]:
+    """A process that bears the mark of a home's stack."""
+    code = "import time; print('here', flush=True); time.sleep(600)"
+    marks = {"UPVLA_STACK": str(home), "UPVLA_PART": "s3"}
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **marks}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def test_ports_come_from_the_shell_then_the_running_stack_then_the_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,15 +372,43 @@ def test_ports_come_from_the_shell_then_the_running_stack_then_the_site(
     assert stack.load_site("local").ports == Ports()
     recorded = StackConfig(home=tmp_path, ports=Ports(s3=9333, mlflow=5001))
     recorded.record.write_text(recorded.model_dump_json())
-    assert stack.load_site("local") == recorded
-    monkeypatch.setenv("UPVLA_PORTS", "mlflow=5002,ray=7000")
-    assert stack.load_site("local").ports == Ports(s3=9333, mlflow=5002, ray=7000)
+    with something_running(tmp_path):
+        assert stack.load_site("local") == recorded
+        monkeypatch.setenv("UPVLA_PORTS", "mlflow=5002,ray=7000")
+        assert stack.load_site("local").ports == Ports(s3=9333, mlflow=5002, ray=7000)
     for wrong in ("mlflow=high", "mlfow=5002", "mlflow", "s3=30000"):
         monkeypatch.setenv("UPVLA_PORTS", wrong)
         with pytest.raises(ConfigError, match="UPVLA_PORTS"):
             stack.load_site("local")
     with pytest.raises(ConfigError, match="no site 'moon'"):
         stack.load_site("moon")
+
+
+def test_the_site_file_counts_again_once_nothing_runs_however_that_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that a power cut left listens on the LAN no more; one that is torn locks nobody out."""
+    monkeypatch.setenv("UPVLA_HOME", str(tmp_path))
+    monkeypatch.delenv("UPVLA_PORTS", raising=False)
+    was = StackConfig(home=tmp_path, host="10.0.0.5", ports=Ports(mlflow=5001))
+    was.record.write_text(was.model_dump_json())
+    assert stack.load_site("local").host == stack.load_site("local", starting=True).host == "127.0.0.1"
+    with something_running(tmp_path):
+        assert stack.load_site("local") == was
+        wanted = stack.load_site("local", starting=True)
+        assert (wanted.host, wanted.ports) == ("127.0.0.1", was.ports)
+        with pytest.raises(StackError, match=r"another host \(10\.0\.0\.5, asked for 127\.0\.0\.1\): run `upvla down`"):
+            stack.up(wanted)
+        was.record.write_text(was.model_dump_json()[:40])
+        torn = stack.load_site("local")
+        assert torn.host == "127.0.0.1"
+        with pytest.raises(StackError, match="the record is lost: run `upvla down`"):
+            stack.up(torn)
+        stack.down(torn)
+        assert processes.marked(tmp_path) == []
+    assert not was.record.exists()
+    stack.prepare(torn)
+    assert StackConfig.model_validate_json(torn.record.read_bytes()) == torn and not list(tmp_path.glob("*.new"))
 
 
 def _wait(happened: Callable[[], bool], timeout_s: float = 120.0) -> None:

@@ -137,7 +137,7 @@ class Topology:
         return ["nsenter", f"--target={first.pid}", "--pid", "--mount", "env", f"--chdir={ROOT}"]
 
     def deployment(self, name: str, **parameters: Any) -> None:
-        given = json.dumps({"site": "compose", **parameters})
+        given = json.dumps(parameters)
         self.run("-m", "prefect", "deployment", "run", name, "--params", given, "--watch", "--watch-interval", "1")
 
 

@@ -115,6 +115,13 @@ def export(store: Store, prefix: str, bundle: Bundle) -> Checkpoint:
     return found
 
 
+def registered_name(model: str) -> str:
+    """`NAME@VERSION` or `NAME@ALIAS` of what a person calls a registered model: so, or MLflow's models:/NAME@ALIAS and
+    models:/NAME/VERSION. Empty for what is a URL or a folder."""
+    name = model.removeprefix("models:/").replace("/", "@") if model.startswith("models:/") else model
+    return "" if "/" in name else name
+
+
 def read_marker(store: Store) -> Checkpoint:
     """The reference of the checkpoint that lies at `store`, from its marker alone."""
     marker = _marker(store)

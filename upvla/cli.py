@@ -8,12 +8,13 @@ import sys
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from upvla.cli_data import data_app, ingest
 from upvla.cli_eval import CalvinPath, LiberoPython, bar, evaluate, places_of
 from upvla.cli_model import model_app
 from upvla.console import Config, Json, Set, SiteName, open_line, show
-from upvla.errors import UpvlaError
+from upvla.errors import ConfigError, UpvlaError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,7 +92,7 @@ def up(site: SiteName = "local", as_json: Json = False) -> None:
     """Start the local stack (S3, MLflow, Prefect, Ray) and wait until it is healthy. Example: upvla up"""
     from upvla import stack
 
-    config = stack.load_site(site)
+    config = stack.load_site(site, starting=True)
     stack.up(config, progress=lambda text: print(text, file=sys.stderr))
     status(site, as_json)
 
@@ -140,7 +141,7 @@ def env(site: SiteName = "local", as_json: Json = False) -> None:
 def collect(
     env: Annotated[str, typer.Option(help="Another benchmark: calvin, or a suite such as metaworld-mt50.")] = "",
     expert: Annotated[str, typer.Option(help="Plug-in module:function for it; default: the suite's own.")] = "",
-    chains: Annotated[int, typer.Option(help="With --env: its first N chains, or starts a task.")] = 10,
+    chains: Annotated[int, typer.Option(min=1, help="With --env: its first N chains, or starts a task.")] = 10,
     out: Annotated[str, typer.Option(help="With --env: folder to write.")] = "recordings",
     calvin: CalvinPath = "",
     libero: LiberoPython = "",
@@ -178,11 +179,17 @@ def weights_import(
     as_json: Json = False,
 ) -> None:
     """Audit published weights and store them. Example: upvla weights import showo ./show-o --to ~/weights/showo"""
-    from upvla.config import assignments
+    from upvla.config import assignments, explained
     from upvla.launch.weights import import_weights
+    from upvla.model.config import ModelConfig
     from upvla.model.config import preset as model_preset
 
-    result = import_weights(kind, path, to, model_preset(preset, **assignments(set_ or [])))
+    changes = assignments(set_ or [])
+    try:
+        size = model_preset(preset, **changes)
+    except ValidationError as error:
+        raise ConfigError(explained(error, ModelConfig, "--set")) from error
+    result = import_weights(kind, path, to, size)
     if as_json:
         show(result, as_json)
         return
@@ -198,7 +205,9 @@ def mix(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = 
 
 @app.command()
 def train(config: Config = "pretrain/full", site: SiteName = "local", set_: Set = None, as_json: Json = False) -> None:
-    """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100"""
+    """Train tokenizers and both stages, resuming what was begun. Example: upvla train --set stage2.steps=100
+
+    It takes no trainer's slot: on a shared cluster run a deployment, which waits for its turn."""
     show(open_line(config, site, set_).train_all(), as_json)
 
 

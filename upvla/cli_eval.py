@@ -41,21 +41,23 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint URL, a registered name such as upvla-tiny@champion, or with --suite: random, "
-            "still, expert, replay."
+            help="A checkpoint URL, a registered model (NAME@ALIAS, NAME@VERSION, models:/NAME@ALIAS), or with "
+            "--suite: random, still, expert, replay."
         ),
     ] = "",
     policy_url: Annotated[str, typer.Option(help="Instead of a model: ws://HOST:PORT of `upvla serve`.")] = "",
     suite: Annotated[str, typer.Option(help="A benchmark, e.g. playtable-d, calvin-d, libero-object.")] = "",
-    chains: Annotated[int, typer.Option(help="Its first N chains; of single tasks, starts a task.")] = 10,
-    workers: Annotated[int, typer.Option(help="Processes; more than one run on Ray, under a watchdog.")] = 1,
-    lanes: Annotated[int | None, typer.Option(help="Worlds side by side in a process; default: the site's.")] = None,
+    chains: Annotated[int, typer.Option(min=1, help="Its first N chains; of single tasks, starts a task.")] = 10,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; more than one run on Ray, under a watchdog.")] = 1,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="Worlds side by side in a process; default: the site's.")
+    ] = None,
     one_model: Annotated[bool, typer.Option(help="One process holds the policy, all others ask it.")] = False,
-    replan: Annotated[int, typer.Option(help="Actions of a chunk that are executed before the next one.")] = 10,
+    replan: Annotated[int, typer.Option(min=1, help="Actions of a chunk that are executed before the next one.")] = 10,
     ensemble: Annotated[bool, typer.Option(help="Average all chunks that speak about a step.")] = False,
     references: Annotated[bool, typer.Option(help="Also the rows of random, still and the suite's expert.")] = True,
     compare: Annotated[Path | None, typer.Option(help="Result of an earlier --json to compare with.")] = None,
-    videos: Annotated[int, typer.Option(help="Chains that are filmed, spread evenly over the list.")] = 0,
+    videos: Annotated[int, typer.Option(min=0, help="Chains that are filmed, spread evenly over the list.")] = 0,
     out: Annotated[str, typer.Option(help="Folder for the videos.")] = "rollouts",
     dataset: Annotated[str, typer.Option(help="replay: NAME@VERSION whose segments are played.")] = "",
     calvin: CalvinPath = "",
@@ -141,19 +143,19 @@ def _running_tracker(site: str) -> Any:
 
 def _resolved(model: str, line: Callable[[], Any]) -> tuple[str, Mapping[str, str]]:
     """(what `load_policy` knows, what the registry says of it)."""
+    from upvla.checkpoint import registered_name
     from upvla.rollout.benchmarks import BUILT_IN
 
-    if model in BUILT_IN or "/" in model:
+    name = registered_name(model)
+    if model in BUILT_IN or not name:
         return model, {}
-    version = line().version(model)
+    version = line().version(name)
     return version.checkpoint.url, {"name": version.checkpoint.model_id, "stats_id": version.tags.get("stats_id", "")}
 
 
 def _control(replan: int, ensemble: bool) -> Any:
     from upvla.rollout.evaluate import Control
 
-    if replan < 1:
-        raise ConfigError(f"--replan {replan}: at least one action of a chunk is executed")
     return Control(replan=replan, execution="ensemble" if ensemble else "chunk")
 
 

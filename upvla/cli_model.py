@@ -35,6 +35,8 @@ def finetune(
     """Fine-tune the champion on the newest data, keeping its statistics; prints the checkpoint's URL and the drift.
 
     Example: upvla finetune --set stage.steps=500
+
+    It takes no trainer's slot: on a shared cluster run the deployment `finetune/nightly`, which waits for its turn.
     """
     line = _finetuning(config, site, set_)
     champion = line.champion()
@@ -128,10 +130,10 @@ def predict(
         if not equals or not Path(path).is_file():
             raise ConfigError(f"--image {pair!r}: write it as CAMERA=FILE, with a file that exists")
         frames[camera] = decode_image(Path(path).read_bytes())
+    numbers = _numbers(state)
     policy = proven(load_bundle(url := _url(model, site)), url)
     policy.reset(instruction)
-    numbers = np.array([float(number) for number in state.split(",")], np.float32)
-    actions = policy.act(Observation(frames, numbers)).actions
+    actions = policy.act(Observation(frames, np.array(numbers, np.float32))).actions
     if as_json:
         dims = [dim.name for dim in policy.action_space.dims]
         print(json.dumps({"dims": dims, "dt_s": policy.action_space.dt_s, "actions": actions.tolist()}))
@@ -145,10 +147,12 @@ def predict(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback put TLS in front.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8600,
-    threads: Annotated[int, typer.Option(help="Of one prediction; with 1 it sums as an evaluation does.")] = 1,
-    reload_every_s: Annotated[float, typer.Option(help="How often the registry is asked for a newer model.")] = 5.0,
-    deadline_ms: Annotated[float, typer.Option(help="The longest that an answer may take.")] = 2000.0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8600,
+    threads: Annotated[int, typer.Option(min=1, help="Of one prediction; with 1 it sums as an evaluation does.")] = 1,
+    reload_every_s: Annotated[
+        float, typer.Option(min=0.1, help="How often the registry is asked for a newer model.")
+    ] = 5.0,
+    deadline_ms: Annotated[float, typer.Option(min=1, help="The longest that an answer may take.")] = 2000.0,
     site: SiteName = "local",
 ) -> None:
     """Let robots call a policy by WebSocket or HTTP, with a token. Example: upvla serve models:/upvla-tiny@champion"""
@@ -184,6 +188,13 @@ def deploy(site: SiteName = "local", as_json: Json = False) -> None:
     show({"deployed": done.stdout.strip(), "seconds": round(time.monotonic() - began, 1)}, as_json)
 
 
+def _numbers(state: str) -> list[float]:
+    try:
+        return [float(number) for number in state.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--state {state!r}: {error}; write numbers with commas between them") from error
+
+
 def _url(model: str, site: str) -> str:
     """Of a checkpoint, or of the registered model of that name."""
     found = _newest(model, site)()
@@ -192,8 +203,10 @@ def _url(model: str, site: str) -> str:
 
 def _newest(model: str, site: str) -> Any:
     """A function of what is meant: a URL, or what the registry says of `name@alias` whenever it is called."""
-    name = model.removeprefix("models:/").replace("/", "@") if model.startswith("models:/") else model
-    if "/" in name and not name.startswith("s3://"):
-        return lambda: name
+    from upvla.checkpoint import registered_name
+
+    name = registered_name(model)
+    if not name and not model.startswith("s3://"):
+        return lambda: model
     line = open_line("pretrain/full", site, None)
-    return (lambda: name) if "/" in name else (lambda: line.version(name))
+    return (lambda: line.version(name)) if name else (lambda: model)

@@ -141,7 +141,11 @@ def assignments(overrides: Sequence[str], values: dict[str, Any] | None = None) 
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: write it as key.path=value")
-        _assign(values, key.strip().split("."), yaml.safe_load(text))
+        try:
+            _assign(values, key.strip().split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({said}); quote it") from error
     return values
 
 

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from upvla.store import Store, open_store
 
 Config = Annotated[str, typer.Option(help="Run configuration under configs/, without .yaml.")]
-SiteName = Annotated[str, typer.Option("--site", help="Site file under configs/site/: where things are.")]
+SiteName = Annotated[
+    str, typer.Option("--site", envvar="UPVLA_SITE", help="Site file under configs/site/: where things are.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. --set stage1.steps=10 (repeatable).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

@@ -25,7 +25,7 @@ def run_demo(size: str, site: str) -> dict[str, Any]:
     if size not in CONFIGS:
         raise ConfigError(f"no demo size {size!r}; choose one of {', '.join(CONFIGS)}")
     began = time.monotonic()
-    servers = stack.load_site(site)
+    servers = stack.load_site(site, starting=True)
     stack.up(servers, progress=_say)
     os.environ.update(stack.environment(servers))
     up_seconds = time.monotonic() - began

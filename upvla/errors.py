@@ -5,16 +5,35 @@ Every message says what happened, where, and the next move.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_LOGIN = re.compile(r'(?<=://)[^/?#\s"]*@')
+
+
+def shown(text: str) -> str:
+    """A URL, or a text with URLs in it, without the user and password that they may hold: for whatever is kept."""
+    return _LOGIN.sub("", text)
+
+
+def cause(error: Exception, url: str) -> Exception | None:
+    """What to raise from: `error`, unless `url`, which it is about, holds a password: a traceback would show it."""
+    return error if shown(url) == url else None
+
 
 class UpvlaError(Exception):
-    """Base of every error that upvla raises on purpose; `code` is stable and machine-readable."""
+    """Base of every error that upvla raises on purpose; `code` is stable and machine-readable.
+
+    Messages end up in logs, flow runs and on the store, so no URL in one keeps its password.
+    """
 
     code = "error"
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(shown(each) if isinstance(each, str) else each for each in said))
 
 
 class ConfigError(UpvlaError):
@@ -30,7 +49,7 @@ class BadEpisode(UpvlaError):
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, shown(detail)
 
     def __reduce__(self) -> tuple[type[BadEpisode], tuple[str, str]]:
         return (BadEpisode, (self.reason, self.detail))

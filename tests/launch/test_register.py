@@ -84,6 +84,29 @@ def test_first_champion_then_challenger_then_back(tmp_path: Path) -> None:
         promote(line.store, registry, line.model_name, "2", expected="2", because="late")
 
 
+def test_a_version_is_tagged_with_the_configuration_that_trained_it_whoever_registers_it(tmp_path: Path) -> None:
+    """`upvla finetune --set stage.steps=5`, later `upvla promote` with neither that nor that code."""
+    site = open_site(tmp_path)
+    trained_by, registered_by = (
+        Finetuning(site, load("finetune/ci", FinetuneConfig, ["model_name=m", *more]))
+        for more in (["stage.steps=5"], [])
+    )
+    trained_by.logbook.tracker.client.create_experiment("t", artifact_location=f"{tmp_path}/artifacts")
+    spec = trained_by.logbook.of_training({})
+    assert spec is not None
+    told = {"config": spec.tags["config"], "git_commit": "0123abcd"}
+    scored: dict[str, Any] = {"scores": {"m": {}}, "protocols": {"mine_d": "abc"}}
+    url = exported(trained_by, "one", make_bundle(), **told)
+    trained_by.logbook.log_checkpoint(url, trained_by.store)
+    made = registered_by.register({"url": url}, scored)
+    client = registered_by.logbook.tracker.client
+    version = client.get_model_version("m", made["version"])
+    (model,) = client.search_logged_models([registered_by.logbook.tracker.experiment_id()])
+    for tags in (version.tags, model.tags):
+        assert told.items() <= tags.items() and tags["config"] != fingerprint(registered_by.config)
+    assert f"Configuration `{told['config']}`, commit `0123abcd`" in version.description
+
+
 def test_scores_under_another_protocol_stand_beside_the_first_ones(tmp_path: Path) -> None:
     """Judged, logged and registered by one protocol, then by another that gives a subtask fewer steps."""
     site, found, versions = open_site(tmp_path, num_workers=1), [], []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,49 @@ def test_a_version_is_served_only_if_its_checkpoint_is_the_registered_one(tmp_pa
     other = ModelVersion("upvla-test", "4", "champion", Checkpoint(made.url, "another", 1, ""), {})
     with pytest.raises(Mismatch, match="registered as another"):
         loader(lambda: other)("")
+
+
+def test_a_version_that_cannot_be_loaded_is_tried_later_and_later_and_another_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, now, tried = open_store(str(tmp_path)), [0.0], list[str]()
+    good, bad, worse = (
+        ModelVersion("m", name, "champion", Checkpoint(f"{store.url}/{name}", name, 1, ""), {})
+        for name in ("good", "bad", "worse")
+    )
+
+    def opened(url: str, model_id: str, version: str) -> Any:
+        tried.append(model_id)
+        if model_id != "good":
+            raise Mismatch("its golden observation is answered otherwise")
+        return model_id
+
+    monkeypatch.setattr("upvla.launch.serve._opened", opened)
+    monkeypatch.setattr(
+        "upvla.launch.serve.read_marker", lambda place: SimpleNamespace(model_id=place.url.rpartition("/")[2])
+    )
+    monkeypatch.setattr("upvla.launch.serve.time", SimpleNamespace(monotonic=lambda: now[0]))
+    named = [good]
+    load = loader(lambda: named[0])
+    assert load("") == "good"
+
+    def watched(seconds: int) -> list[str]:
+        tried.clear()
+        for _ in range(0, seconds, 5):  # as the server asks
+            now[0] += 5
+            with suppress(Mismatch):
+                assert load("good") is None
+        return list(tried)
+
+    named[0] = bad
+    assert watched(600) == ["bad"] * 6  # after 5, 15, 35, 75, 155 and 315 s
+    assert watched(3600) == ["bad"] * 12, "every five minutes"
+    named[0] = worse
+    assert watched(10) == ["worse"]
+    named[0] = good
+    assert watched(10) == []
+    named[0] = bad
+    assert watched(10) == ["bad"], "somebody has put the alias there again"
 
 
 def test_a_token_is_made_once_and_belongs_to_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -580,13 +580,16 @@ def test_curves_have_names_that_stay_and_pictures_of_what_was_predicted_lie_besi
     tracker.client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     store, references = prepared
     stage = {"picture_every": 4, "ema_decay": 0.5}
-    tags = {"tags": {"datasets": "toy@1"}}
+    told = {"config": "0123456789abcdef", "git_commit": "0123abcd"}
+    tags = {"tags": {"datasets": "toy@1", **told}}
     spec = spec_of(store, references, name="pictured", weights={"pre": 1.0}, stage=stage, tracking=tracking | tags)
     result = run_stage(two_workers, spec)
     assert result["speed"]["checkpoint_stall_pct"] > 0 and 0 < result["speed"]["goodput_pct"] < 100
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
     assert set(run.data.metrics) == WATCHED
-    stats_id = content_hash(load_bundle(result["url"]).stats)
+    bundle = load_bundle(result["url"])
+    assert told.items() <= bundle.meta.items(), "whoever registers it later knows by what it was trained"
+    stats_id = content_hash(bundle.stats)
     assert (run.data.tags["datasets"], run.data.tags["stats_id"]) == ("toy@1", stats_id)
     found = tracker.artifacts(run.info.run_id, "predicted")
     assert [path for path in found if path.endswith(".png")] == [f"predicted/step-{step:08d}.png" for step in (4, 8)]

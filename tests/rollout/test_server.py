@@ -168,6 +168,14 @@ def test_http_answers_single_observations_in_bytes_and_in_json(counting: Running
     assert status == 200 and json.loads(reply)["actions"] == [[0.5] * 7] * 4
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "[1]", '{"a": 1}'])
+def test_an_id_that_no_reply_could_repeat_is_refused_and_counted_once(counting: Running, number: str) -> None:
+    body = f'{{"id": {number}, "instruction": "push", "arrays": {{}}}}'.encode()
+    status, reply = counting.call("POST", "/v1/act", body, Content_Type="application/json")
+    assert status == 400 and "`id` is a text" in json.loads(reply)["error"]["message"]
+    assert 'upvla_act_total{outcome="ok"}' not in counting.metrics()
+
+
 def test_sessions_that_wait_together_are_answered_together() -> None:
     policy = Counting(1.0, wait_s=0.15)
     with running(always(policy)) as found, contextlib.ExitStack() as stack:
@@ -233,6 +241,8 @@ def test_a_message_that_is_too_big_is_refused_unread(counting: Running) -> None:
         ({"instruction": "x" * 501}, "`instruction` is a text"),
         ({"instruction": 5}, "`instruction` is a text"),
         ({"begin": False}, "begins a subtask"),
+        ({"id": float("nan")}, "`id` is a text"),
+        ({"id": [1]}, "`id` is a text"),
         ({"deadline_ms": 1e9}, "deadline_ms"),
         ({"deadline_ms": True}, "deadline_ms"),
         ({"image_static": None}, "this model takes"),

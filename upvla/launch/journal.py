@@ -30,9 +30,9 @@ class Journal:
             from upvla.tracking import Tracker  # seconds of import that only one worker needs
 
             where = spec.tracking
-            params = spec.model_dump(mode="json", exclude={"tracking", "store_url", "scratch"})
+            about: dict[str, Any] = {"parent": where.parent, "params": spec.config, "tags": where.tags}
             self._run = Tracker(where.uri, where.experiment).start(
-                f"{spec.key}/{spec.stage.name}", spec.stage.name, parent=where.parent, params=params, tags=where.tags
+                f"{spec.key}/{spec.stage.name}", spec.stage.name, **about
             )
 
     def begin(self, start: int, meta: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-from upvla.checkpoint import load_bundle, read_facts, read_marker
+from upvla.checkpoint import load_bundle, read_facts, read_marker, registered_name
 from upvla.config import LineConfig, SiteConfig
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.launch import scores as scoring
@@ -174,8 +174,9 @@ class Line:
         return {f"{name} version {version}": self.logbook.tracker.version_page(name, version)}
 
     def checkpoint_url(self, model: str) -> str:
-        """URL of `name@alias`, `name@version` (as registered) or of a checkpoint URL, which is returned as it is."""
-        return model if "/" in model else self.version(model).checkpoint.url
+        """URL of a registered model, by any of its names, or of a checkpoint URL, which is returned as it is."""
+        name = registered_name(model)
+        return self.version(name).checkpoint.url if name else model
 
     def version(self, model: str) -> ModelVersion:
         """What the registry has under `name@alias` or `name@version`; a name alone is its champion."""

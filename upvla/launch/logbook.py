@@ -64,12 +64,15 @@ class Logbook:
         return f"pipeline/{fingerprint(self._config)}"
 
     def tags(self, meta: Mapping[str, Any]) -> dict[str, str]:
-        """Of a run, a model or a version: what it was learnt from, and by what."""
+        """Of a run, a model or a version: what it was learnt from, and by what.
+
+        A checkpoint's `meta` says which configuration and code trained it; who registers it may have others.
+        """
         return {
             "mixture": str(meta.get("train_plan", "")),
             "datasets": ", ".join(f"{n}@{d['version']}" for n, d in meta.get("datasets", {}).items()),
-            "config": fingerprint(self._config),
-            "git_commit": git_commit(),
+            "config": meta.get("config") or fingerprint(self._config),
+            "git_commit": meta.get("git_commit") or git_commit(),
         }
 
     # ------------------------------------------------------------------------------------------------- training

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.report import render_summary
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import ConfigError
-from upvla.launch.ingest import run_ingest
+from upvla.errors import ConfigError, UpvlaError, shown
+from upvla.launch.ingest import landed, run_ingest
 from upvla.launch.inputs import open_plan
 from upvla.launch.line import Line, Progress, Result
 from upvla.launch.steps import once
@@ -24,7 +27,7 @@ from upvla.model.vq import VQTokenizer
 from upvla.model.weights import fill
 from upvla.rollout.evaluate import as_metrics
 from upvla.sim.playtable.recorder import collect
-from upvla.store import open_store
+from upvla.store import content_hash, open_store
 from upvla.train.config import StageConfig
 from upvla.types import Estimate, MixtureSource
 
@@ -59,10 +62,13 @@ class Pretraining(Line):
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    def ingest(self, source_url: str) -> Result:
-        """Recordings -> a version of the dataset. What is new there becomes its next version; nothing new, no work."""
+    def ingest(self, source_url: str, held: Collection[str] = ()) -> Result:
+        """Recordings -> a version of the dataset. What is new there becomes its next version; nothing new, no work.
+
+        held: files whose recordings are left for another time.
+        """
         config = self.config.data.ingest
-        found = run_ingest(self.store, config, source_url, progress=self._counting("recordings"))
+        found = run_ingest(self.store, config, source_url, progress=self._counting("recordings"), held=held)
         if self.site.tracking_url:
             self._log_report(f"{config.dataset}@{found['version']}", found["content_id"], found["report"])
         return {"dataset": config.dataset, **found}
@@ -77,16 +83,30 @@ class Pretraining(Line):
     def watch(self, source_url: str = "", settle_s: float = 60.0) -> Result:
         """`ingest` of what others put under a prefix, by default `inbox` of the site's raw recordings.
 
-        A prefix that was written to less than `settle_s` ago is left for the next time: its recordings may be halves.
+        A set that was written to less than `settle_s` ago is left for the next time, and named in `waiting` with its
+        last write: its recordings may be halves. One that cannot be read keeps no other out: its error comes last.
         """
-        url = source_url or str(self.site.raw_folder / "inbox")
-        written = open_store(url).modified()
-        about = {"source_url": url, "dataset": self.config.data.ingest.dataset}
-        if not written:
-            return {**about, "skipped": "nothing there yet"}
-        if (age_s := time.time() - max(written.values())) < settle_s:
-            return {**about, "skipped": f"still being written to, {age_s:.0f} s ago"}
-        return {**self.ingest(url), **about}
+        url, config = source_url or str(self.site.raw_folder / "inbox"), self.config.data.ingest
+        sets, waiting = landed(open_store(url), config, settle_s)
+        since = {
+            name or url: datetime.fromtimestamp(last, UTC).isoformat(" ", "seconds") for name, last in waiting.items()
+        }
+        about: Result = {"source_url": url, "dataset": config.dataset} | ({"waiting": since} if since else {})
+        if not sets:
+            return {**about, "skipped": "still being written to" if since else "nothing there yet"}
+        found: list[Result] = []
+        failed: list[UpvlaError] = []
+        for name, written in sets.items():
+            place = f"{url}/{name}" if name else url
+            key = {"source": place, "written": content_hash(written), "ingest": config.model_dump(mode="json")}
+            work = partial(self.ingest, place, waiting)
+            try:
+                found.append(once(self.store, "watch", key, work) if name else work())
+            except UpvlaError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return {**max(found, key=lambda result: int(result["version"])), **about}
 
     def train_text(self, plan: Result) -> Result:
         """Byte-level BPE on the instructions, their paraphrases and the questions of the training split, or the one
@@ -208,7 +228,7 @@ class Pretraining(Line):
         }
         self.store.write_json(self.report_key, report)
         ours = {name: Estimate(**score) for name, score in scored[self.model_name].items()}
-        with self.logbook.pipeline(params=self.config.model_dump(mode="json")) as run:
+        with self.logbook.pipeline(params=json.loads(shown(self.config.model_dump_json()))) as run:
             run.log(as_metrics(ours), 0)
             run.record(report, "report.json")
         return report

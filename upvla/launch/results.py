@@ -57,6 +57,8 @@ def finish(
             name: {"version": dataset.manifest.version, "content_id": dataset.manifest.content_id}
             for name, dataset in inputs.train.datasets.items()
         }
+        by = {} if spec.tracking is None else spec.tracking.tags
+        meta |= {name: by[name] for name in ("config", "git_commit") if name in by}
         bundle = inputs.bundle(model, meta)
         images, told = inputs.observations(_GOLDEN)
         golden = record(bundle, images, told) if told else None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ Newest = Callable[[], ModelVersion | str]
 """What is to be served now: a version of the registry (asked again and again), or the URL of a checkpoint."""
 
 _WARM_PX, _WARM_STATE = 200, 15
+_AGAIN_S, _AT_MOST_S = 10.0, 300.0  # between two attempts to load one model
 
 
 def loader(newest: Newest) -> Load:
-    """Loads what `newest` names, whenever that has changed; every hash is checked before anything is parsed."""
+    """Loads what `newest` names, whenever that has changed; every hash is checked before anything is parsed.
+
+    A model that could not be loaded is tried again later and later, since reading it costs what serving has; another
+    one is tried at once.
+    """
+    failed, pause_s, due = "", 0.0, 0.0
 
     def load(known: str) -> Served | None:
+        nonlocal failed, pause_s, due
         found = newest()
         url, version = (found, "") if isinstance(found, str) else (found.checkpoint.url, found.version)
         model_id = read_marker(open_store(url)).model_id
@@ -43,17 +51,28 @@ def loader(newest: Newest) -> Load:
             raise Mismatch(
                 f"{url} holds model {model_id}, version {version} was registered as {found.checkpoint.model_id}"
             )
-        if model_id == known:
+        if model_id != failed:
+            failed, pause_s, due = "", _AGAIN_S, 0.0
+        if model_id == known or time.monotonic() < due:
             return None
-        bundle = load_bundle(url)
-        cameras = bundle.config.cameras
-        policy = proven(bundle, model_id)
-        blank = {camera: np.zeros((_WARM_PX, _WARM_PX, 3), np.uint8) for camera in cameras}
-        policy.reset("warm up")  # the first prediction builds what later ones reuse
-        policy.act(Observation(blank, np.zeros(_WARM_STATE, np.float32)))
-        return Served(policy, model_id, version, cameras, content_hash(bundle.stats))
+        try:
+            return _opened(url, model_id, version)
+        except Exception:
+            failed, due = model_id, time.monotonic() + pause_s
+            pause_s = min(2 * pause_s, _AT_MOST_S)
+            raise
 
     return load
+
+
+def _opened(url: str, model_id: str, version: str) -> Served:
+    bundle = load_bundle(url)
+    cameras = bundle.config.cameras
+    policy = proven(bundle, model_id)
+    blank = {camera: np.zeros((_WARM_PX, _WARM_PX, 3), np.uint8) for camera in cameras}
+    policy.reset("warm up")  # the first prediction builds what later ones reuse
+    policy.act(Observation(blank, np.zeros(_WARM_STATE, np.float32)))
+    return Served(policy, model_id, version, cameras, content_hash(bundle.stats))
 
 
 def serve(newest: Newest, config: ServerConfig, token: str, say: Callable[[str], None], threads: int = 1) -> None:

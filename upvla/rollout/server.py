@@ -20,6 +20,7 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -107,14 +108,14 @@ class PolicyServer:
         try:
             header, arrays = _from_json(body) if as_json else wire.unpack(body, self.config.max_bytes)
             about, prediction = await self._predict(session, {**header, "begin": True}, arrays)
+            if as_json:
+                return JSONResponse({**about, "actions": prediction.actions.tolist()})
+            return Response(wire.pack(about, {"actions": prediction.actions}), media_type="application/octet-stream")
         except Exception as error:
             said = self._refusal(error)
             return JSONResponse({"error": said}, _STATUS.get(said["code"], 500))
         finally:
             self._release(session)
-        if as_json:
-            return JSONResponse({**about, "actions": prediction.actions.tolist()})
-        return Response(wire.pack(about, {"actions": prediction.actions}), media_type="application/octet-stream")
 
     async def _converse(self, socket: WebSocket) -> None:
         if self._sessions >= self.config.max_sessions:
@@ -139,7 +140,7 @@ class PolicyServer:
         number: Any = None
         try:
             header, arrays = wire.unpack(message, self.config.max_bytes)
-            number = header.get("id")
+            number = _id_of(header)
             about, prediction = await self._predict(session, header, arrays)
         except Exception as error:
             return wire.pack({"id": number, "error": self._refusal(error)}, {})
@@ -154,6 +155,7 @@ class PolicyServer:
         self, session: Session, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, Any], Prediction]:
         """(what the reply says, the chunk). Raises `Mismatch` for what cannot be answered, `NoAnswer` for too late."""
+        number = _id_of(header)
         if header.get("begin") is True:
             session.served, session.memory, session.begun = self.served, {}, True
         elif not session.begun:
@@ -172,7 +174,7 @@ class PolicyServer:
             raise NoAnswer("deadline", f"it took {1000 * (ended - request.came):.0f} ms, {budget:g} were allowed")
         self._metrics.outcome.labels("ok").inc()
         return {
-            "id": header.get("id"),
+            "id": number,
             "model_id": session.served.model_id,
             "queue_ms": round(1000 * (request.taken - request.came), 3),
             "predict_ms": round(1000 * (ended - request.taken), 3),
@@ -308,6 +310,14 @@ def _from_json(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"act: the body is not the JSON of docs/operations.md: {type(error).__name__}: {error}"
         ) from error
     return wire.unpack(len(header).to_bytes(4, "little") + header + raw)
+
+
+def _id_of(header: Mapping[str, Any]) -> str | float | None:
+    """What the reply repeats, so it must be JSON: NaN, which Python reads, is not."""
+    number = header.get("id")
+    if isinstance(number, str) or number is None or (isinstance(number, int | float) and math.isfinite(number)):
+        return number
+    raise Mismatch("act: `id` is a text, a finite number or null")
 
 
 def _checked(

@@ -28,6 +28,7 @@ from upvla.stack.servers import (
     load_site,
     parts,
     ray_dir,
+    recorded,
     server_environment,
 )
 
@@ -141,8 +142,8 @@ def prepare(config: StackConfig) -> None:
             f"only {free_mb} MB are free under {home}, the stack needs {config.min_free_mb}: "
             "free some, or set UPVLA_HOME to a folder on another disk"
         )
-    if processes.marked(home) and _recorded(config) != config:
-        raise StackError(f"the stack in {home} runs with another configuration: run `upvla down` first")
+    if processes.marked(home) and (running := recorded(config)) != config:
+        raise StackError(f"the stack in {home} runs with another {_differing(running, config)}: run `upvla down` first")
     for folder in ("logs", "ray", "s3", "mlflow", "prefect", "secrets"):
         (home / folder).mkdir(exist_ok=True, mode=0o700)
     keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
@@ -165,7 +166,17 @@ def prepare(config: StackConfig) -> None:
             link.symlink_to(home / "ray")
         if not link.is_symlink() or link.readlink() != home / "ray":
             raise StackError(f"{link} is not our link to {home}/ray: remove it, or set UPVLA_HOME to a shorter path")
-    config.record.write_text(config.model_dump_json(indent=2))
+    draft = config.record.with_suffix(".new")
+    draft.write_text(config.model_dump_json(indent=2))
+    draft.replace(config.record)
+
+
+def _differing(running: StackConfig | None, wanted: StackConfig) -> str:
+    """`host (127.0.0.1, asked for 10.0.0.5)` of every setting."""
+    if running is None:
+        return "configuration, of which the record is lost"
+    names = [name for name in StackConfig.model_fields if getattr(running, name) != getattr(wanted, name)]
+    return ", ".join(f"{name} ({getattr(running, name)}, asked for {getattr(wanted, name)})" for name in names)
 
 
 def _forget(config: StackConfig) -> None:
@@ -175,13 +186,6 @@ def _forget(config: StackConfig) -> None:
         link.unlink()
 
 
-def _recorded(config: StackConfig) -> StackConfig | None:
-    try:
-        return StackConfig.model_validate_json(config.record.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300]
@@ -189,8 +193,13 @@ def _last_line(log: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(config: StackConfig, progress: Progress) -> Iterator[None]:
-    config.home.mkdir(parents=True, exist_ok=True)
-    with (config.home / "lock").open("w") as handle:
+    try:
+        config.home.mkdir(parents=True, exist_ok=True)
+        lock = (config.home / "lock").open("w")
+    except OSError as error:
+        reason = error.strerror or error
+        raise StackError(f"{config.home} cannot be used ({reason}): set UPVLA_HOME to a folder of yours") from error
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from upvla.config import SiteConfig
-from upvla.errors import StackError, UpvlaError
+from upvla.errors import StackError, UpvlaError, shown
 from upvla.stack import processes
-from upvla.stack.servers import StackConfig, basic_login, environment, parts
+from upvla.stack.servers import StackConfig, basic_login, environment, parts, recorded
 from upvla.store import open_store, supports_conditional_create
 
 State = Literal["ok", "warning", "broken"]
@@ -69,7 +69,7 @@ def examine(site: SiteConfig, config: StackConfig | None) -> list[Check]:
     checks = [*_packages(), _compiler(), _disk(site.home, config)]
     running = False
     if config is not None:
-        running = config.record.exists()
+        running = recorded(config) is not None
         checks += [*_ports(config), *_credentials(config)]
         if running:
             os.environ.update(environment(config))
@@ -189,7 +189,7 @@ def _answers(
     """`variable` holds its address, `proof` our right to ask. With a body it is a POST of JSON."""
     if not url:
         return Check(name, "broken", "no address", f"set {variable}, or the site file's field")
-    code = _status(url.rstrip("/") + path, login, body)
+    code, url = _status(url.rstrip("/") + path, login, body), shown(url)
     if code == 200:
         return Check(name, "ok", url)
     if code in (401, 403):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -50,6 +49,7 @@ class StackConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    site: str = Field(default="local", description="the site file that this comes from: flows that name none run there")
     home: Path = Field(default_factory=lambda: Path(os.environ.get("UPVLA_HOME") or ".upvla"), validate_default=True)
     ports: Ports = Ports()
     host: str = Field(default="127.0.0.1", description="the one address that servers listen on and clients call")
@@ -100,26 +100,48 @@ class Part(NamedTuple):
     owns_children: bool = True  # False: what it started outlives it, and is not stopped when it is restarted
 
 
-def load_site(site: str = "local") -> StackConfig:
-    """The `stack` section of `configs/site/<site>.yaml`; over it what a running stack was started with; over that
-    the ports in UPVLA_PORTS (`mlflow=5001,s3=9333`)."""
+def load_site(site: str = "local", *, starting: bool = False) -> StackConfig:
+    """The `stack` section of `configs/site/<site>.yaml`; over it, while anything runs, what that was started with; over
+    that the ports in UPVLA_PORTS (`mlflow=5001,s3=9333`).
+
+    starting: only its ports, and only where the section names none. What else differs is for `up` to refuse.
+    """
     root = os.environ.get("UPVLA_CONFIGS")
     path = (Path(root) if root else Path(__file__).parents[2] / "configs") / f"site/{site}.yaml"
+    source: str = f"`stack` of {path}"
+    kind: type[BaseModel] = StackConfig
     try:
         section = (yaml.safe_load(path.read_text()) or {}).get("stack")
         if section is None:
             raise ConfigError(f"{path} has no `stack` section: its servers run elsewhere and `upvla up` is not for it")
-        config = StackConfig.model_validate(section)
-        with contextlib.suppress(FileNotFoundError):
-            config = StackConfig.model_validate_json(config.record.read_bytes())
+        config = StackConfig.model_validate({**section, "site": site})
+        if (running := recorded(config)) is not None:
+            moved_to = config.ports if "ports" in section else running.ports
+            config = config.model_copy(update={"ports": moved_to}) if starting else running
         ports: dict[str, Any] = config.ports.model_dump()
         moved = filter(None, os.environ.get("UPVLA_PORTS", "").split(","))
         ports |= {name.strip(): number for name, _, number in (pair.partition("=") for pair in moved)}
+        source, kind = "UPVLA_PORTS", Ports
         return config.model_copy(update={"ports": Ports.model_validate(ports)})
     except FileNotFoundError as error:
         raise ConfigError(f"no site {site!r}: {path} does not exist") from error
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigError(f"the stack's configuration ({path}, UPVLA_PORTS) is wrong: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except ValidationError as error:
+        from upvla.config import explained  # late: seconds of imports, which starting servers does not need
+
+        raise ConfigError(explained(error, kind, source)) from error
+
+
+def recorded(config: StackConfig) -> StackConfig | None:
+    """What the processes of this home were started with. None where nothing runs, whatever a power cut left lying
+    there, and where the record cannot be read."""
+    if not config.record.exists() or not processes.marked(config.home):
+        return None
+    try:
+        return StackConfig.model_validate_json(config.record.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def environment(config: StackConfig) -> dict[str, str]:
@@ -127,11 +149,12 @@ def environment(config: StackConfig) -> dict[str, str]:
     home, ports, host = config.home, config.ports, config.host
     try:
         keys = json.loads((home / "secrets/s3.json").read_bytes())["identities"][0]["credentials"][0]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StackError(f"no stack was ever started in {home}: run `upvla up`, or set UPVLA_HOME") from error
     no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), host, "localhost")))
     return {
         **_client_passwords(config),
+        "UPVLA_SITE": config.site,
         "UPVLA_HOME": str(home),
         "UPVLA_STORE_URL": f"s3://{STORE_BUCKET}",
         "UPVLA_PAGES_URL": f"http://{host}:{ports.mlflow}",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upvla.errors import ConfigError, Corrupt, StoreError
+from upvla.errors import ConfigError, Corrupt, StoreError, shown
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
@@ -25,7 +25,7 @@ class Store(ABC):
         return (type(self), (self.url,))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r})"
+        return f"{type(self).__name__}({shown(self.url)!r})"
 
     @abstractmethod
     def read(self, key: str) -> bytes: ...

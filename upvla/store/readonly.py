@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upvla.errors import ConfigError, NotFound, StoreError
+from upvla.errors import ConfigError, NotFound, StoreError, cause
 from upvla.store.base import Store, checked, require_whole
 
 _VERSION = (
@@ -32,25 +32,25 @@ class FsspecStore(Store):
         try:
             return bytes(self._files.cat_file(f"{self._root}/{checked(key)}"))
         except FileNotFoundError as error:
-            raise NotFound(f"{self._url_of(key)} does not exist") from error
+            raise NotFound(f"{self._url_of(key)} does not exist") from cause(error, self.url)
         except OSError as error:
-            raise StoreError(f"{self._url_of(key)}: {error}") from error
+            raise StoreError(f"{self._url_of(key)}: {error}") from cause(error, self.url)
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
         path = f"{self._root}/{checked(key)}"
         try:
             parts = [bytes(self._files.cat_file(path, start, end)) for start, end in ranges]
         except FileNotFoundError as error:
-            raise NotFound(f"{self._url_of(key)} does not exist") from error
+            raise NotFound(f"{self._url_of(key)} does not exist") from cause(error, self.url)
         except OSError as error:
-            raise StoreError(f"{self._url_of(key)}: {error}") from error
+            raise StoreError(f"{self._url_of(key)}: {error}") from cause(error, self.url)
         return require_whole(parts, ranges, self._url_of(key))
 
     def size(self, key: str) -> int:
         try:
             return int(self._files.size(f"{self._root}/{checked(key)}"))
         except FileNotFoundError as error:
-            raise NotFound(f"{self._url_of(key)} does not exist") from error
+            raise NotFound(f"{self._url_of(key)} does not exist") from cause(error, self.url)
 
     def tokens(self, prefix: str = "", after: str = "") -> dict[str, str]:
         folder = prefix.rpartition("/")[0]

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import numpy as np
 from mlflow import MlflowClient
@@ -28,7 +28,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
-from upvla.errors import NotFound, StackError, UpvlaError
+from upvla.errors import NotFound, StackError, UpvlaError, cause, shown
 from upvla.types import Manifest
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is `--json`'s
-        self.uri = uri
+        self.uri, self.shown = uri, shown(uri)
         self.experiment = experiment
         self._pages_url = pages_url or uri
         self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -118,8 +118,7 @@ class Tracker:
 
     def _pages(self) -> str:
         """Root of the server's pages: its address, without the password that it may hold."""
-        parts = urlsplit(self._pages_url)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/") + "/#"
+        return shown(self._pages_url).rstrip("/") + "/#"
 
     def artifacts(self, run_id: str, folder: str) -> list[str]:
         """Paths of a run's artifacts in a folder."""
@@ -219,7 +218,7 @@ class Run:
         self._sender.join(timeout_s)
         if (points := self.unsent()) or self._pictures:
             unsent = len(points), len(self._pictures)
-            log.warning("MLflow at %s: %d metric points and %d pictures were never sent", self._tracker.uri, *unsent)
+            log.warning("MLflow at %s: %d metric points and %d pictures were never sent", self._tracker.shown, *unsent)
         self._quietly(lambda: self._client.set_terminated(self.run_id, status))
 
     def _send_forever(self) -> None:
@@ -244,7 +243,7 @@ class Run:
             self._warn_once(error)
             return False
         if self._warned:
-            log.warning("MLflow at %s is back; what was measured meanwhile has been sent", self._tracker.uri)
+            log.warning("MLflow at %s is back; what was measured meanwhile has been sent", self._tracker.shown)
         self._warned = False
         return True
 
@@ -313,11 +312,13 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def translated(uri: str) -> Iterator[None]:
+    """MLflow's errors in our words."""
     try:
         yield
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            raise NotFound(f"MLflow at {uri}: {error.message}") from error
-        raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from error
+            raise NotFound(f"MLflow at {uri}: {error.message}") from cause(error, uri)
+        raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from cause(error, uri)
     except RequestException as error:  # of artifacts, whose errors MLflow's client hands on as they come
-        raise StackError(f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)") from error
+        said = f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)"
+        raise StackError(said) from cause(error, uri)
