@@ -1,6 +1,6 @@
 """How near ingest comes to what encoding JPEGs costs anyway, and whether memory grows with the number of recordings.
 
-    python benchmarks/ingest.py [--recordings 60] [--rounds 8] [--json [FILE]]
+    python benchmarks/ingest.py [--recordings 180] [--rounds 8] [--json [FILE]]
 
 `ratio_from_arrays`: recordings from memory into a committed version, against encoding the frames only, in one thread.
 `ratio_from_npz`: CALVIN's compressed npz files, against inflating and encoding them only. Sides take turns in a round.
@@ -110,7 +110,7 @@ def memory_mb(recordings: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recordings", type=int, default=60)
+    parser.add_argument("--recordings", type=int, default=180)
     parser.add_argument("--rounds", type=int, default=8)
     options = parse(parser, has_table=False)
     episodes = [make_recording(number) for number in range(options.recordings)]

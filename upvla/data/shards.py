@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from upvla.data.objects import HashedFile, put_file, put_index, put_table, refs,
 from upvla.data.stats import Summary
 from upvla.errors import Mismatch
 from upvla.images import encode_jpeg
-from upvla.store import Store, content_hash
+from upvla.store import Store, canonical_json, text_hash
 from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
 Hashing = Literal["blake3", "blake2b"]
@@ -102,21 +103,21 @@ class Staged:
         )
 
 
-def episode_id(episode: Episode, encoded: Mapping[str, bytes], hashing: Hashing) -> str:
+def episode_id(episode: Episode, frames: Mapping[str, bytes], hashing: Hashing) -> str:
     """128 bits over everything that training can see: the same recording has one id wherever it comes from.
 
-    `encoded` has the frames of each camera, end to end."""
+    `frames` has the encoded ones of each camera, end to end."""
     spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
-    head = [episode.embodiment, episode.scene, _space_json(episode.action_space), episode.rate_hz, spans]
-    head += [[talk.step, talk.topic, talk.turns] for talk in episode.talks]
+    rest = [episode.rate_hz, spans, *([talk.step, talk.topic, talk.turns] for talk in episode.talks)]
+    first, last = canonical_json([episode.embodiment, episode.scene])[:-1], canonical_json(rest)[1:]
     digest: Any = blake3() if hashing == "blake3" else hashlib.blake2b(digest_size=_ID_BYTES)
-    digest.update(content_hash(head).encode())
+    digest.update(text_hash(f"{first},{_space_text(episode.action_space)},{last}").encode())  # of one list
     for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
-        digest.update(f"{name}{values.dtype}{values.shape}".encode())
+        digest.update(f"{name}{_named(values.dtype)}{values.shape}".encode())
         digest.update(np.ascontiguousarray(values).tobytes())
-    for camera, frames in sorted(episode.images.items()):
-        digest.update(f"{camera}{len(frames)}".encode())
-        digest.update(encoded[camera])
+    for camera, joined in sorted(frames.items()):
+        digest.update(f"{camera}{len(episode)}".encode())
+        digest.update(joined)
     return str(digest.digest()[:_ID_BYTES].hex())
 
 
@@ -137,20 +138,21 @@ def stage(
     rejected, asked = list[Rejection](), list[Question]()
     scenes = list[tuple[str, np.ndarray, str]]()
 
-    def accepted() -> Iterator[tuple[Episode, str]]:
+    def recordings() -> Iterator[_Recording]:
         for item in episodes:
             if isinstance(item, Rejection):
                 rejected.append(item)
                 continue
-            recording = _with_encoded_frames(item[0]), item[1]
+            episode, token = item
+            frames = {camera: _encoded(images) for camera, images in episode.images.items()}
             if encoded:
-                encoded(*recording)
-            yield recording
+                encoded(replace(episode, images=frames), token)
+            yield _Recording(replace(episode, images={}), token, {c: _Joined.of(each) for c, each in frames.items()})
 
     with _ShardWriter(root, layout, hashing) as writer:
-        for bunch in _bunches(accepted(), layout.max_row_group_bytes):
-            for episode, token in bunch:
-                identity = writer.add(episode, token)
+        for bunch in _bunches(recordings(), layout.max_row_group_bytes):
+            for recording in bunch:
+                episode, identity = recording.episode, writer.add(recording)
                 asked.extend(_asked(identity, talk) for talk in episode.talks)
                 if episode.scene_state is not None:
                     scenes.append((identity, episode.scene_state, episode.scene))
@@ -168,21 +170,41 @@ def stage(
     )
 
 
-def _with_encoded_frames(episode: Episode) -> Episode:
-    images = {
-        camera: [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
-        for camera, frames in episode.images.items()
-    }
-    return replace(episode, images=images)
+def _encoded(frames: np.ndarray | Sequence[bytes]) -> Sequence[bytes]:
+    return [encode_jpeg(frame) for frame in frames] if isinstance(frames, np.ndarray) else frames
 
 
-def _bunches(recordings: Iterable[tuple[Episode, str]], num_bytes: int) -> Iterator[list[tuple[Episode, str]]]:
+class _Joined(NamedTuple):
+    """One camera's frames end to end, and where each of them begins and the last ends."""
+
+    data: bytes
+    edges: np.ndarray  # i64[T+1]
+
+    @staticmethod
+    def of(frames: Sequence[bytes]) -> _Joined:
+        return _Joined(b"".join(frames), np.cumsum([0, *map(len, frames)]))
+
+
+class _Recording(NamedTuple):
+    """On its way into a shard; `episode` has no images any more."""
+
+    episode: Episode
+    token: str
+    frames: Mapping[str, _Joined]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its frames."""
+        return sum(len(joined.data) for joined in self.frames.values())
+
+
+def _bunches(recordings: Iterable[_Recording], num_bytes: int) -> Iterator[list[_Recording]]:
     """Neighbours whose frames have `num_bytes` together. Encoding a recording drives everything else out of the
     processor's caches, so what comes after it costs less for some at a time: 3 % of an ingest."""
-    bunch, held = list[tuple[Episode, str]](), 0
+    bunch, held = list[_Recording](), 0
     for recording in recordings:
         bunch.append(recording)
-        held += sum(len(frame) for frames in recording[0].images.values() for frame in frames)
+        held += recording.num_bytes
         if held >= num_bytes:
             yield bunch
             bunch, held = [], 0
@@ -208,7 +230,7 @@ class _ShardWriter:
         self._pending: list[pa.Table] = []
         self._pending_bytes = self._shard_bytes = self._row = 0
         self._index_rows: list[dict[str, Any]] = []
-        self._summaries: dict[str, dict[str, Summary]] = {}
+        self._summed: dict[str, dict[str, np.ndarray]] = {}
 
     def __enter__(self) -> _ShardWriter:
         return self
@@ -223,14 +245,13 @@ class _ShardWriter:
             self._finish_shard()
         return tuple(shard.result() for shard in self._shards), tuple(self._index)
 
-    def add(self, episode: Episode, token: str) -> str:
-        """The recording's id, once it is on its way into a shard."""
-        encoded = {camera: b"".join(cast("Sequence[bytes]", frames)) for camera, frames in episode.images.items()}
-        identity = episode_id(episode, encoded, self._hashing)
-        table = self._table(episode, encoded, identity)
-        size = sum(map(len, encoded.values()))
+    def add(self, recording: _Recording) -> str:
+        """Its id, once it is on its way into a shard."""
+        episode = recording.episode
+        identity = episode_id(episode, {c: joined.data for c, joined in recording.frames.items()}, self._hashing)
         numbers = _numbers(episode)
-        size += sum(values.nbytes for values in numbers.values())
+        table = self._table(episode, numbers, recording.frames, identity)
+        size = recording.num_bytes + sum(values.nbytes for values in numbers.values())
         if self._pending_bytes + size > self._layout.max_row_group_bytes:
             self._flush()
         pieces = -(-size // self._layout.max_row_group_bytes)
@@ -248,7 +269,7 @@ class _ShardWriter:
             {
                 "episode_id": bytes.fromhex(identity),
                 "source_key": episode.id,
-                "source_token": token,
+                "source_token": recording.token,
                 "source": episode.source,
                 "embodiment": episode.embodiment,
                 "scene": episode.scene,
@@ -259,7 +280,7 @@ class _ShardWriter:
                 "spans": [vars(span) for span in episode.spans],
             }
         )
-        self._summaries[identity] = {name: Summary.of(numbers[name]) for name in _FEATURES if name in numbers}
+        self._summed[identity] = {name: numbers[name] for name in _FEATURES if name in numbers}
         self._row += len(episode)
         if self._pending_bytes >= self._layout.row_group_bytes:
             self._flush()
@@ -267,15 +288,16 @@ class _ShardWriter:
             self._finish_shard()
         return identity
 
-    def _table(self, episode: Episode, encoded: Mapping[str, bytes], identity: str) -> pa.Table:
-        numbers, steps = _numbers(episode), len(episode)
-        columns = {name: int(values.shape[1]) for name, values in numbers.items()}
+    def _table(
+        self, episode: Episode, numbers: Mapping[str, np.ndarray], frames: Mapping[str, _Joined], identity: str
+    ) -> pa.Table:
+        steps, columns = len(episode), {name: int(values.shape[1]) for name, values in numbers.items()}
         if self.action_space is None:
-            self.action_space, self.columns, self.cameras = episode.action_space, columns, tuple(episode.images)
+            self.action_space, self.columns, self.cameras = episode.action_space, columns, tuple(frames)
         self.action_space.require_equal(episode.action_space, ours="the dataset", theirs=episode.id)
-        if (columns, tuple(episode.images)) != (self.columns, self.cameras):
+        if (columns, tuple(frames)) != (self.columns, self.cameras):
             raise Mismatch(
-                f"{episode.id} has {columns} and cameras {list(episode.images)}, recordings before it had "
+                f"{episode.id} has {columns} and cameras {list(frames)}, recordings before it had "
                 f"{self.columns} and {list(self.cameras)}; import them as another dataset"
             )
         arrays: dict[str, pa.Array] = {
@@ -287,11 +309,13 @@ class _ShardWriter:
             flat = pa.array(np.ascontiguousarray(values).ravel())
             kind = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
             arrays[name] = pa.FixedSizeListArray.from_arrays(flat, type=kind)
-        for camera, frames in episode.images.items():
-            arrays[f"image_{camera}"] = _binary(cast("Sequence[bytes]", frames), encoded[camera])
+        for camera, joined in frames.items():
+            arrays[f"image_{camera}"] = _binary(joined)
         if self._schema is None:
             fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
-            self._schema = pa.schema(fields, {"action_space": _space_text(episode.action_space)})
+            self._schema = pa.schema(
+                fields, {"action_space": json.dumps(episode.action_space.to_json(), sort_keys=True)}
+            )
         return pa.Table.from_arrays(list(arrays.values()), schema=self._schema)
 
     def _flush(self) -> None:
@@ -312,8 +336,12 @@ class _ShardWriter:
         if self._shards:
             self._shards[-1].result()  # so that no more than two shards lie on this machine
         self._shards.append(self._sender.submit(self._send, self._file, self._row))
-        self._index.append(put_index(self._root, self._index_rows, self._summaries))
-        self._writer, self._index_rows, self._summaries, self._row, self._shard_bytes = None, [], {}, 0, 0
+        summaries = {
+            identity: {name: Summary.of(values) for name, values in features.items()}
+            for identity, features in self._summed.items()
+        }
+        self._index.append(put_index(self._root, self._index_rows, summaries))
+        self._writer, self._index_rows, self._summed, self._row, self._shard_bytes = None, [], {}, 0, 0
 
     def _send(self, file: HashedFile, rows: int) -> ShardRef:
         ref = put_file(self._root, "data", file.path, rows, file.sha256)
@@ -322,13 +350,11 @@ class _ShardWriter:
 
 
 @functools.lru_cache(maxsize=16)
-def _space_json(space: ActionSpace) -> dict[str, Any]:
-    return space.to_json()
-
-
-@functools.lru_cache(maxsize=16)
 def _space_text(space: ActionSpace) -> str:
-    return json.dumps(_space_json(space), sort_keys=True)
+    return canonical_json(space.to_json())
+
+
+_named = functools.lru_cache(str)  # numpy makes a dtype's name anew each time it is asked
 
 
 def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
@@ -353,12 +379,13 @@ def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _binary(values: Sequence[bytes], joined: bytes) -> pa.Array:
-    """`values` over the memory of `joined`, which is all of them end to end; copied if too much for one array."""
-    if len(joined) >= _ARRAY_BYTES:
-        return pa.array(list(values), pa.binary())
-    edges = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    return pa.BinaryArray.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(edges), pa.py_buffer(joined)])
+def _binary(joined: _Joined) -> pa.Array:
+    """Over the same memory; copied if it is too much for one array."""
+    data, edges = joined
+    if len(data) >= _ARRAY_BYTES:
+        return pa.array([data[start:end] for start, end in itertools.pairwise(edges.tolist())], pa.binary())
+    begins = pa.py_buffer(edges.astype(np.int32))
+    return pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, begins, pa.py_buffer(data)])
 
 
 def _numbers(episode: Episode) -> dict[str, np.ndarray]:

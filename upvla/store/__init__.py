@@ -20,12 +20,30 @@ from upvla.store.local import LocalStore
 from upvla.store.readonly import FsspecStore
 from upvla.store.s3 import S3Store
 
-__all__ = ["LocalStore", "S3Store", "Store", "content_hash", "open_store", "supports_conditional_create"]
+__all__ = [
+    "LocalStore",
+    "S3Store",
+    "Store",
+    "canonical_json",
+    "content_hash",
+    "open_store",
+    "supports_conditional_create",
+    "text_hash",
+]
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def content_hash(value: Any) -> str:
     """First 16 hex digits of the sha256 of `value` as canonical JSON: the identity of everything that has one."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text_hash(canonical_json(value))
+
+
+def text_hash(text: str) -> str:
+    """`content_hash` of the value that has this canonical JSON."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
