@@ -169,9 +169,9 @@ def test_a_flow_run_that_lost_its_process_does_not_block_the_next(running: Stack
     deployment = post(
         "/deployments/", name="full", flow_id=flow["id"], work_pool_name="local", entrypoint="none.py:none"
     )
-    runs = {name: post(f"/deployments/{deployment['id']}/create_flow_run", name=name) for name in ("lost", "alive")}
     worker = next(part["pid"] for part in stack.status(running) if part["name"] == "worker")
-    psutil.Process(worker).kill()
+    psutil.Process(worker).kill()  # before it can take one of them up
+    runs = {name: post(f"/deployments/{deployment['id']}/create_flow_run", name=name) for name in ("lost", "alive")}
     for run in runs.values():
         for state in ("PENDING", "RUNNING"):
             post(f"/flow_runs/{run['id']}/set_state", state={"type": state}, force=True)

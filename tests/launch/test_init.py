@@ -57,7 +57,7 @@ def test_recordings_keep_their_own_words_unless_the_mixture_says_otherwise(tmp_p
         plan = run.mix()
         mixture = open_plan(run.store, plan["train"])
         reader = SampleReader(mixture, chunk=4, cameras=["static"], resize=Resize(size=16))
-        told = {reader.read(mixture.sample_at(position), position).text for position in range(500)}
+        told = {reader.read(mixture.sample_at(position), position).text for position in range(2000)}
         return told, run.train_text(plan)["text_id"]
 
     own, plain = instructions([MIXTURE])

@@ -77,7 +77,10 @@ def test_an_owner_that_was_stopped_finds_out_that_it_was_followed(
     store = open_store(str(tmp_path))
     process = owner_process(store)
     far_away(monkeypatch)
-    psutil.Process(process.pid).suspend()
+    stopped = psutil.Process(process.pid)
+    stopped.suspend()
+    while stopped.status() != psutil.STATUS_STOPPED:  # it may be amid a write, which it ends first
+        time.sleep(0.01)
     try:
         with Lease(store, "training x", beat_s=0.1, dead_after_s=1.0) as ours:
             require_owner(store, ours.number, "training x")
