@@ -32,7 +32,7 @@ from upvla.images import encode_jpeg
 from upvla.store import open_store
 from upvla.types import Episode
 
-SIZES = (20, 80, 320)  # recordings that memory is looked at with
+SIZES = (20, 80, 320, 640)  # recordings that memory is looked at with
 
 
 class Spent(NamedTuple):
