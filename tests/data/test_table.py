@@ -13,7 +13,8 @@ import pytest
 
 from upvla.data import shards, versions
 from upvla.data.commit import commit, remove
-from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
+from upvla.data.identity import Hashing, episode_id
+from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.table import Dataset, load_manifest
 from upvla.data.versions import dataset_root
 from upvla.errors import Corrupt, Mismatch, NotFound
@@ -83,7 +84,7 @@ def test_an_id_stays_what_it_is(hashing: Hashing, identity: str) -> None:
         actions=np.full((2, 7), 0.5, np.float32),
         state=np.arange(30, dtype=np.float32).reshape(2, 15),
     )
-    assert shards.episode_id(episode, {"static": b"firstsecond"}, hashing) == identity
+    assert episode_id(episode, {"static": b"firstsecond"}, hashing) == identity
 
 
 def test_recordings_of_other_ids_do_not_come_in(store: Store) -> None:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from upvla.data.commit import DAMAGED, commit, require_conditional_create, require_same_import
+from upvla.data.identity import Hashing
 from upvla.data.pieces import Pieces
 from upvla.data.quality import UNEXPECTED, QualityLimits, check, unexpected
 from upvla.data.report import render_report
-from upvla.data.shards import Hashing, Layout, Rejection, Staged, stage
+from upvla.data.shards import Layout, Rejection, Staged, stage
 from upvla.data.sources import asked, open_source
 from upvla.data.table import Dataset
 from upvla.data.versions import dataset_root, hashing_of, newest_manifest, read_quarantine

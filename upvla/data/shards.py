@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import json
 import tempfile
@@ -11,26 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
 
+from upvla.data.identity import Hashing, episode_id, numbers_of
 from upvla.data.language import Question, questions
 from upvla.data.objects import HashedFile, put_file, put_index, put_table, refs, scratch
 from upvla.data.stats import Summary
 from upvla.errors import Mismatch
 from upvla.images import encode_jpeg
-from upvla.store import Store, canonical_json, text_hash
+from upvla.store import Store
 from upvla.types import ActionSpace, Episode, ShardRef, Talk
 
-Hashing = Literal["blake3", "blake2b"]
-"""What a dataset's recordings are identified by: `blake3` from format 3 of its manifest on, `blake2b` before."""
-
-_ID_BYTES = 16
 _FEATURES = ("action", "state")  # whose statistics are kept
 _ARRAY_BYTES = 1 << 31  # an Arrow array of binary values holds less
 
@@ -101,24 +95,6 @@ class Staged:
             cameras=tuple(value["cameras"]),
             hashing=value.get("hashing", "blake2b"),
         )
-
-
-def episode_id(episode: Episode, frames: Mapping[str, bytes], hashing: Hashing) -> str:
-    """128 bits over everything that training can see: the same recording has one id wherever it comes from.
-
-    `frames` has the encoded ones of each camera, end to end."""
-    spans = [[span.start, span.end, span.text, span.task] for span in episode.spans]
-    rest = [episode.rate_hz, spans, *([talk.step, talk.topic, talk.turns] for talk in episode.talks)]
-    first, last = canonical_json([episode.embodiment, episode.scene])[:-1], canonical_json(rest)[1:]
-    digest: Any = blake3() if hashing == "blake3" else hashlib.blake2b(digest_size=_ID_BYTES)
-    digest.update(text_hash(f"{first},{_space_text(episode.action_space)},{last}").encode())  # of one list
-    for name, values in {"timestamp": episode.timestamps, **_numbers(episode)}.items():
-        digest.update(f"{name}{_named(values.dtype)}{values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    for camera, joined in sorted(frames.items()):
-        digest.update(f"{camera}{len(episode)}".encode())
-        digest.update(joined)
-    return str(digest.digest()[:_ID_BYTES].hex())
 
 
 def stage(
@@ -249,7 +225,7 @@ class _ShardWriter:
         """Its id, once it is on its way into a shard."""
         episode = recording.episode
         identity = episode_id(episode, {c: joined.data for c, joined in recording.frames.items()}, self._hashing)
-        numbers = _numbers(episode)
+        numbers = numbers_of(episode)
         table = self._table(episode, numbers, recording.frames, identity)
         size = recording.num_bytes + sum(values.nbytes for values in numbers.values())
         if self._pending_bytes + size > self._layout.max_row_group_bytes:
@@ -349,14 +325,6 @@ class _ShardWriter:
         return ref
 
 
-@functools.lru_cache(maxsize=16)
-def _space_text(space: ActionSpace) -> str:
-    return canonical_json(space.to_json())
-
-
-_named = functools.lru_cache(str)  # numpy makes a dtype's name anew each time it is asked
-
-
 def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
     """Images plain and uncompressed (they are compressed), numbers byte-split and zstd, statistics only of scalars."""
     names = schema.names
@@ -386,14 +354,6 @@ def _binary(joined: _Joined) -> pa.Array:
         return pa.array([data[start:end] for start, end in itertools.pairwise(edges.tolist())], pa.binary())
     begins = pa.py_buffer(edges.astype(np.int32))
     return pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, begins, pa.py_buffer(data)])
-
-
-def _numbers(episode: Episode) -> dict[str, np.ndarray]:
-    """The columns of numbers that there are: Parquet has no lists of no width."""
-    found = {"action": episode.actions, "state": episode.state}
-    optional = {"absolute_action": episode.absolute_actions, "scene_state": episode.scene_state}
-    found |= {name: values for name, values in optional.items() if values is not None}
-    return {name: values for name, values in found.items() if values.shape[1]}
 
 
 def _asked(identity: str, talk: Talk) -> Question:

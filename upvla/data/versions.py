@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from upvla.data.identity import Hashing
 from upvla.data.objects import read_table, refs
-from upvla.data.shards import Hashing, Rejection
+from upvla.data.shards import Rejection
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, Mismatch, NotFound
 from upvla.store import Store
 from upvla.types import ActionSpace, Manifest, ShardRef
