@@ -88,6 +88,8 @@ def make_batch(config: ModelConfig, rows: int, questions: int) -> tuple[Batch, T
         future_codes=torch.zeros(rows, config.num_views, config.codes_per_view, dtype=torch.long),
         actions=torch.rand(rows, config.chunk, config.action_dims, generator=g),
         action_is_pad=torch.zeros(rows, config.chunk, dtype=torch.bool),
+        pre_mask=torch.ones(rows, dtype=torch.bool),
+        act_mask=torch.ones(rows, dtype=torch.bool),
         qa_images=torch.randint(0, 256, (questions, cameras, side, side, 3), generator=g).byte(),
         qa_ids=ids,
         qa_labels=labels,

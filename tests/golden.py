@@ -135,6 +135,8 @@ class Golden:
             future_codes=(t["pre_target_tokens"] - config.image_offset).view(shape),
             actions=t["actions"],
             action_is_pad=torch.zeros(t["actions"].shape[:2], dtype=torch.bool),
+            pre_mask=torch.ones(rows, dtype=torch.bool),
+            act_mask=torch.ones(rows, dtype=torch.bool),
             qa_images=t["mmu_clip_features"][:, None],
             qa_ids=t["mmu_text_ids"],
             qa_labels=t["mmu_text_labels"],

@@ -212,7 +212,8 @@ class Manifest:
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """`weight` is this source's share of all draws after normalisation."""
+    """`weight` is this source's share of all draws after normalisation. `only`: which one of a robot row's objectives
+    it is for; "" is both."""
 
     dataset: str
     version: int
@@ -223,6 +224,12 @@ class MixtureSource:
     where: Mapping[str, Any] = field(default_factory=dict)  # an `EpisodeFilter` as JSON
     cameras: Mapping[str, str] = field(default_factory=dict)  # the model's name -> this dataset's; "": no such view
     paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)  # task -> wordings of one request
+    only: Literal["", "prediction", "action"] = ""
+
+    @property
+    def name(self) -> str:
+        """For people, as dataset/what its rows are for."""
+        return f"{self.dataset}/{self.only or self.kind}"
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,7 @@ class Sample(NamedTuple):
     text: str  # robot: the instruction
     turns: tuple[tuple[str, str], ...]  # qa: (question, answer) rounds
     description: str = ""  # robot: what the model itself said of the scene before
+    only: str = ""  # robot: the one objective that it is for, "prediction" or "action"
 
 
 class Batch(NamedTuple):
@@ -280,6 +288,8 @@ class Batch(NamedTuple):
     future_codes: Any  # i64[R,V,N]
     actions: Any  # f32[R,C,A]
     action_is_pad: Any  # bool[R,C]
+    pre_mask: Any  # bool[R] whether the row's future frame counts
+    act_mask: Any  # bool[R] whether the row's actions count
     qa_images: Any  # u8[M,K,H,W,3]
     qa_ids: Any  # i64[M,L]
     qa_labels: Any  # i64[M,L] same positions as qa_ids, -100 where not supervised

@@ -20,7 +20,7 @@ from upvla.data.commit import commit
 from upvla.data.mixture import Mixture, MixtureConfig, make_plan, plan_from_json
 from upvla.data.objects import put_table
 from upvla.data.order import permutation
-from upvla.data.samples import SampleReader
+from upvla.data.samples import Collator, SampleReader
 from upvla.data.shards import Layout, stage
 from upvla.data.shares import chairman
 from upvla.data.table import Dataset, load_manifest
@@ -28,7 +28,7 @@ from upvla.data.versions import dataset_root
 from upvla.errors import ConfigError, Mismatch, NotFound
 from upvla.images import Resize
 from upvla.store import LocalStore, open_store
-from upvla.types import CALVIN_RELATIVE, MixturePlan, MixtureSource
+from upvla.types import CALVIN_RELATIVE, ActionSpace, MixturePlan, MixtureSource
 
 
 def config(*weights: float, global_batch: int = 16, seed: int = 0, **more: int) -> MixtureConfig:
@@ -310,6 +310,46 @@ def test_other_action_spaces_are_converted_or_named(tmp_path: Path) -> None:
     assert kinds == {0, 1}
     assert found.stats.features["action"].count == 8 * 12
     assert found.stats.stats_id not in {dataset.manifest.stats_id for dataset in datasets.values()}
+
+
+def test_recordings_of_another_action_space_may_be_for_prediction_alone(tmp_path: Path) -> None:
+    """Their actions are not read, change neither space nor statistics, and count for nothing."""
+    store = open_store(str(tmp_path))
+    put(store, range(4), fraction=0.0)
+    hand = ActionSpace("hand", CALVIN_RELATIVE.dims[:3], 30.0)
+    episodes = [make_episode(n) for n in range(4, 8)]
+    episodes = [replace(e, id=f"hand-{e.id}", action_space=hand, actions=e.actions[:, :3]) for e in episodes]
+    staged = stage(dataset_root(store, "hands"), [(episode, "token") for episode in episodes])
+    commit(store, "hands", [staged], validation_fraction=0.0, options=OPTIONS)
+    datasets = {name: Dataset(store, load_manifest(store, name)) for name in ("d", "hands")}
+
+    def of(**kinds: str) -> Mixture:
+        sources = [{"dataset": name, "kind": kind, "weight": 1} for name, kind in kinds.items()]
+        plan = MixtureConfig.model_validate({"global_batch": 4, "sources": sources}).plan(store)
+        return Mixture(plan_from_json(json.loads(json.dumps(asdict(plan)))), datasets)
+
+    with pytest.raises(Mismatch, match="hand"):
+        _ = of(d="robot", hands="robot").action_space
+    found = of(d="action", hands="prediction")
+    assert found.has_actions and found.action_space == CALVIN_RELATIVE
+    assert found.stats.stats_id == datasets["d"].manifest.stats_id
+    assert found.share(0, 8) == {"d/action": 0.5, "hands/prediction": 0.5}
+    reader = SampleReader(found, chunk=2, cameras=["static"], resize=Resize(size=16))
+    samples = [reader.read(found.sample_at(position), position) for position in range(8)]
+    batch = Collator(reader.shape, lambda text: [1], lambda turns: ([], []), 0)(samples)
+    assert batch.pre_mask.tolist() == [sample.only == "prediction" for sample in samples]
+    assert batch.act_mask.tolist() == (~batch.pre_mask).tolist() and 0 < batch.act_mask.sum() < 8
+    assert batch.actions.shape == (8, 2, 7) and not batch.actions[batch.pre_mask].any()
+    assert not of(hands="prediction").has_actions
+
+
+def test_a_source_for_both_objectives_and_one_for_one_of_them_have_their_own_plans(dataset: Dataset) -> None:
+    def plan_id(kind: str) -> str:
+        source = {"dataset": "table", "kind": kind, "weight": 1}
+        return MixtureConfig.model_validate({"global_batch": 4, "sources": [source]}).plan(dataset.store).plan_id
+
+    assert len({plan_id(kind) for kind in ("robot", "prediction", "action", "understanding")}) == 4
+    assert plan_id("understanding") == plan_id("qa")
 
 
 def test_an_empty_source_has_no_plan_and_a_small_one_is_repeated_in_its_share(dataset: Dataset) -> None:

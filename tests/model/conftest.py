@@ -66,6 +66,8 @@ def mini_batch(config: ModelConfig, rows: int = 5, questions: int = 3, seed: int
         future_codes=integers(0, config.vq.codebook_size, *codes),
         actions=torch.rand(rows, config.chunk, config.action_dims, generator=g) * 2 - 1,
         action_is_pad=integers(0, 3, rows, config.chunk) == 0,
+        pre_mask=torch.ones(rows, dtype=torch.bool),
+        act_mask=torch.ones(rows, dtype=torch.bool),
         qa_images=integers(0, 256, questions, cameras, side, side, 3).byte(),
         qa_ids=qa_ids,
         qa_labels=torch.where(supervised, qa_ids, -100),

@@ -68,6 +68,21 @@ def test_a_missing_kind_of_row_counts_nothing_and_still_runs_every_module(rows: 
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
+def test_rows_for_one_objective_count_for_that_one_alone(batch: Batch) -> None:
+    model = mini_model()
+    everything, rows = slice(None), len(batch.codes)
+    own = torch.arange(rows) < 2
+    masked = batch._replace(pre_mask=own, act_mask=~own)
+    found = model(masked)
+    assert model.counts(masked) == {name: float(term.count) for name, term in found.objectives.items()}
+    for name, part in (("pre", slice(0, 2)), ("act", slice(2, rows))):
+        alone = model(take(batch, part, everything))
+        torch.testing.assert_close(found.objectives[name], alone.objectives[name])
+        for watched, term in alone.watched.items():
+            if watched.startswith(name):
+                torch.testing.assert_close(found.watched[watched], term)
+
+
 def test_questions_without_a_supervised_token_count_nothing(batch: Batch) -> None:
     model = mini_model()
     losses = model(batch._replace(qa_labels=torch.full_like(batch.qa_labels, -100)))

@@ -74,6 +74,8 @@ def collate(positions: list[int]) -> Batch:
         future_codes=nothing,
         actions=np.stack([r["actions"] for r in rows]).reshape(-1, CHUNK, DIMS).astype(np.float32),
         action_is_pad=np.stack([r["pad"] for r in rows]),
+        pre_mask=np.ones(len(rows), np.bool_),
+        act_mask=np.ones(len(rows), np.bool_),
         qa_images=nothing,
         qa_ids=ids,
         qa_labels=np.stack([r["labels"] for r in rows]),

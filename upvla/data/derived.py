@@ -83,7 +83,7 @@ class CodeTable:
             raise Mismatch(f"tokenizer {self.tokenizer_id} encoded cameras {self.cameras}, not {camera!r}")
         row = self.dataset.episodes[episode]
         key, column = _sidecar(self.tokenizer_id, row.shard), f"codes_{camera}"
-        found = self._rows.take(key, {column: [row.row0 + step for step in steps]})
+        found = self._rows.take(key, {column: steps}, row.row0)
         return np.asarray(found[column], np.int64)
 
 

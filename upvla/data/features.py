@@ -73,7 +73,7 @@ class FeatureTable:
         """camera -> f32[P,D] at one step of one recording."""
         row = self.dataset.episodes[episode]
         columns = tuple(f"features_{camera}" for camera in cameras)
-        found = self._rows.take(_sidecar(self.tower_id, row.shard), {key: [row.row0 + step] for key in columns})
+        found = self._rows.take(_sidecar(self.tower_id, row.shard), dict.fromkeys(columns, (step,)), row.row0)
         return {
             camera: np.frombuffer(found[column][0], np.float16).astype(np.float32).reshape(self.shape)
             for camera, column in zip(cameras, columns, strict=True)

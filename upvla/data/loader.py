@@ -3,8 +3,9 @@ state.
 
 Global batch k is the positions [k * G, (k + 1) * G); rank r of W takes those with position % W == r. So the same global
 batches come in the same order for any world size, number of threads and micro-batch, and resuming needs one integer.
-Threads suffice because decoding and resizing release the interpreter lock; one more fetches row groups before the
-decoders need them, so that a store far away costs latency once.
+Threads suffice because decoding and resizing release the interpreter lock. One thread takes everything that a row needs
+out of the tables, in order and ahead of time, so that a store far away costs latency once and a row group is read once;
+the others decode.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from upvla.data.mixture import Mixture
-from upvla.data.samples import SampleReader
+from upvla.data.samples import Fetched, SampleReader
 from upvla.errors import ConfigError
 from upvla.images import use_one_thread
-from upvla.types import Sample, SampleRef
+from upvla.types import Sample
 
 _Batch = TypeVar("_Batch")
 
@@ -89,7 +90,7 @@ class Loader(Generic[_Batch]):
             self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="upvla-loader-fetch")
         while len(self._ahead) <= self._prefetch_steps:
             fetched = [self._fetcher.submit(self._fetch, p) for p in self.positions(self.step + len(self._ahead))]
-            self._ahead.append([self._decoders.submit(self._load, places) for places in fetched])
+            self._ahead.append([self._decoders.submit(self._load, rows) for rows in fetched])
         started = time.perf_counter()
         due = self._ahead.popleft()
         self.step += 1  # also where a sample cannot be read: who goes on goes on with the next step
@@ -118,14 +119,11 @@ class Loader(Generic[_Batch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fetch(self, positions: range) -> list[tuple[SampleRef, int]]:
-        places = [(self._mixture.sample_at(position), position) for position in positions]
-        for ref, _ in places:
-            self._reader.fetch(ref)
-        return places
+    def _fetch(self, positions: range) -> list[Fetched]:
+        return [self._reader.fetch(self._mixture.sample_at(position), position) for position in positions]
 
-    def _load(self, places: Future[list[tuple[SampleRef, int]]]) -> _Batch:
-        return self._collate(self._reader.read_rows(places.result(), self._memory.take))
+    def _load(self, fetched: Future[list[Fetched]]) -> _Batch:
+        return self._collate(self._reader.decode_rows(fetched.result(), self._memory.take))
 
     def _forget(self) -> None:
         for futures in self._ahead:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
@@ -30,13 +31,15 @@ from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
 _MAX_LANES = 64
 _GAP = 12  # times the mean distance of a row group's samples in the order: one in 160,000 is further from the next
-_LAG_STEPS = 7  # global batches of which a loader reads between fetching a sample, three ahead, and decoding it
 _SLACK = 4  # row groups, for a rank with few lanes that has larger ones than the mean
 
 
 class SourceConfig(BaseModel):
     """One source of a mixture: robot windows or questions of a dataset, by default of its newest version.
 
+    kind: what its rows are for: `robot` (the future frame and the actions, in one pass of the model), only one of these
+    (`prediction`: its actions are never read, so it may have another action space; `action`), or `understanding` (its
+    questions; `qa` is the same).
     weight: share of all draws after normalisation; left out, the source's own size decides (see `temperature`).
     version: a number or a tag; `dataset: name@version` is the same. where: which of its recordings. cameras: the
     model's camera -> this dataset's, where they are called differently; "" for a view that it lacks (shown black).
@@ -48,7 +51,7 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
-    kind: Literal["robot", "qa"]
+    kind: Literal["robot", "prediction", "action", "qa"]
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     version: int | str | None = None
     where: EpisodeFilter = EpisodeFilter()
@@ -59,6 +62,8 @@ class SourceConfig(BaseModel):
     @classmethod
     def _apart(cls, values: Any) -> Any:
         """`name@version` is taken apart, so that either way of writing it is the same configuration."""
+        if isinstance(values, dict) and values.get("kind") == "understanding":
+            values = values | {"kind": "qa"}
         if not isinstance(values, dict) or "@" not in str(values.get("dataset")):
             return values
         name, _, version = str(values["dataset"]).partition("@")
@@ -112,7 +117,8 @@ class MixtureConfig(BaseModel):
                 dataset=source.dataset,
                 version=manifest.version,
                 content_id=manifest.content_id,
-                kind=source.kind,
+                kind="qa" if source.kind == "qa" else "robot",
+                only=source.kind if source.kind in ("prediction", "action") else "",
                 weight=source.weight or 1.0,
                 split=split,
                 where=source.where.model_dump(mode="json", exclude_defaults=True),
@@ -148,9 +154,7 @@ def make_plan(
         raise ConfigError(f"lanes={lanes} do not divide a global batch of {global_batch}; choose a divisor of it")
     for source in sources:
         if not 0 < source.weight < math.inf:
-            raise ConfigError(
-                f"mixture source {source.dataset}/{source.kind}: weight {source.weight} is not positive and finite"
-            )
+            raise ConfigError(f"mixture source {source.name}: weight {source.weight} is not positive and finite")
     plan = MixturePlan(tuple(sources), seed, global_batch, lanes, spread, action_space)
     return replace(plan, plan_id=content_hash(_identity(plan)))
 
@@ -166,11 +170,12 @@ def plan_from_json(value: Mapping[str, Any]) -> MixturePlan:
 
 
 def _identity(plan: MixturePlan) -> dict[str, Any]:
-    """What the id is a hash of. Plans without paraphrases have the ids that they had before there were any."""
+    """What the id is a hash of. Plans that do not use what came later have the ids that they had before."""
     value = asdict(plan)
     for source in value["sources"]:
-        if not source["paraphrases"]:
-            del source["paraphrases"]
+        for since in ("paraphrases", "only"):
+            if not source[since]:
+                del source[since]
     return value
 
 
@@ -187,7 +192,7 @@ def _paraphrases(
             )
         found = worlds[found]
     spans = (span for episode in dataset.episodes for span in episode.spans)
-    if found and (source.kind != "robot" or not any(span.text in found.get(span.task, ()) for span in spans)):
+    if found and (source.kind == "qa" or not any(span.text in found.get(span.task, ()) for span in spans)):
         raise ConfigError(
             f"mixture source {source.dataset}/{source.kind} has no instruction that is one of its paraphrases: list a "
             "task's recorded sentence among them, or leave `paraphrases` out to train on the recordings' own words"
@@ -197,7 +202,7 @@ def _paraphrases(
 
 def open_mixture(store: Store, plan: MixturePlan, world_size: int = 1) -> Mixture:
     """With its datasets, each of which keeps in memory the row groups that one of `world_size` ranks has open, so that
-    they are read once an epoch. All ranks together keep 1.4 to 1.8 times the `pool_mb` that the plan was made for, if
+    they are read once an epoch. All ranks together keep 1.3 to 1.5 times the `pool_mb` that the plan was made for, if
     that has room for a row group a lane; more where few samples of a row group are drawn."""
     pinned = {source.dataset: source.version for source in plan.sources}
     mixture = Mixture(
@@ -250,14 +255,13 @@ class Mixture:
 
     def row_groups_open(self, dataset: str) -> float:
         """How many row groups of a dataset all lanes together go back to, at any place of the order: by lane `spread`,
-        those that are passed until the next sample of one comes and while the decoders are behind the fetcher, and half
-        of one, as lanes that leave row groups at the same time hold two."""
+        those that are passed until the next sample of one comes, and half of one, as lanes that leave row groups at the
+        same time hold two."""
         total = 0.0
-        for source, samples, share in zip(self.plan.sources, self._samples, self._shares, strict=True):
+        for source, samples in zip(self.plan.sources, self._samples, strict=True):
             if source.dataset == dataset:
                 per_group = len(samples) / samples.groups.num_groups
-                drawn = _LAG_STEPS * self.plan.global_batch * share / len(self._turns)
-                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5) + drawn / per_group
+                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5)
         return total
 
     @property
@@ -265,20 +269,25 @@ class Mixture:
         """Of every robot sample: the plan's, or what all sources share."""
         if self.plan.action_space is not None:
             return ActionSpace.from_json(self.plan.action_space)
-        robot = [source for source in self.plan.sources if source.kind == "robot"] or list(self.plan.sources)
-        first = self.datasets[robot[0].dataset].manifest
-        for source in robot[1:]:
+        acting = [self.plan.sources[number].dataset for number in self._acting or (0,)]
+        first, *others = [self.datasets[name].manifest for name in acting]
+        for other in others:
             first.action_space.require_equal(
-                self.datasets[source.dataset].manifest.action_space,
+                other.action_space,
                 ours=f"dataset {first.dataset}",
-                theirs=f"dataset {source.dataset} (declare the mixture's action_space to convert them)",
+                theirs=f"dataset {other.dataset} (declare the mixture's action_space to convert them)",
             )
         return first.action_space
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether there is a source whose actions count."""
+        return bool(self._acting)
 
     def action_map(self, source: int) -> ActionMap | None:
         """What turns this source's actions into the mixture's; None where they are the same."""
         dataset, target = self.datasets[self.plan.sources[source].dataset], self.action_space
-        if dataset.manifest.action_space == target or self.plan.sources[source].kind == "qa":
+        if dataset.manifest.action_space == target or source not in self._acting:
             return None
         found = ActionMap(dataset.manifest.action_space, target)
         if found.needs_pose:
@@ -290,19 +299,26 @@ class Mixture:
 
     @functools.cached_property
     def stats(self) -> Statistics:
-        """Over the training recordings of all robot sources, their actions converted; one dataset's are its own."""
-        robot = [i for i, source in enumerate(self.plan.sources) if source.kind == "robot"]
-        names = {self.plan.sources[i].dataset for i in robot} or {self.plan.sources[0].dataset}
-        plain = all(not self.plan.sources[i].where and self.action_map(i) is None for i in robot)
+        """Over the training recordings of all sources whose actions count, converted; one dataset's are its own."""
+        names = {self.plan.sources[i].dataset for i in self._acting or (0,)}
+        plain = all(not self.plan.sources[i].where and self.action_map(i) is None for i in self._acting)
         if plain and len(names) == 1:
             return self.datasets[names.pop()].stats
-        return Statistics.merged(summary for i in robot for summary in self._summaries(i))
+        return Statistics.merged(summary for i in self._acting for summary in self._summaries(i))
+
+    @functools.cached_property
+    def _acting(self) -> list[int]:
+        """The sources whose actions count. Where none has any, the first source says what they would be."""
+        sources = enumerate(self.plan.sources)
+        return [i for i, source in sources if source.kind == "robot" and source.only != "prediction"]
 
     def share(self, start: int, end: int) -> dict[str, float]:
-        """What fraction of the positions `[start, end)` each source, named dataset/kind, really has."""
+        """What fraction of the positions `[start, end)` each source, by name, really has."""
         counts = np.bincount([self.sample_at(p).source for p in range(start, end)], minlength=len(self.plan.sources))
-        names = [f"{source.dataset}/{source.kind}" for source in self.plan.sources]
-        return {name: float(count) / (end - start) for name, count in zip(names, counts, strict=True)}
+        found = Counter[str]()
+        for source, count in zip(self.plan.sources, counts.tolist(), strict=True):
+            found[source.name] += count
+        return {name: count / (end - start) for name, count in found.items()}
 
     def sample_at(self, position: int) -> SampleRef:
         draw, lane = divmod(position, self.plan.lanes)
@@ -380,7 +396,7 @@ class _Samples:
         return int(self._ends[-1])
 
     def at(self, source: int, number: int) -> SampleRef:
-        where = int(np.searchsorted(self._ends, number, side="right"))
+        where = int(self._ends.searchsorted(number, side="right"))
         _, row, which, _, end = self._pieces[where].tolist()
         step = end - int(self._ends[where]) + number
         robot = self._kind == "robot"

@@ -58,8 +58,9 @@ class RowGroupPool:
         """Hold no more than that from the next row group on."""
         self._limit = int(pool_mb * 2**20)
 
-    def take(self, key: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """{column: its rows} -> {column: numbers as an array over the rows, or binary values as a list of bytes}.
+    def take(self, key: str, wanted: Mapping[str, Sequence[int]], first: int = 0) -> dict[str, Any]:
+        """{column: its rows, counted from row `first`} -> {column: numbers as an array over the rows, or binary values
+        as a list of bytes}.
 
         The rows of a column may lie in any groups; a column without any comes along for others to find.
         """
@@ -69,25 +70,19 @@ class RowGroupPool:
         def values(name: str, group: int, rows: Sequence[int]) -> Any:
             if group not in parts:
                 parts[group] = self._group(key, group, columns)
-            return _values(parts[group][name], rows, starts[group])
+            return _values(parts[group][name], rows, starts[group] - first)
 
         found: dict[str, Any] = {}
         for name, rows in wanted.items():
             if not len(rows):
                 continue
-            group = bisect_right(starts, min(rows)) - 1
-            if group + 1 == len(starts) or max(rows) < starts[group + 1]:
-                found[name] = values(name, group, rows)
+            low, high = (bisect_right(starts, first + row) - 1 for row in (min(rows), max(rows)))
+            if low == high:
+                found[name] = values(name, low, rows)
             else:
-                pieces = [values(name, bisect_right(starts, row) - 1, (row,)) for row in rows]
+                pieces = [values(name, bisect_right(starts, first + row) - 1, (row,)) for row in rows]
                 found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
         return found
-
-    def load(self, key: str, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Have the row groups that `take` will want."""
-        starts, columns = self.group_starts(key), tuple(wanted)
-        for group in {bisect_right(starts, row) - 1 for rows in wanted.values() for row in rows}:
-            self._group(key, group, columns)
 
     def group_starts(self, key: str) -> Sequence[int]:
         """The first row of every row group of an object."""

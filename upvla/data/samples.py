@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from upvla.data.actions import ActionMap
 from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
 from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
+from upvla.data.table import Dataset
 from upvla.errors import BadEpisode, ConfigError, Corrupt
 from upvla.images import Resize, decode_image, resize
-from upvla.types import ActionSpace, Batch, MixtureSource, Sample, SampleRef, Span
+from upvla.types import ActionSpace, Batch, Sample, SampleRef, Span
 
 IGNORED = -100  # label of an unsupervised token
 
@@ -75,6 +77,28 @@ class Rows(list[Sample]):
     frames: np.ndarray | None = None
 
 
+class Fetched(NamedTuple):
+    """A sample out of the tables, whose frames are still encoded."""
+
+    ref: SampleRef
+    frames: Mapping[str, bytes]  # by the model's camera
+    sample: Sample
+
+
+class _Source(NamedTuple):
+    """What every sample of one source of the mixture has in common.
+
+    columns: of its dataset, all that any row needs. Rows name the same ones, so a row group is read once.
+    """
+
+    dataset: Dataset
+    columns: Mapping[str, Sequence[int]]
+    frames: Mapping[str, str]  # the model's camera -> the column
+    convert: ActionMap | None
+    paraphrases: Mapping[str, Sequence[str]]
+    only: str  # "prediction": actions are not read
+
+
 class SampleReader:
     """Reads and decodes samples; threads may share it.
 
@@ -102,28 +126,30 @@ class SampleReader:
         self.published_windows = published_windows
         self.action_space = mixture.action_space
         self._frame = (resize.size, resize.width or resize.size, 3)
-        self._maps = [mixture.action_map(number) for number in range(len(mixture.plan.sources))]
-        for source in mixture.plan.sources:
-            manifest, robot = mixture.datasets[source.dataset].manifest, source.kind == "robot"
-            wanted = {source.cameras.get(camera, camera) for camera in self.cameras} - {""}
-            missing = sorted((wanted | set(self.code_cameras if robot else ())) - set(manifest.cameras))
-            if missing:
-                raise ConfigError(
-                    f"dataset {manifest.dataset} has no camera {missing}; it has {manifest.cameras}: map them in the "
-                    "mixture source's cameras"
-                )
-            if self.codes and robot and manifest.dataset not in self.codes:
-                raise ConfigError(f"dataset {manifest.dataset} has no table of image codes; encode it first")
         if bool(self.codes) != bool(self.code_cameras):
             raise ConfigError("image codes need both their tables and the cameras to take (codes, code_cameras)")
-        self._stored = [
-            {camera: f"image_{found}" for camera in self.cameras if (found := source.cameras.get(camera, camera))}
-            for source in mixture.plan.sources
-        ]
-        self._columns: dict[str, dict[str, Sequence[int]]] = {}  # of every dataset: all that any of its rows needs
-        for source, stored in zip(mixture.plan.sources, self._stored, strict=True):
-            names = [*(["action"] if source.kind == "robot" else []), *(stored.values() if not self.features else ())]
-            self._columns.setdefault(source.dataset, {}).update(dict.fromkeys(names, ()))
+        columns: dict[str, dict[str, Sequence[int]]] = {name: {} for name in mixture.datasets}
+        self._sources = [self._opened(number, columns) for number in range(len(mixture.plan.sources))]
+
+    def _opened(self, number: int, columns: Mapping[str, dict[str, Sequence[int]]]) -> _Source:
+        """Source `number`; what its rows need joins the columns of its dataset."""
+        source = self.mixture.plan.sources[number]
+        dataset, robot = self.mixture.datasets[source.dataset], source.kind == "robot"
+        named = {camera: source.cameras.get(camera, camera) for camera in self.cameras}
+        frames = {camera: f"image_{stored}" for camera, stored in named.items() if stored}
+        wanted = {*named.values()} - {""} | set(self.code_cameras if robot else ())
+        if missing := sorted(wanted - set(dataset.manifest.cameras)):
+            raise ConfigError(
+                f"dataset {source.dataset} has no camera {missing}; it has {dataset.manifest.cameras}: map them in the "
+                "mixture source's cameras"
+            )
+        if self.codes and robot and source.dataset not in self.codes:
+            raise ConfigError(f"dataset {source.dataset} has no table of image codes; encode it first")
+        shared, acts = columns[source.dataset], robot and source.only != "prediction"
+        names = [*(["action"] if acts else []), *(frames.values() if not self.features else ())]
+        shared.update(dict.fromkeys(names, ()))
+        convert = self.mixture.action_map(number)
+        return _Source(dataset, shared, frames, convert, source.paraphrases, source.only)
 
     @property
     def shape(self) -> RowShape:
@@ -138,96 +164,102 @@ class SampleReader:
             next(iter(self.features.values())).shape if self.features else None,
         )
 
-    def read_rows(self, places: Sequence[tuple[SampleRef, int]], memory: Callable[[int], np.ndarray]) -> Rows:
-        """Rows at (reference, position), robot rows first, their frames decoded into one `memory(bytes)` of u8."""
-        places = sorted(places, key=lambda place: (place[0].kind != "robot", place[1]))
-        if self.features:
-            return Rows(self.read(ref, position) for ref, position in places)
-        shape = (len(places), len(self.cameras), *self._frame)
-        frames = memory(int(np.prod(shape))).reshape(shape)
-        rows = Rows(self.read(ref, position, out) for (ref, position), out in zip(places, frames, strict=True))
-        rows.frames = frames
-        return rows
+    def fetch(self, ref: SampleRef, position: int) -> Fetched:
+        """All of a sample that lies in a table: what is left to do, `decode` does without looking anywhere."""
+        source = self._sources[ref.source]
+        row, robot = source.dataset.episodes[ref.episode], ref.kind == "robot"
+        wanted, steps = dict(source.columns), None
+        if robot:
+            span = row.spans[ref.span]
+            steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
+            if source.only != "prediction":
+                wanted["action"] = range(steps.step, steps.action_end)
+        if not self.features:
+            wanted |= dict.fromkeys(source.frames.values(), (ref.step,))
+        found = source.dataset.read_each(ref.episode, wanted) if wanted else {}
+        frames = {} if self.features else {camera: found[stored][0] for camera, stored in source.frames.items()}
+        sample = self._question(source, ref, position)
+        if steps is not None:
+            sample = self._robot_row(source, ref, sample, steps, found.get("action"))
+        return Fetched(ref, frames, sample)
 
-    def fetch(self, ref: SampleRef) -> None:
-        """Have in memory what reading this sample will want from the table."""
-        dataset = self.mixture.datasets[self.mixture.plan.sources[ref.source].dataset]
-        wanted = self._wanted(ref)
-        if any(len(steps) for steps in wanted.values()):
-            dataset.fetch(ref.episode, wanted)
-
-    def read(self, ref: SampleRef, position: int, out: np.ndarray | None = None) -> Sample:
-        """One sample; its frames are decoded into `out` u8[K,H,W,3] where that is given.
+    def decode(self, fetched: Fetched, out: np.ndarray | None = None) -> Sample:
+        """The sample with its frames, decoded into `out` u8[K,H,W,3] where that is given.
 
         `Corrupt` names the sample whose picture does not decode: nothing takes its place.
         """
-        name = self.mixture.plan.sources[ref.source].dataset
-        dataset = self.mixture.datasets[name]
-        row = dataset.episodes[ref.episode]
-        found = dataset.read_each(ref.episode, self._wanted(ref))
+        ref, frames, sample = fetched
+        if self.features:
+            return sample
+        images = {}
         try:
-            images = self._images(name, ref, found, out)
+            for view, camera in enumerate(self.cameras):
+                place = None if out is None else out[view]
+                if camera in frames:
+                    images[camera] = resize(decode_image(frames[camera]), self.resize, place)
+                else:  # a view that this source lacks is black
+                    images[camera] = np.empty(self._frame, np.uint8) if place is None else place
+                    images[camera][:] = 0
         except BadEpisode as error:
-            where = f"{name}@{dataset.manifest.version}, recording {row.source_key}, step {ref.step}, {row.shard}"
-            raise Corrupt(f"sample {position} ({where}): {error}; take it out with `upvla data remove`") from error
-        if ref.kind == "qa":
-            turns = tuple(turn for asked in dataset.conversation(ref.qa) for turn in asked.turns)
-            return Sample(position, "qa", images, None, None, None, None, "", turns)
-        span, moves = row.spans[ref.span], found["action"]
-        if (convert := self._maps[ref.source]) is not None:
-            moves = convert(moves)
-        actions, is_pad = fill_chunk(moves, self.chunk, self.action_space)
+            dataset = self._sources[ref.source].dataset
+            row, version = dataset.episodes[ref.episode], f"{dataset.manifest.dataset}@{dataset.manifest.version}"
+            where = f"{version}, recording {row.source_key}, step {ref.step}, {row.shard}"
+            raise Corrupt(
+                f"sample {sample.position} ({where}): {error}; take it out with `upvla data remove`"
+            ) from error
+        return sample._replace(images=images)
+
+    def decode_rows(self, fetched: Sequence[Fetched], memory: Callable[[int], np.ndarray]) -> Rows:
+        """Robot rows first, each kind by position, their frames decoded into one `memory(bytes)` of u8."""
+        fetched = sorted(fetched, key=lambda found: (found.sample.kind != "robot", found.sample.position))
+        if self.features:
+            return Rows(map(self.decode, fetched))
+        shape = (len(fetched), len(self.cameras), *self._frame)
+        frames = memory(int(np.prod(shape))).reshape(shape)
+        rows = Rows(map(self.decode, fetched, frames))
+        rows.frames = frames
+        return rows
+
+    def read(self, ref: SampleRef, position: int) -> Sample:
+        """One sample."""
+        return self.decode(self.fetch(ref, position))
+
+    def _question(self, source: _Source, ref: SampleRef, position: int) -> Sample:
+        """A row without its frames, in whose place patch features are where there are any."""
+        images = dict[str, np.ndarray]()
+        if self.features:
+            images = self.features[source.dataset.manifest.dataset].get(ref.episode, ref.step, self.cameras)
+        asked = source.dataset.conversation(ref.qa) if ref.kind == "qa" else []
+        turns = tuple(turn for each in asked for turn in each.turns)
+        return Sample(position, ref.kind, images, None, None, None, None, "", turns)
+
+    def _robot_row(
+        self, source: _Source, ref: SampleRef, sample: Sample, steps: Window, moves: np.ndarray | None
+    ) -> Sample:
+        name = source.dataset.manifest.dataset
+        if moves is None:  # they do not count
+            actions, is_pad = np.zeros((self.chunk, len(self.action_space)), np.float32), np.ones(self.chunk, np.bool_)
+        else:
+            moves = moves if source.convert is None else source.convert(moves)
+            actions, is_pad = fill_chunk(moves, self.chunk, self.action_space)
         codes = future_codes = None
         if self.codes:
-            table, steps = self.codes[name], self._window(ref)
-            codes, future_codes = (
-                np.concatenate([table.get(ref.episode, [step], camera) for camera in self.code_cameras])
-                for step in (steps.step, steps.future)
-            )
-        return Sample(
-            position=position,
-            kind="robot",
-            images=images,
+            table, both = self.codes[name], (steps.step, steps.future)
+            views = [table.get(ref.episode, both, camera) for camera in self.code_cameras]
+            codes, future_codes = np.stack(views, axis=1)
+        span = source.dataset.episodes[ref.episode].spans[ref.span]
+        return sample._replace(
             codes=codes,
             future_codes=future_codes,
             actions=actions,
             action_is_pad=is_pad,
-            text=self._wording(self.mixture.plan.sources[ref.source], span, position),
-            turns=(),
+            text=self._wording(source.paraphrases, span, sample.position),
             description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
+            only=source.only,
         )
 
-    def _window(self, ref: SampleRef) -> Window:
-        dataset = self.mixture.datasets[self.mixture.plan.sources[ref.source].dataset]
-        span = dataset.episodes[ref.episode].spans[ref.span]
-        return window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
-
-    def _wanted(self, ref: SampleRef) -> dict[str, Sequence[int]]:
-        """Which steps of which columns. Rows of one dataset name the same columns, so a row group is read once."""
-        wanted = dict(self._columns[self.mixture.plan.sources[ref.source].dataset])
-        if ref.kind == "robot":
-            wanted["action"] = range(ref.step, self._window(ref).action_end)
-        if not self.features:
-            wanted |= dict.fromkeys(self._stored[ref.source].values(), (ref.step,))
-        return wanted
-
-    def _images(
-        self, name: str, ref: SampleRef, found: Mapping[str, Sequence[bytes]], out: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        if self.features:
-            return self.features[name].get(ref.episode, ref.step, self.cameras)
-        stored, images = self._stored[ref.source], {}
-        for view, camera in enumerate(self.cameras):
-            place = None if out is None else out[view]
-            if camera in stored:
-                images[camera] = resize(decode_image(found[stored[camera]][0]), self.resize, place)
-            else:  # a view that this source lacks is black
-                images[camera] = np.empty(self._frame, np.uint8) if place is None else place
-                images[camera][:] = 0
-        return images
-
-    def _wording(self, source: MixtureSource, span: Span, position: int) -> str:
-        wordings = source.paraphrases.get(span.task, ())
+    def _wording(self, paraphrases: Mapping[str, Sequence[str]], span: Span, position: int) -> str:
+        wordings = paraphrases.get(span.task, ())
         if span.text not in wordings:
             return span.text
         key = f"paraphrase/{self.mixture.plan.seed}/{position}".encode()
@@ -269,6 +301,8 @@ class Collator:
             future_codes=_stacked([s.future_codes for s in robot], codes, np.int64),
             actions=_stacked([s.actions for s in robot], (shape.chunk, shape.action_dim), np.float32),
             action_is_pad=_stacked([s.action_is_pad for s in robot], (shape.chunk,), np.bool_),
+            pre_mask=np.array([s.only != "action" for s in robot], np.bool_),
+            act_mask=np.array([s.only != "prediction" for s in robot], np.bool_),
             qa_images=self._images(asked) if frames is None else frames[len(robot) :],
             qa_ids=_padded([ids for ids, _ in turns], self._pad_id),
             qa_labels=_padded([labels for _, labels in turns], IGNORED),

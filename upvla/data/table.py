@@ -235,24 +235,11 @@ class Dataset:
 
     def read_each(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The same where every column has steps of its own; the row group is read once with all of them."""
-        return self._rows.take(self.episodes[episode].shard, self._rows_of(episode, wanted))
-
-    def fetch(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Have in memory what `read_each` will want."""
-        self._rows.load(self.episodes[episode].shard, self._rows_of(episode, wanted))
-
-    def _rows_of(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         row = self.episodes[episode]
         for steps in wanted.values():
             if len(steps) and not (min(steps) >= 0 and max(steps) < row.length):
                 raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
-        first = row.row0
-        return {
-            name: range(steps.start + first, steps.stop + first)
-            if isinstance(steps, range) and steps.step == 1
-            else [step + first for step in steps]
-            for name, steps in wanted.items()
-        }
+        return self._rows.take(row.shard, wanted, row.row0)
 
 
 def _reopen(store: Store, manifest: Manifest, pool_mb: float) -> Dataset:

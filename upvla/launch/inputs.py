@@ -69,6 +69,12 @@ class Inputs:
                     mixture.action_space, ours=spec.parent_url, theirs=f"mixture {mixture.plan.plan_id}"
                 )
         if spec.stage.weights.get("act", 0.0) > 0:
+            if not self.train.has_actions:
+                raise ConfigError(
+                    f"{spec.stage.name}: weights.act is {spec.stage.weights['act']} and no source of mixture "
+                    f"{self.train.plan.plan_id} has actions that count: give one the kind robot or action, or set "
+                    "weights.act to 0"
+                )
             _require_answerable(self.train.action_space, f"{spec.stage.name}: mixture {self.train.plan.plan_id}")
         self.train.stats.require_usable(f"mixture {self.train.plan.plan_id}")
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):

@@ -23,6 +23,8 @@ def check_shapes(config: ModelConfig, batch: Batch, image_shapes: tuple[Shape, .
             expect(name, getattr(batch, name), (rows, config.num_views, config.codes_per_view))
         expect("actions", batch.actions, (rows, config.chunk, config.action_dims))
         expect("action_is_pad", batch.action_is_pad, (rows, config.chunk))
+        expect("pre_mask", batch.pre_mask, (rows,))
+        expect("act_mask", batch.act_mask, (rows,))
         expect("text_ids", batch.text_ids, (rows, None))
         expect("text_len", batch.text_len, (rows,))
         if config.vision_prompt:
@@ -95,6 +97,8 @@ def never_empty(config: ModelConfig, batch: Batch) -> tuple[Batch, float, float]
             "future_codes": codes,
             "actions": torch.zeros(1, config.chunk, config.action_dims, device=device),
             "action_is_pad": torch.zeros(1, config.chunk, dtype=torch.bool, device=device),
+            "pre_mask": torch.ones(1, dtype=torch.bool, device=device),
+            "act_mask": torch.ones(1, dtype=torch.bool, device=device),
         }
     if not qa_weight:
         blank |= {

@@ -21,10 +21,10 @@ IGNORED = -100
 
 def counts(config: ModelConfig, batch: Batch) -> dict[str, float]:
     """Supervised elements by objective, equal to the counts of the losses below."""
-    rows, codes = batch.codes.shape[0], config.num_views * config.codes_per_view
+    rows, codes = float(batch.pre_mask.sum()), config.num_views * config.codes_per_view
     labels = batch.qa_labels[:, : qa_width(config, batch.qa_ids)]
     return {
-        "pre": float(rows * (codes + (2 if config.image_softmax == "full" else 0))),
+        "pre": rows * (codes + (2 if config.image_softmax == "full" else 0)),
         "act": float(action_weight(config, batch).sum()) * config.action_dims,
         "mmu": float((labels != IGNORED).sum()),
     }
@@ -44,15 +44,18 @@ def prediction_loss(
     else:
         target = future
         logits = codes = head(hidden_RLD[:, at], config.image_ids).float()
-    total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+    counted_R1 = batch.pre_mask[:, None]
+    target = target.where(counted_R1, IGNORED)
+    total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+    rows_counted = counted_R1.sum() * weight
     with torch.no_grad():
-        right = codes.argmax(-1) == future
-        changed = future != current
+        right = (codes.argmax(-1) == future) & counted_R1
+        changed = (future != current) & counted_R1
         watched = {
-            "pre_accuracy": _term(right.sum() * weight, right.numel() * weight),
+            "pre_accuracy": _term(right.sum() * weight, rows_counted * right.shape[1]),
             "pre_changed_accuracy": _term((right & changed).sum() * weight, changed.sum() * weight),
         }
-    return Losses({"pre": _term(total * weight, target.numel() * weight)}, watched)
+    return Losses({"pre": _term(total * weight, rows_counted * target.shape[1])}, watched)
 
 
 def action_loss(config: ModelConfig, raw_RCA: Tensor, batch: Batch, weight: float) -> Losses:
@@ -97,9 +100,8 @@ def understanding_loss(head: SlicedHead, hidden_MLD: Tensor, rows: Rows, batch: 
 
 def action_weight(config: ModelConfig, batch: Batch) -> Tensor:
     """f32[R,C], 1 where a step of the chunk is supervised."""
-    if config.action_head.supervise_padding:
-        return torch.ones_like(batch.action_is_pad, dtype=torch.float32)
-    return (~batch.action_is_pad).float()
+    counted = batch.act_mask[:, None].expand_as(batch.action_is_pad)
+    return (counted if config.action_head.supervise_padding else counted & ~batch.action_is_pad).float()
 
 
 def _term(total: Tensor, count: float | Tensor) -> Term:
