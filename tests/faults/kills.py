@@ -1,25 +1,30 @@
 """A worker is killed in every phase under every ZeRO stage, and the run ends as if nothing had happened.
 
-    python -m tests.faults.kills [--runs 20] [--store-url s3://bucket/prefix] [--json docs/faults-training.json]
+    python -m tests.faults.kills [--runs 20] [--store-url URL] [--json docs/faults-training.json]
 
 Each run draws, by its seed, who dies and when, and prints what was killed, what it cost and whether the result is the
-uninterrupted one, bit for bit. Resume points lie in folders, or on the S3 server that the environment names.
+uninterrupted one, bit for bit. Resume points lie on an S3 server that is started for it, or where `--store-url` says:
+in a folder, or on the server that the environment names. What a run has left there is deleted after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.conftest import started_s3
 from tests.faults.lives import CONVERT, PHASES, SAVE_EVERY, STEPS, Kill, Life, Lives
 from upvla.store import open_store
 from upvla.train import resume
@@ -89,42 +94,71 @@ def trial(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) 
     }
 
 
+def attempt(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) -> dict[str, Any]:
+    """The row of one trial, also where it has failed. Nothing of it stays behind, or later ones would be slower."""
+    try:
+        return trial(lives, folder, zero_stage, kill, whole)
+    except AssertionError as error:
+        return {"zero_stage": zero_stage, **asdict(kill), "bit_identical": False, "error": str(error)}
+    finally:
+        store = open_store(lives.store_url(folder))
+        for key in store.list():
+            store.delete(key)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def place(store_url: str | None) -> Iterator[str]:
+    """Where the stores of all runs lie; the environment leads there meanwhile."""
+    if store_url is not None:
+        yield store_url
+        return
+    with tempfile.TemporaryDirectory(prefix="upvla-kills-s3-") as folder, started_s3(Path(folder)) as server:
+        yield server.url()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        found = [row for row in rows if row["phase"] == phase]
+        good = [row for row in found if row["bit_identical"]]
+        lost, took = [row["lost_steps"] for row in good], [row["recovery_s"] for row in good if row["recovery_s"]]
+        yield (
+            f"{phase:<10} {len(good)}/{len(found)} bit-identical, lost steps at most {max(lost, default=0)}, "
+            f"first step after {max(took, default=0.0):.1f} s at most"
+        )
+
+
+def all_of(lives: Lives, scratch: Path, phases: Sequence[str], runs: int) -> Iterator[dict[str, Any]]:
+    for zero_stage in ZERO_STAGES:
+        whole = lives.live(scratch / f"whole-{zero_stage}", zero_stage)
+        # every worker of ZeRO 0 has all of it: nothing is converted
+        converts = CONVERT in phases and zero_stage > 0
+        halved = resized(lives, scratch / f"halved-{zero_stage}", zero_stage) if converts else whole
+        for phase in phases:
+            if phase == CONVERT and not converts:
+                continue
+            for seed in range(runs):
+                folder = scratch / f"{zero_stage}-{phase}-{seed}"
+                yield attempt(lives, folder, zero_stage, draw(phase, seed), halved if phase == CONVERT else whole)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="seeds a phase and ZeRO stage")
     parser.add_argument("--phases", nargs="+", choices=[*PHASES, CONVERT], default=[*PHASES, CONVERT])
-    parser.add_argument("--store-url", default="", help="an empty prefix for the stores of all runs")
+    parser.add_argument("--store-url", help="an empty prefix or folder for the stores of all runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    lives, rows, failed = Lives(options.store_url, keys), [], 0
-    with tempfile.TemporaryDirectory(prefix="upvla-kills-") as scratch:
-        for zero_stage in ZERO_STAGES:
-            whole = lives.live(Path(scratch, f"whole-{zero_stage}"), zero_stage)
-            halved = resized(lives, Path(scratch, f"halved-{zero_stage}"), zero_stage)
-            for phase in options.phases:
-                if phase == CONVERT and not zero_stage:  # every worker of ZeRO 0 has all of it: nothing is converted
-                    continue
-                for seed in range(options.runs):
-                    kill, folder = draw(phase, seed), Path(scratch, f"{zero_stage}-{phase}-{seed}")
-                    try:
-                        row = trial(lives, folder, zero_stage, kill, halved if phase == CONVERT else whole)
-                    except AssertionError as error:
-                        failed += 1
-                        row = {"zero_stage": zero_stage, **asdict(kill), "bit_identical": False, "error": str(error)}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    for phase in options.phases:
-        found = [row for row in rows if row["phase"] == phase]
-        good = [row for row in found if row["bit_identical"]]
-        lost, took = [row["lost_steps"] for row in good], [row["recovery_s"] for row in good if row["recovery_s"]]
-        print(
-            f"{phase:<10} {len(good)}/{len(found)} bit-identical, lost steps at most {max(lost, default=0)}, "
-            f"first step after {max(took, default=0.0):.1f} s at most"
-        )
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="upvla-kills-") as scratch, place(options.store_url) as url:
+        keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        for row in all_of(Lives(url, keys), Path(scratch), options.phases, options.runs):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print(*table(rows), sep="\n")
     if options.json:
         options.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    return 1 if failed else 0
+    return 0 if all(row["bit_identical"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,8 @@ from tests.faults.kills import ZERO_STAGES, draw, resized, trial
 from tests.faults.lives import CONVERT, PHASES, SAVE_EVERY, STALL, STALL_TIMEOUT_S, Kill, Life, Lives
 
 pytestmark = pytest.mark.seam
+SLOW = pytest.mark.slow
 _MARGIN_S = 15.0  # for the end of a process, on a machine that has other things to do
-
-
-def _slow_but(often: Sequence[object], values: Sequence[object]) -> list[object]:
-    return [each if each in often else pytest.param(each, marks=pytest.mark.slow) for each in values]
 
 
 @pytest.fixture(scope="module")
@@ -26,59 +22,61 @@ def lives() -> Lives:
     return Lives()
 
 
-@pytest.fixture(scope="module", params=_slow_but([2], ZERO_STAGES))
-def uninterrupted(
-    request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Life]:
-    return request.param, lives.live(tmp_path_factory.mktemp("whole"), request.param)
-
-
-@pytest.mark.parametrize("phase", _slow_but(["step", "snapshot", "commit"], PHASES))
-def test_a_killed_worker_changes_nothing_in_the_result(
-    lives: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
-) -> None:
-    zero_stage, whole = uninterrupted
-    assert whole.exit_codes == [0, 0]
-    print(json.dumps(trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)))
-
-
 @pytest.fixture(scope="module")
 def lives_on_s3(s3_server: S3Server) -> Lives:
     return Lives(s3_server.url(), s3_server.env)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module", params=[each if each == 2 else pytest.param(each, marks=SLOW) for each in ZERO_STAGES])
+def uninterrupted(
+    request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Life]:
+    whole = lives.live(tmp_path_factory.mktemp("whole"), request.param)
+    assert whole.exit_codes == [0, 0]
+    return request.param, whole
+
+
 @pytest.mark.parametrize("uninterrupted", [2], indirect=True)
+@pytest.mark.parametrize("phase", ["step", "snapshot", "commit"])
+def test_a_killed_worker_changes_nothing_in_the_result(
+    lives: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
+) -> None:
+    zero_stage, whole = uninterrupted
+    print(json.dumps(trial(lives, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)))
+
+
+@SLOW
 @pytest.mark.parametrize("phase", PHASES)
-def test_where_resume_points_lie_in_a_bucket_it_changes_nothing_either(
+def test_in_no_phase_and_under_no_zero_stage_where_resume_points_lie_in_a_bucket(
     lives_on_s3: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
 ) -> None:
     zero_stage, whole = uninterrupted
     print(json.dumps(trial(lives_on_s3, tmp_path, zero_stage, draw(phase, seed=zero_stage), whole)))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES[1:])
 def test_one_that_is_killed_while_it_converts_the_set_of_two_goes_on_from_it_afterwards(
-    lives: Lives, zero_stage: int, tmp_path: Path
+    lives_on_s3: Lives, zero_stage: int, tmp_path: Path
 ) -> None:
-    whole = resized(lives, tmp_path / "whole", zero_stage)
-    print(json.dumps(trial(lives, tmp_path / "cut", zero_stage, draw(CONVERT, seed=zero_stage), whole)))
+    whole = resized(lives_on_s3, tmp_path / f"halved-{zero_stage}", zero_stage)
+    cut = tmp_path / f"convert-{zero_stage}"
+    print(json.dumps(trial(lives_on_s3, cut, zero_stage, draw(CONVERT, seed=zero_stage), whole)))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_worker_that_stalls_amid_a_step_is_given_up_by_the_others(
-    lives: Lives, uninterrupted: tuple[int, Life], tmp_path: Path
+    lives_on_s3: Lives, uninterrupted: tuple[int, Life], tmp_path: Path
 ) -> None:
     """They wait in a group that DeepSpeed has made, where torch's own limit is half an hour."""
     zero_stage, whole = uninterrupted
     stalled_in = SAVE_EVERY + 2
-    stalled = lives.live(tmp_path, zero_stage, Kill(STALL, 1, stalled_in))
+    stalled = lives_on_s3.live(tmp_path, zero_stage, Kill(STALL, 1, stalled_in))
     given_up_s = stalled.ended_s - stalled.last_step_s
     assert given_up_s < STALL_TIMEOUT_S + _MARGIN_S, "long before any limit that is not ours"
     assert stalled.exit_codes == [1, -9], "the one that lived has raised, and the one that stood still was ended by us"
     assert stalled.losses == {step: loss for step, loss in whole.losses.items() if step < stalled_in}
-    last = lives.live(tmp_path, zero_stage)
+    last = lives_on_s3.live(tmp_path, zero_stage)
     assert last.exit_codes == [0, 0] and last.start in (0, SAVE_EVERY)  # or its shards were still on their way
     assert stalled.losses | last.losses == whole.losses
     for name, weight in whole.weights.items():

@@ -21,6 +21,7 @@ import pytest
 from flows.deploy import TRAINER
 from tests.conftest import ROOT, free_ports
 from tests.faults.proxy import FaultProxy
+from tests.faults.rows import compared, told
 from tests.faults.test_training import saved_point, wait_for
 from tests.launch.conftest import RayHead
 from tests.launch.stages import model, prepared, run_stage, spec_of
@@ -80,7 +81,11 @@ def test_what_mlflow_missed_is_sent_once_when_it_is_back(
         two_workers.run(work_with_short_pauses, {"spec": spec.model_dump_json(), "threads": 1})
         back.join()
     assert proxy.seen[fault] > 0 and proxy.seen["well"] > 0
-    assert store.sub(spec.prefix).read_json(RESULT)["losses"] == calm["losses"]
+    result = store.sub(spec.prefix).read_json(RESULT)
+    equal = compared(result, calm)
+    assert result["resumed_from"] == 0, "nothing was taken twice"
+    told(f"MLflow away ({fault}) until step 6 was saved", lost_steps=0, **equal)
+    assert equal["bit_identical"]
     tracker = Tracker(server.uri, experiment)
     (run,) = tracker.client.search_runs([tracker.experiment_id()])
     assert run.info.status == "FINISHED"
@@ -155,7 +160,6 @@ def test_training_goes_on_without_prefect_and_the_next_flow_run_attaches_to_it(
         killed = time.monotonic()
         later = wait_for(lambda: (newest := saved_point(store, spec)).step > point.step and newest)
         took = time.monotonic() - killed
-        print(f"flow run and server killed after step {point.step}; step {later.step} was saved {took:.1f} s later")
         with held(ray_head.training_workers()[-1]):  # so that it still trains when the second comes
             prefect_server.start()
             with log.open("wb") as output:
@@ -171,7 +175,11 @@ def test_training_goes_on_without_prefect_and_the_next_flow_run_attaches_to_it(
             each.kill()
             each.wait()
     result = place.read_json(RESULT)
-    assert (result["losses"], result["resumed_from"]) == (calm["losses"], 0)
+    fault = f"flow run and Prefect server killed after step {point.step}; step {later.step} was saved without them"
+    equal = compared(result, calm)
+    assert result["resumed_from"] == 0, "nothing was taken twice"
+    told(fault, lost_steps=0, first_new_step_s=took, **equal)
+    assert equal["bit_identical"]
     assert len(place.list("owner-")) == 1, "nobody trained this a second time"
 
 

@@ -6,12 +6,13 @@ and what it cost. Some keep their data and resume points in a folder, some in a 
 
 from __future__ import annotations
 
-import json
+import random
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from tests.conftest import S3Server
+from tests.faults.rows import compared, taken_again, told
 from tests.launch.conftest import RayHead, ray_node
 from tests.launch.stages import model, plans_of, prepared, run_stage, spec_of
 from tests.train.toy import Workers
@@ -65,19 +67,6 @@ def require_equal(result: dict[str, Any], reference: dict[str, Any]) -> None:
     assert result["model_id"] == reference["model_id"], "weights are equal, bit for bit"
 
 
-def told(
-    fault: str, steps: Sequence[int], recovery_s: float, result: dict[str, Any], reference: dict[str, Any]
-) -> None:
-    """One line for whoever reads the log: what was done to whom, what it cost, and how near the result came.
-
-    `steps` are those that the run told of, in all its lives.
-    """
-    last = [(result["losses"][name]["last"], losses["last"]) for name, losses in reference["losses"].items()]
-    row = {"fault": fault, "lost_steps": len(steps) - len(set(steps)), "first_new_step_s": round(recovery_s, 1)}
-    row |= {"bit_identical": all(result[name] == reference[name] for name in ("losses", "model_id"))}
-    print(json.dumps(row | {"loss_difference": max(abs(found / expected - 1) for found, expected in last)}))
-
-
 class Running:
     """`run_training` on a thread; what it printed, and what came of it."""
 
@@ -108,6 +97,11 @@ class Running:
     def wait_for(self, text: str) -> None:
         """Until it is in a line, or the run has failed."""
         wait_for(lambda: any(text in line for _, line in self.lines) or self.error)
+
+    def pid_of(self, rank: int) -> int:
+        """Of a worker of the last group that Ray told of."""
+        told_of = (re.search(rf"pid=(\d+)\) world_rank={rank}\b", line) for _, line in self.lines)
+        return [int(found[1]) for found in told_of if found][-1]
 
     def steps(self) -> list[tuple[float, int]]:
         """When it told of which training step."""
@@ -164,13 +158,46 @@ def test_a_killed_driver_is_followed_by_the_next_attempt(
     result = second.join()
     steps = [step for run in (first, second) for _, step in run.steps()]
     fault = f"driver {driver.pid} killed after step {point.step}"
-    told(fault, steps, second.first_step_after(killed), result, reference)
+    cost = {"lost_steps": taken_again(steps), "first_new_step_s": second.first_step_after(killed)}
+    told(fault, **cost, **compared(result, reference))
     require_equal(result, reference)
     assert result["resumed_from"] >= point.step
     runs = tracker.client.search_runs([tracker.experiment_id()])
     assert len(runs) == 1
     steps = [p.step for p in tracker.client.get_metric_history(runs[0].info.run_id, "loss/total")]
     assert steps == list(range(1, STEPS + 1)), "one curve, without doubles and gaps"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_worker_killed_at_a_random_step_changes_nothing_under_any_zero_stage(
+    ray_head: RayHead, prepared: Prepared, two_workers: Workers, s3_server: S3Server, tmp_path: Path, zero_stage: int
+) -> None:
+    """The seed says who dies, after which resume point, and how many steps later."""
+    dice, save_every, steps = random.Random(f"ray {zero_stage}"), 6, 30
+    rank, saved, later = dice.randrange(2), save_every * dice.randrange(2, 4), dice.randrange(1, 3)
+    # a step takes its time where every one is followed by a validation
+    stage = {"steps": steps, "save_every": save_every, "eval_every": 1, "eval_batches": 2}
+    changes = {"engine": {"zero_stage": zero_stage}, "stage": stage}
+    reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
+    store, spec = stage_of(prepared, s3_server.url(), **changes)
+    running, points = Running(store, spec, ray_head), store.sub(f"{spec.prefix}/resume")
+
+    def moment_of(step: int) -> float:
+        wait_for(lambda: running.error or ((point := latest(points)) and point.step >= step))
+        return time.monotonic()
+
+    before = moment_of(saved - save_every)
+    time.sleep((moment_of(saved) - before) * later / save_every)
+    victim, killed = psutil.Process(running.pid_of(rank)), time.monotonic()
+    victim.kill()
+    result = running.join()
+    lost_steps = taken_again([step for _, step in running.steps()])
+    cost = {"lost_steps": lost_steps, "first_new_step_s": running.first_step_of_next_life(killed)}
+    fault = f"ZeRO {zero_stage}: worker {rank} killed, {later} steps after the resume point of step {saved} was there"
+    told(fault, **cost, resumed_from=result["resumed_from"], **compared(result, reference))
+    assert saved <= result["resumed_from"] < steps
+    assert 0 <= lost_steps <= save_every
+    require_equal(result, reference)
 
 
 def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
@@ -199,7 +226,8 @@ def test_a_worker_that_stalls_and_one_that_runs_out_of_memory_are_replaced(
         f"worker {starved.pid} starved of memory",
     )
     for fault, moment in zip(faults, (stopped_at, starved_at), strict=True):
-        told(f"{fault} (lost steps: of both)", steps, running.first_step_of_next_life(moment), result, reference)
+        cost = {"lost_steps": taken_again(steps), "first_new_step_s": running.first_step_of_next_life(moment)}
+        told(f"{fault} (lost steps: of both)", **cost, **compared(result, reference))
     assert given_up_s < _STALL_TIMEOUT_S + _MARGIN_S
     require_equal(result, reference)
     assert second.step <= result["resumed_from"] < STEPS
@@ -219,8 +247,8 @@ def test_failures_with_a_resume_point_between_them_do_not_add_up(
         wait_for(lambda: sum("it has come to step" in line for _, line in running.lines) == number)  # noqa: B023
     result = running.join()
     steps = [step for _, step in running.steps()]
-    took = running.first_step_of_next_life(killed)
-    told("a worker killed twice (lost steps: of both)", steps, took, result, reference)
+    cost = {"lost_steps": taken_again(steps), "first_new_step_s": running.first_step_of_next_life(killed)}
+    told("a worker killed twice (lost steps: of both)", **cost, **compared(result, reference))
     require_equal(result, reference)
 
 
@@ -251,7 +279,10 @@ def test_an_operator_stops_a_run_and_of_two_drivers_that_go_on_one_works(
     assert "is already owned by process" in refused
     assert not place.exists(FAILURE)
     result = dict(place.read_json(RESULT))
-    assert result["resumed_from"] == point.step, "not one step was lost"
+    lost_steps = point.step - result["resumed_from"]
+    fault = f"stopped after step {point.step}, then two drivers at once, of which one was refused"
+    told(fault, lost_steps=lost_steps, **compared(result, reference))
+    assert lost_steps == 0
     require_equal(result, reference)
 
 
@@ -277,8 +308,8 @@ def test_a_node_that_is_taken_away_costs_no_step(
     # each line comes twice: two nodes of one machine both read its workers' logs
     before = {step for at, step in running.steps() if at < again}
     after = {step for at, step in running.steps() if at >= again}
-    took = running.first_step_after(again) + again - drained
-    told("node drained; elsewhere", [*before, *after], took, result, reference)
+    cost = {"lost_steps": len(before & after), "first_new_step_s": running.first_step_after(again) + again - drained}
+    told("node drained; elsewhere", **cost, **compared(result, reference))
     assert before == set(range(1, resumed_from + 1)), "not one step was lost"
     assert after == set(range(resumed_from + 1, STEPS + 1)), "none was taken twice"
     require_equal(result, reference)

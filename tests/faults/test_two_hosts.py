@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.test_training import STAGE, STEPS, WEIGHTS, Prepared, require_equal, stage_of, told, wait_for
+from tests.faults.rows import compared, taken_again, told
+from tests.faults.test_training import STAGE, STEPS, WEIGHTS, Prepared, require_equal, stage_of, wait_for
 from tests.launch.conftest import RAY
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.train.toy import Workers
@@ -159,7 +160,8 @@ def test_when_a_host_is_cut_off_the_other_goes_on_from_the_last_resume_point(
     result = driver.result()
     after = next((at - cut, step) for at, step in driver.steps if at > cut + 5)
     fault = f"host b cut off after step {point.step}; step {after[1]} is the first of host a alone"
-    told(fault, [step for _, step in driver.steps], after[0], result, reference)
+    lost_steps = taken_again([step for _, step in driver.steps])
+    told(fault, lost_steps=lost_steps, first_new_step_s=after[0], **compared(result, reference))
     assert point.step <= result["resumed_from"] < STEPS
     assert latest(points).world_size == 1
     for objective, losses in reference["losses"].items():

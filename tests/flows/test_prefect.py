@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, free_ports
+from tests.faults.rows import told
 from upvla import stack
 from upvla.stack import Ports, StackConfig, processes
 from upvla.stack.servers import WORK_POOL, parts, server_environment
@@ -225,7 +226,10 @@ with get_client(sync_client=True) as client:
     running = [subprocess.Popen(command, env=again, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=PATIENCE_S)[1] for process in running]
     assert 0 in [process.returncode for process in running], errors
-    assert len(list(tmp_path.glob("done-*"))) == 1
+    works = len(list(tmp_path.glob("done-*")))
+    stage = "trains" if trains else "does not train"
+    told(f"one flow run in two processes at once; its stage {stage}", lost_steps=0, times_done=works)
+    assert works == 1
     state = f"""{HEAD}
 with get_client(sync_client=True) as client:
     print("SAYS", json.dumps(client.read_flow_run(sys.argv[1]).state_name))

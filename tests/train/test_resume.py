@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults.rows import told
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
 from upvla.errors import AlreadyOwned, Mismatch, NoSpace, StoreError
 from upvla.store import LocalStore, Store, open_store
@@ -65,6 +65,7 @@ def run(
     **engine_options: Any,
 ) -> dict[str, Any]:
     """One trainer's life: restore what is there, train (until `stop_at`), saving every 2 steps."""
+    began = time.monotonic()
     torch.manual_seed(torch.distributed.get_rank())
     store, options = open_store(url), {"identity": identity, "scratch": Path(scratch)}
     engine, point = resume.open_engine(
@@ -78,6 +79,7 @@ def run(
     def log(metrics: dict[str, float], step: int) -> None:
         if "loss/total" in metrics:
             losses[step] = metrics["loss/total"]
+            found.setdefault("first_step_s", time.monotonic() - began)
         if step == stop_at:
             raise Killed
 
@@ -201,48 +203,6 @@ def test_a_trainer_removes_what_the_dead_left_and_not_what_a_successor_is_writin
     assert [name[:13] for name in left] == ["step-00000002", "step-00000004"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest", "uncommitted"])
-def test_a_damaged_set_is_refused_by_name_and_the_previous_one_used(
-    one_worker: Workers, saved: Store, damage: str
-) -> None:
-    point = resume.points(saved)[0]
-    key = f"{point.name}/{max(point.shards, key=lambda shard: shard.num_bytes).name}"
-    data = bytearray(saved.read(key))
-    if damage == "missing":
-        saved.delete(key)
-    elif damage == "truncated":
-        saved.write(key, bytes(data[:-1]))
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-        saved.write(key, bytes(data))
-    elif damage == "manifest":
-        saved.write(f"{point.name}.json", b'{"step": 8')
-    else:
-        saved.delete(f"{point.name}.json")
-    assert resumed_from(one_worker, saved) == 6
-    if damage in ("missing", "manifest", "uncommitted"):
-        assert resume.latest(saved).step in (6, 8)
-
-
-def restore_messages(url: str, scratch: str) -> list[str]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("upvla.train.resume").addHandler(handler)
-    where = {"identity": IDENTITY, "scratch": Path(scratch)}
-    resume.open_engine(lambda universal: build(2, universal), open_store(url), zero_stage=2, **where)
-    return messages
-
-
-def test_the_skipped_set_and_file_are_named(one_worker: Workers, saved: Store, tmp_path: Path) -> None:
-    point = resume.points(saved)[0]
-    key = f"{point.name}/{point.shards[0].name}"
-    saved.write(key, b"x" * point.shards[0].num_bytes)
-    (message,) = one_worker.run(restore_messages, saved.url, str(tmp_path / "s"))[0]
-    assert point.name in message
-    assert f"{saved.url}/{key} does not match the sha256 in its manifest" in message
-
-
 def test_another_runs_set_is_refused(one_worker: Workers, saved: Store) -> None:
     with pytest.raises(Mismatch, match="plan is 'p1' there, 'p2' here"):
         resumed_from(one_worker, saved, identity={"run": "toy", "plan": "p2"})
@@ -268,6 +228,10 @@ def resized(before: Workers, after: Workers, folder: Path, zero_stages: tuple[in
     consumed = [sorted(p for worker in group for p in worker["positions"]) for group in (whole, second)]
     assert consumed == [list(range(STEPS * GLOBAL_BATCH)), list(range(4 * GLOBAL_BATCH, STEPS * GLOBAL_BATCH))]
     losses = {step: loss for step, loss in first[0]["losses"].items() if step <= 4} | second[0]["losses"]
+    difference = max(abs(losses[step] / loss - 1) for step, loss in whole[0]["losses"].items())
+    fault = f"ZeRO {zero_stages[0]}, {len(whole)} workers ended in step 5; ZeRO {zero_stages[1]}, {len(second)} go on"
+    cost = {"lost_steps": max(first[0]["losses"]) - second[0]["start"], "first_new_step_s": second[0]["first_step_s"]}
+    told(fault, **cost, loss_difference=difference)
     assert losses == pytest.approx(whole[0]["losses"], rel=1e-5)
     for name, weight in whole[0]["weights"].items():
         np.testing.assert_allclose(second[0]["weights"][name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
