@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -172,7 +173,9 @@ def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> Non
     champion = json.loads(made.stdout.splitlines()[-1])
     assert (champion["version"], champion["alias"]) == ("1", "champion")
 
+    shell.environment["UPVLA_CONFIGS"] = str(site_with_a_login(shell, tmp_path / "configs"))
     tuned = shell.upvla("finetune", *nightly, "--json")
+    del shell.environment["UPVLA_CONFIGS"]
     assert tuned["parent"].endswith("models/first/stage2") and tuned["model_id"] != champion["model_id"]
     assert tuned["drift"] == {"drift/worst_shift": 0.0, "drift/dims_outside": 0.0}  # it knows these recordings
     scored = shell.upvla("evaluate", tuned["url"], "--config", "pretrain/ci", *judged, "--json")
@@ -202,6 +205,17 @@ def test_from_recordings_to_a_served_policy(shell: Shell, tmp_path: Path) -> Non
     assert list(dict.fromkeys(shell.typed)) == documented()
 
 
+def site_with_a_login(shell: Shell, folder: Path) -> Path:
+    """Configurations of which the site names MLflow with the password in the address, as people copy it."""
+    known = stack.environment(shell.config)
+    login = f"{known['MLFLOW_TRACKING_USERNAME']}:{known['MLFLOW_TRACKING_PASSWORD']}"
+    address = known["MLFLOW_TRACKING_URI"].replace("://", f"://{login}@")
+    shutil.copytree(ROOT / "configs", folder)
+    with (folder / "site/local.yaml").open("a") as site:
+        site.write(f"\ntracking_url: {address}\n")
+    return folder
+
+
 class Buckets:
     """Both, as a client reads them: on its disk SeaweedFS keeps what it can compress compressed."""
 
@@ -221,12 +235,12 @@ class Buckets:
     def holding(self, values: Mapping[str, str]) -> set[tuple[str, str]]:
         """Which value lies in which object."""
         found = set()
-        for key, body in self._objects():
+        for key, body in self.objects():
             for plain in unpacked(body):
                 found |= {(name, key) for name, value in values.items() if value.encode() in plain}
         return found
 
-    def _objects(self) -> Iterator[tuple[str, bytes]]:
+    def objects(self) -> Iterator[tuple[str, bytes]]:
         for bucket in ("upvla", "mlflow"):
             listed = 0
             for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
@@ -259,7 +273,7 @@ def parquet(note: str, about: str) -> bytes:
 
 def test_no_secret_was_written_anywhere(shell: Shell) -> None:
     """After all of it, and a flow run: logs, databases, artifacts, Parquet and models on the store, Ray's session.
-    A password in a URL is one, too."""
+    A password in a URL is one, too: MLflow's was in its address while the champion was tuned."""
     shell.upvla("deploy", "--json")
     flow = [sys.executable, "-m", "prefect", "deployment", "run", "mix/default", "--watch", "--watch-interval", "1"]
     flow += ["--params", json.dumps({"config": "pretrain/ci", "overrides": [*JUDGED, MIXTURE]})]
@@ -289,6 +303,9 @@ def test_no_secret_was_written_anywhere(shell: Shell) -> None:
     assert not [name for name, value in secrets.items() if value in shell.shown]
     buckets = Buckets(stack.environment(shell.config))
     assert buckets.holding(secrets) == set()
+    specs = [json.loads(body) for key, body in buckets.objects() if key.endswith("/spec.json")]
+    plain = stack.environment(shell.config)["MLFLOW_TRACKING_URI"]
+    assert [spec["tracking"]["uri"] for spec in specs] == [plain]
 
     column, log = "upvla/planted/column.parquet", "mlflow/planted/log.gz"
     planted = {

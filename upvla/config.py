@@ -10,14 +10,14 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from upvla.data.ingest import IngestConfig
 from upvla.data.mixture import MixtureConfig
-from upvla.errors import ConfigError
+from upvla.errors import ConfigError, require_no_login, shown
 from upvla.model.config import ModelConfig, merge
 from upvla.rollout.evaluate import EvalConfig, Layout
 from upvla.rollout.gate import GateConfig
@@ -58,6 +58,22 @@ class SiteConfig(Section):
         default=None, description="the local stack's own settings, read by `upvla.stack`"
     )
 
+    @field_validator("store_url")
+    @classmethod
+    def _store_without_login(cls, url: str) -> str:
+        require_no_login("store_url", url)
+        return url
+
+    @field_validator("tracking_url")
+    @classmethod
+    def _tracking_login_that_can_be_split_off(cls, url: str) -> str:
+        if shown(url) != url and not url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"tracking_url {url} holds a database's login, which Ray's workers would have to be sent: start an "
+                "`mlflow server` on that database and give its address"
+            )
+        return url
+
     @property
     def most_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
@@ -94,6 +110,11 @@ class InitConfig(Section):
     text: str = Field(
         default="", description="URL of a tokenizer.json that comes with the weights: no text tokenizer is trained"
     )
+
+    @model_validator(mode="after")
+    def _without_login(self) -> Self:
+        require_no_login("init:", *self.weights, self.vq, self.text)
+        return self
 
 
 class RunConfig(LineConfig):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -17,6 +18,24 @@ _LOGIN = re.compile(r'(?<=://)[^/?#\s"]*@')
 def shown(text: str) -> str:
     """A URL, or a text with URLs in it, without the user and password that they may hold: for whatever is kept."""
     return _LOGIN.sub("", text)
+
+
+def login_of(url: str) -> tuple[str, str]:
+    """The user and the password that a URL holds, empty where it holds none."""
+    found = _LOGIN.search(url)
+    user, _, password = found[0][:-1].partition(":") if found else ("", "", "")
+    return unquote(user), unquote(password)
+
+
+def require_no_login(what: str, *urls: str) -> None:
+    """Refuse a login in URLs that are written down: on the store, in MLflow, in Prefect's results."""
+    for url in urls:
+        if shown(url) != url:
+            raise ConfigError(
+                f"{what} {url} holds a login, and would be kept with it where others read: take it out, and give it to "
+                "every machine that opens the URL in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in fsspec's own "
+                "configuration (FSSPEC_HTTPS)"
+            )
 
 
 def cause(error: Exception, url: str) -> Exception | None:

@@ -100,7 +100,9 @@ def test_what_a_killed_process_had_not_sent_comes_with_its_resume_point(tracker:
     cut_off.close(timeout_s=0)
 
 
-def test_pages_are_named_as_browsers_reach_them_and_without_a_password() -> None:
+def test_pages_are_named_as_browsers_reach_them_and_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "upvla")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     for pages, root in (("", "http://mlflow:5000"), ("https://lab.example/mlflow/", "https://lab.example/mlflow")):
         page = Tracker("http://upvla:secret@mlflow:5000", "tests", pages).version_page("upvla tiny", "3")
         assert page == f"{root}/#/models/upvla%20tiny/versions/3"

@@ -11,7 +11,7 @@ import numpy as np
 
 from upvla.data.table import Dataset
 from upvla.data.versions import open_version
-from upvla.errors import ConfigError, Mismatch
+from upvla.errors import ConfigError, Mismatch, shown
 from upvla.launch.scores import Exam, Judged, Progress, Recording, film, judge, run_key
 from upvla.rollout.benchmarks import BUILT_IN, Places, open_suite
 from upvla.rollout.evaluate import Control, Layout, as_metrics, compare, report_from_json, report_to_json, scores
@@ -89,7 +89,7 @@ def _publish(tracker: Tracker, policy: str, judged: Judged, films: Mapping[str, 
     report = judged.report
     judged_by = {report.suite: report.fingerprint}
     key = run_key(report.policy, judged_by)
-    tags = {"protocol": report.fingerprint, "suite": report.suite, "policy": policy} | protocol_tags(judged_by)
+    tags = {"protocol": report.fingerprint, "suite": report.suite, "policy": shown(policy)} | protocol_tags(judged_by)
     run = tracker.start(key, f"{report.suite}: {report.policy}", tags=tags, params={"protocol": report.protocol})
     try:
         run.log(as_metrics(scores(report)), 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from upvla.config import RunConfig, SiteConfig, fingerprint, load
 from upvla.data.report import render_summary
 from upvla.data.table import Dataset, load_manifest
-from upvla.errors import ConfigError, UpvlaError, shown
+from upvla.errors import ConfigError, UpvlaError, require_no_login, shown
 from upvla.launch.ingest import landed, run_ingest
 from upvla.launch.inputs import open_plan
 from upvla.launch.line import Line, Progress, Result
@@ -87,6 +87,7 @@ class Pretraining(Line):
         last write: its recordings may be halves. One that cannot be read keeps no other out: its error comes last.
         """
         url, config = source_url or str(self.site.raw_folder / "inbox"), self.config.data.ingest
+        require_no_login("source_url", url)
         sets, waiting = landed(open_store(url), config, settle_s)
         since = {
             name or url: datetime.fromtimestamp(last, UTC).isoformat(" ", "seconds") for name, last in waiting.items()

@@ -20,10 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -37,6 +37,8 @@ from upvla.errors import (
     StoreError,
     UpvlaError,
     problems_of,
+    require_no_login,
+    shown,
 )
 from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
@@ -63,11 +65,15 @@ _JOB = re.compile(r"(?P<stage>.+)-(?P<key>[0-9a-f]{16})-\d+")
 
 
 class TrackingSpec(BaseModel):
-    """Where a stage's curves go. `parent` is the id of the run that they nest under."""
+    """Where a stage's curves go. `parent` is the id of the run that they nest under.
+
+    `uri` is kept without the login that it may hold: a spec lies on the store. A driver and its workers have theirs,
+    like the store's keys, from Ray's own environment, since a job's can be read in Ray's list of jobs.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    uri: str
+    uri: Annotated[str, AfterValidator(shown)]
     experiment: str
     parent: str | None = None
     tags: dict[str, str] = {}
@@ -106,6 +112,11 @@ class TrainSpec(BaseModel):
     scratch: str = Field(
         default="", description="folder on the workers for shards in transit; default: a temporary one"
     )
+
+    @model_validator(mode="after")
+    def _without_login(self) -> Self:
+        require_no_login(f"{self.stage.name}:", self.store_url, self.parent_url, *self.weights_urls)
+        return self
 
     @property
     def key(self) -> str:

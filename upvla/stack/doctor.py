@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from upvla.config import SiteConfig
-from upvla.errors import StackError, UpvlaError, shown
+from upvla.errors import StackError, UpvlaError, login_of, shown
 from upvla.stack import processes
 from upvla.stack.servers import StackConfig, basic_login, environment, parts, recorded
 from upvla.store import open_store, supports_conditional_create
@@ -166,9 +166,13 @@ def _store(site: SiteConfig) -> Check:
 def _servers(site: SiteConfig) -> Iterator[Check]:
     """Each is asked for what it gives to nobody without a password; `/health` would answer everyone."""
     user, password, prefect = map(_value, ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_URL"))
+    if any(login_of(site.tracking_url)):
+        user, password = login_of(site.tracking_url)
     asked, login = "/api/2.0/mlflow/experiments/search", basic_login(f"{user}:{password}" if password else "")
     proof = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    yield _answers("MLflow", site.tracking_url, asked, login, "MLFLOW_TRACKING_URI", proof, b'{"max_results": 1}')
+    yield _answers(
+        "MLflow", shown(site.tracking_url), asked, login, "MLFLOW_TRACKING_URI", proof, b'{"max_results": 1}'
+    )
     login, proof = basic_login(_value("PREFECT_API_AUTH_STRING")), "PREFECT_API_AUTH_STRING"
     yield _answers("Prefect", prefect, "/flows/filter", login, "PREFECT_API_URL", proof, b'{"limit": 1}')
     token = _value("RAY_AUTH_TOKEN") or _text(_value("RAY_AUTH_TOKEN_PATH"))

@@ -20,6 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 import upvla.rollout
+from upvla.errors import require_no_login
 from upvla.tracking.runs import BATCH, PROTOCOL, Tracker, translated
 from upvla.types import Checkpoint, ModelVersion
 
@@ -100,7 +101,7 @@ class Registry:
 
         Metrics that it has already of their run (`scored_in`, by default `run_id`) are not logged again.
         """
-        scored_in = scored_in or run_id
+        scored_in, reference = scored_in or run_id, _reference(checkpoint)
         experiment_id = self._tracker.experiment_id()
         with translated(self._uri):
             wanted, oldest_first = f"params.model_id = '{checkpoint.model_id}'", [{"field_name": "creation_timestamp"}]
@@ -109,7 +110,7 @@ class Registry:
                 model = found[0]
                 self._client.set_logged_model_tags(model.model_id, dict(tags))
             else:
-                about: dict[str, Any] = {"tags": dict(tags), "params": _reference(checkpoint), "model_type": "policy"}
+                about: dict[str, Any] = {"tags": dict(tags), "params": reference, "model_type": "policy"}
                 model = self._client.create_logged_model(experiment_id, name, run_id, **about)
                 model = self._client.finalize_logged_model(model.model_id, "READY")
             known = {metric.key for metric in model.metrics or () if metric.run_id == scored_in}
@@ -163,6 +164,7 @@ def _signature(cameras: Sequence[str]) -> ModelSignature:
 
 
 def _reference(checkpoint: Checkpoint) -> dict[str, str]:
+    require_no_login("checkpoint", checkpoint.url)
     return {
         "checkpoint_url": checkpoint.url,
         "model_id": checkpoint.model_id,

@@ -28,7 +28,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
-from upvla.errors import NotFound, StackError, UpvlaError, cause, shown
+from upvla.errors import ConfigError, NotFound, StackError, UpvlaError, cause, login_of, shown
 from upvla.types import Manifest
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ _FLUSH_S = 1.0
 _RETRY_S = 10.0
 _SPOOL = 200_000  # metric points kept while the server is away; the oldest go first
 _PICTURES = 100
+_LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 BATCH = 900  # MLflow takes at most 1000 entries a request
 _MAKING = threading.Lock()  # a run's sender and whoever logs to it may ask for its id at the same moment
 
@@ -48,10 +49,14 @@ class Tracker:
     """One experiment on one tracking server. Making one contacts nobody; methods raise `StackError` if it is down."""
 
     def __init__(self, uri: str, experiment: str, pages_url: str = "") -> None:
-        """`pages_url` is the server's address for browsers, where that is another than `uri`."""
+        """`pages_url` is the server's address for browsers, where that is another than `uri`. A login in `uri` goes
+        where MLflow's client looks for one, so nothing that is made from the address holds it."""
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is `--json`'s
+        if uri.startswith(("http://", "https://")):
+            _use_login(uri)
+            uri = shown(uri)
         self.uri, self.shown = uri, shown(uri)
         self.experiment = experiment
         self._pages_url = pages_url or uri
@@ -297,6 +302,20 @@ class Run:
             self._warned = True
 
 
+def _use_login(uri: str) -> None:
+    """Put the login of `uri`, or of an MLFLOW_TRACKING_URI that names the same server, into MLflow's own variables."""
+    given = next((each for each in (uri, os.environ.get("MLFLOW_TRACKING_URI", "")) if any(login_of(each))), "")
+    if shown(given).rstrip("/") != shown(uri).rstrip("/"):
+        return
+    for name, value in zip(_LOGIN, login_of(given), strict=True):
+        if (os.environ.get(name) or value) != value:
+            raise ConfigError(
+                f"MLflow at {uri}: its address holds another login than {' and '.join(_LOGIN)}: take it out of the "
+                "address, or unset these"
+            )
+        os.environ[name] = value
+
+
 def protocol_tags(protocols: Mapping[str, str]) -> dict[str, str]:
     """Of whatever has scores under these protocols, {suite: fingerprint}: a run, a logged model, a version."""
     return {f"{PROTOCOL}{suite}": mark for suite, mark in protocols.items()}
@@ -318,6 +337,9 @@ def translated(uri: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise NotFound(f"MLflow at {uri}: {error.message}") from cause(error, uri)
+        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            refused = f"MLflow at {uri} refuses our login: set {' and '.join(_LOGIN)}, and for training where Ray runs"
+            raise StackError(refused) from cause(error, uri)
         raise StackError(f"MLflow at {uri}: {error.message}; is it up? (`upvla status`)") from cause(error, uri)
     except RequestException as error:  # of artifacts, whose errors MLflow's client hands on as they come
         said = f"MLflow at {uri}: {error}; are it and its object store up? (`upvla status`)"
