@@ -84,6 +84,9 @@ def test_every_part_is_healthy_and_says_where_it_is(running: StackConfig) -> Non
     assert [part["name"] for part in parts] == ["s3", "mlflow", "prefect", "ray", "worker"]
     assert all(part["healthy"] and psutil.pid_exists(part["pid"]) and Path(part["log"]).is_file() for part in parts)
     assert {oct((running.home / "secrets" / name).stat().st_mode)[-3:] for name in ("s3.json", "ray_token")} == {"600"}
+    known = {part["name"]: psutil.Process(part["pid"]).environ() for part in parts}
+    assert {"GOGC", "MALLOC_ARENA_MAX"} - os.environ.keys() <= known["s3"].keys() | known["worker"].keys()
+    assert "MALLOC_ARENA_MAX" in os.environ or "MALLOC_ARENA_MAX" not in known["ray"]
 
 
 @pytest.mark.seam

@@ -39,6 +39,15 @@ _REMAINS_S = 3.0  # what a killed or hung server left behind has nothing to save
 _ATTEMPTS = 2  # of a part that ends at once
 _SLOW_S = 20.0  # one that lived for longer is tried again until `timeout_s`: Ray gives itself 30 s, too few under load
 _REMIND_S = 15.0
+_MEMORY = {
+    # SeaweedFS (Go) holds 300 MB of buffers; at the default of 100 as much garbage again becomes resident with time
+    "s3": {"GOGC": "25"},
+    # by default GCS and the dashboard remember 100,000 ended actors, and as many tasks
+    "ray": {"RAY_maximum_gcs_destroyed_actor_cached_count": "1000", "RAY_task_events_max_num_task_in_gcs": "10000"},
+    # its threads come and go with flow runs, and glibc gives them up to eight arenas a core, which keep what they had
+    "worker": {"MALLOC_ARENA_MAX": "2"},
+}
+"""Settings of one part that bound what it takes in a long life. One that is set in the environment stays as it is."""
 
 Progress = Callable[[str], None]
 
@@ -126,7 +135,8 @@ def _converge(config: StackConfig, listing: Sequence[Part], attempts: dict[str, 
                     progress(f"{name}: {done}")
                 since[name] = since[name] if ours else now
                 attempts[name], started[name] = attempts.get(name, 0) + 1, now
-                processes.start(config.home, name, part.command, server_environment(config), part.log)
+                known = _MEMORY.get(name, {}) | server_environment(config)
+                processes.start(config.home, name, part.command, known, part.log)
             elif now - reminded[name] > _REMIND_S:
                 reminded[name] = now
                 progress(f"{name}: still waiting after {waited:.0f} s, log {part.log}")
