@@ -47,7 +47,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(
 
 @SLOW
 @pytest.mark.parametrize("phase", PHASES)
-def test_in_no_phase_and_under_no_zero_stage_where_resume_points_lie_in_a_bucket(
+def test_nor_does_one_killed_in_any_phase_under_any_zero_stage_with_resume_points_in_a_bucket(
     lives_on_s3: Lives, uninterrupted: tuple[int, Life], phase: str, tmp_path: Path
 ) -> None:
     zero_stage, whole = uninterrupted
