@@ -173,8 +173,8 @@ def test_a_worker_killed_at_a_random_step_changes_nothing_under_any_zero_stage(
     ray_head: RayHead, prepared: Prepared, two_workers: Workers, s3_server: S3Server, tmp_path: Path, zero_stage: int
 ) -> None:
     """The seed says who dies, after which resume point, and how many steps later."""
-    dice, save_every, steps = random.Random(f"ray {zero_stage}"), 6, 30
-    rank, saved, later = dice.randrange(2), save_every * dice.randrange(2, 4), dice.randrange(1, 3)
+    dice, save_every, steps = random.Random(f"ray {zero_stage}"), 12, 60
+    rank, saved, later = dice.randrange(2), save_every * dice.randrange(2, 4), dice.randrange(1, 5)
     # a step takes its time where every one is followed by a validation
     stage = {"steps": steps, "save_every": save_every, "eval_every": 1, "eval_batches": 2}
     changes = {"engine": {"zero_stage": zero_stage}, "stage": stage}
