@@ -12,7 +12,7 @@ from tests.launch.stages import model, prepared, spec_of
 from tests.launch.test_training import train_on
 from tests.train.toy import Workers
 from upvla.checkpoint import load_bundle
-from upvla.data.samples import SampleReader
+from upvla.data.samples import Fetched, SampleReader
 from upvla.errors import Corrupt
 from upvla.launch.train import FAILURE, RESULT, TrainSpec
 from upvla.launch.worker import work
@@ -27,18 +27,18 @@ POSITION, STEP = 27, 4  # of global batches of 8; the held-out batch has positio
 
 def work_on_damaged_data(settings: dict[str, Any]) -> None:
     """The worker's own body, on a reader that meets one damaged picture."""
-    read = SampleReader.read
+    decode = SampleReader.decode
 
-    def reads_all_but_one(self: SampleReader, ref: Any, position: int, out: Any = None) -> Any:
-        if position == POSITION:
-            raise Corrupt(f"sample {position}: not a JPEG; take it out with `upvla data remove`")
-        return read(self, ref, position, out)
+    def decodes_all_but_one(self: SampleReader, fetched: Fetched, out: Any = None) -> Any:
+        if fetched.sample.position == POSITION:
+            raise Corrupt(f"sample {POSITION}: not a JPEG; take it out with `upvla data remove`")
+        return decode(self, fetched, out)
 
-    SampleReader.read = reads_all_but_one  # type: ignore[method-assign]
+    SampleReader.decode = decodes_all_but_one  # type: ignore[method-assign]
     try:
         work(settings)
     finally:
-        SampleReader.read = read  # type: ignore[method-assign]
+        SampleReader.decode = decode  # type: ignore[method-assign]
 
 
 def spec_with(prepared: tuple[Store, dict[str, Any]], policy: str) -> TrainSpec:
