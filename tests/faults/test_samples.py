@@ -30,7 +30,7 @@ def work_on_damaged_data(settings: dict[str, Any]) -> None:
     decode = SampleReader.decode
 
     def decodes_all_but_one(self: SampleReader, fetched: Fetched, out: Any = None) -> Any:
-        if fetched.sample.position == POSITION:
+        if fetched.position == POSITION:
             raise Corrupt(f"sample {POSITION}: not a JPEG; take it out with `upvla data remove`")
         return decode(self, fetched, out)
 

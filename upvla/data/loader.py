@@ -3,9 +3,9 @@ state.
 
 Global batch k is the positions [k * G, (k + 1) * G); rank r of W takes those with position % W == r. So the same global
 batches come in the same order for any world size, number of threads and micro-batch, and resuming needs one integer.
-Threads suffice because decoding and resizing release the interpreter lock. One thread takes everything that a row needs
-out of the tables, in order and ahead of time, so that a store far away costs latency once and a row group is read once;
-the others decode.
+Threads suffice because decoding and resizing release the interpreter lock; one more fetches row groups before the
+decoders need them, so that a store far away costs latency once. It does no more than that: what it does in Python,
+the decoders wait for.
 """
 
 from __future__ import annotations

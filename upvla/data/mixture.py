@@ -31,6 +31,7 @@ from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
 _MAX_LANES = 64
 _GAP = 12  # times the mean distance of a row group's samples in the order: one in 160,000 is further from the next
+_LAG_STEPS = 7  # global batches of which a loader reads between fetching a sample, three ahead, and decoding it
 _SLACK = 4  # row groups, for a rank with few lanes that has larger ones than the mean
 
 
@@ -202,7 +203,7 @@ def _paraphrases(
 
 def open_mixture(store: Store, plan: MixturePlan, world_size: int = 1) -> Mixture:
     """With its datasets, each of which keeps in memory the row groups that one of `world_size` ranks has open, so that
-    they are read once an epoch. All ranks together keep 1.3 to 1.5 times the `pool_mb` that the plan was made for, if
+    they are read once an epoch. All ranks together keep 1.4 to 1.8 times the `pool_mb` that the plan was made for, if
     that has room for a row group a lane; more where few samples of a row group are drawn."""
     pinned = {source.dataset: source.version for source in plan.sources}
     mixture = Mixture(
@@ -255,13 +256,14 @@ class Mixture:
 
     def row_groups_open(self, dataset: str) -> float:
         """How many row groups of a dataset all lanes together go back to, at any place of the order: by lane `spread`,
-        those that are passed until the next sample of one comes, and half of one, as lanes that leave row groups at the
-        same time hold two."""
+        those that are passed until the next sample of one comes and while the decoders are behind the fetcher, and half
+        of one, as lanes that leave row groups at the same time hold two."""
         total = 0.0
-        for source, samples in zip(self.plan.sources, self._samples, strict=True):
+        for source, samples, share in zip(self.plan.sources, self._samples, self._shares, strict=True):
             if source.dataset == dataset:
                 per_group = len(samples) / samples.groups.num_groups
-                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5)
+                drawn = _LAG_STEPS * self.plan.global_batch * share / len(self._turns)
+                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5) + drawn / per_group
         return total
 
     @property

@@ -84,6 +84,14 @@ class RowGroupPool:
                 found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
         return found
 
+    def load(self, key: str, wanted: Mapping[str, Sequence[int]], first: int = 0) -> None:
+        """Have the row groups that `take` will want."""
+        starts, columns = self.group_starts(key), tuple(wanted)
+        ends = [first + end for rows in wanted.values() if len(rows) for end in (min(rows), max(rows))]
+        if ends:
+            for group in range(bisect_right(starts, min(ends)) - 1, bisect_right(starts, max(ends))):
+                self._group(key, group, columns)
+
     def group_starts(self, key: str) -> Sequence[int]:
         """The first row of every row group of an object."""
         if key not in self._starts:

@@ -78,11 +78,12 @@ class Rows(list[Sample]):
 
 
 class Fetched(NamedTuple):
-    """A sample out of the tables, whose frames are still encoded."""
+    """A sample whose row groups are in memory: what is left to do needs no store."""
 
     ref: SampleRef
-    frames: Mapping[str, bytes]  # by the model's camera
-    sample: Sample
+    position: int
+    steps: Window | None  # of a robot row
+    wanted: Mapping[str, Sequence[int]]  # steps by column
 
 
 class _Source(NamedTuple):
@@ -165,53 +166,37 @@ class SampleReader:
         )
 
     def fetch(self, ref: SampleRef, position: int) -> Fetched:
-        """All of a sample that lies in a table: what is left to do, `decode` does without looking anywhere."""
-        source = self._sources[ref.source]
-        row, robot = source.dataset.episodes[ref.episode], ref.kind == "robot"
-        wanted, steps = dict(source.columns), None
-        if robot:
-            span = row.spans[ref.span]
+        """Have in memory what the sample wants from its dataset's table."""
+        source, steps = self._sources[ref.source], None
+        wanted = dict(source.columns)
+        if ref.kind == "robot":
+            span = source.dataset.episodes[ref.episode].spans[ref.span]
             steps = window(span.start, span.end, ref.step, self.chunk, published=self.published_windows)
             if source.only != "prediction":
                 wanted["action"] = range(steps.step, steps.action_end)
         if not self.features:
             wanted |= dict.fromkeys(source.frames.values(), (ref.step,))
-        found = source.dataset.read_each(ref.episode, wanted) if wanted else {}
-        frames = {} if self.features else {camera: found[stored][0] for camera, stored in source.frames.items()}
-        sample = self._question(source, ref, position)
-        if steps is not None:
-            sample = self._robot_row(source, ref, sample, steps, found.get("action"))
-        return Fetched(ref, frames, sample)
+        if wanted:
+            source.dataset.fetch(ref.episode, wanted)
+        return Fetched(ref, position, steps, wanted)
 
     def decode(self, fetched: Fetched, out: np.ndarray | None = None) -> Sample:
-        """The sample with its frames, decoded into `out` u8[K,H,W,3] where that is given.
+        """The sample; its frames are decoded into `out` u8[K,H,W,3] where that is given.
 
         `Corrupt` names the sample whose picture does not decode: nothing takes its place.
         """
-        ref, frames, sample = fetched
-        if self.features:
-            return sample
-        images = {}
-        try:
-            for view, camera in enumerate(self.cameras):
-                place = None if out is None else out[view]
-                if camera in frames:
-                    images[camera] = resize(decode_image(frames[camera]), self.resize, place)
-                else:  # a view that this source lacks is black
-                    images[camera] = np.empty(self._frame, np.uint8) if place is None else place
-                    images[camera][:] = 0
-        except BadEpisode as error:
-            dataset = self._sources[ref.source].dataset
-            row, version = dataset.episodes[ref.episode], f"{dataset.manifest.dataset}@{dataset.manifest.version}"
-            where = f"{version}, recording {row.source_key}, step {ref.step}, {row.shard}"
-            raise Corrupt(
-                f"sample {sample.position} ({where}): {error}; take it out with `upvla data remove`"
-            ) from error
-        return sample._replace(images=images)
+        ref, position, steps, wanted = fetched
+        source = self._sources[ref.source]
+        found = source.dataset.read_each(ref.episode, wanted) if wanted else {}
+        images = self._images(source, fetched, found, out)
+        if steps is None:
+            turns = tuple(turn for asked in source.dataset.conversation(ref.qa) for turn in asked.turns)
+            return Sample(position, "qa", images, None, None, None, None, "", turns)
+        return self._robot_row(source, fetched, steps, images, found.get("action"))
 
     def decode_rows(self, fetched: Sequence[Fetched], memory: Callable[[int], np.ndarray]) -> Rows:
         """Robot rows first, each kind by position, their frames decoded into one `memory(bytes)` of u8."""
-        fetched = sorted(fetched, key=lambda found: (found.sample.kind != "robot", found.sample.position))
+        fetched = sorted(fetched, key=lambda found: (found.ref.kind != "robot", found.position))
         if self.features:
             return Rows(map(self.decode, fetched))
         shape = (len(fetched), len(self.cameras), *self._frame)
@@ -224,19 +209,38 @@ class SampleReader:
         """One sample."""
         return self.decode(self.fetch(ref, position))
 
-    def _question(self, source: _Source, ref: SampleRef, position: int) -> Sample:
-        """A row without its frames, in whose place patch features are where there are any."""
-        images = dict[str, np.ndarray]()
+    def _images(
+        self, source: _Source, fetched: Fetched, found: Mapping[str, Sequence[bytes]], out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        ref, dataset = fetched.ref, source.dataset
         if self.features:
-            images = self.features[source.dataset.manifest.dataset].get(ref.episode, ref.step, self.cameras)
-        asked = source.dataset.conversation(ref.qa) if ref.kind == "qa" else []
-        turns = tuple(turn for each in asked for turn in each.turns)
-        return Sample(position, ref.kind, images, None, None, None, None, "", turns)
+            return self.features[dataset.manifest.dataset].get(ref.episode, ref.step, self.cameras)
+        images = {}
+        try:
+            for view, camera in enumerate(self.cameras):
+                place = None if out is None else out[view]
+                if camera in source.frames:
+                    images[camera] = resize(decode_image(found[source.frames[camera]][0]), self.resize, place)
+                else:  # a view that this source lacks is black
+                    images[camera] = np.empty(self._frame, np.uint8) if place is None else place
+                    images[camera][:] = 0
+        except BadEpisode as error:
+            row, version = dataset.episodes[ref.episode], f"{dataset.manifest.dataset}@{dataset.manifest.version}"
+            where = f"{version}, recording {row.source_key}, step {ref.step}, {row.shard}"
+            raise Corrupt(
+                f"sample {fetched.position} ({where}): {error}; take it out with `upvla data remove`"
+            ) from error
+        return images
 
     def _robot_row(
-        self, source: _Source, ref: SampleRef, sample: Sample, steps: Window, moves: np.ndarray | None
+        self,
+        source: _Source,
+        fetched: Fetched,
+        steps: Window,
+        images: Mapping[str, np.ndarray],
+        moves: np.ndarray | None,
     ) -> Sample:
-        name = source.dataset.manifest.dataset
+        ref, name = fetched.ref, source.dataset.manifest.dataset
         if moves is None:  # they do not count
             actions, is_pad = np.zeros((self.chunk, len(self.action_space)), np.float32), np.ones(self.chunk, np.bool_)
         else:
@@ -248,12 +252,16 @@ class SampleReader:
             views = [table.get(ref.episode, both, camera) for camera in self.code_cameras]
             codes, future_codes = np.stack(views, axis=1)
         span = source.dataset.episodes[ref.episode].spans[ref.span]
-        return sample._replace(
+        return Sample(
+            position=fetched.position,
+            kind="robot",
+            images=images,
             codes=codes,
             future_codes=future_codes,
             actions=actions,
             action_is_pad=is_pad,
-            text=self._wording(source.paraphrases, span, sample.position),
+            text=self._wording(source.paraphrases, span, fetched.position),
+            turns=(),
             description=self.descriptions[name].get(ref.episode, ref.step) if self.descriptions else "",
             only=source.only,
         )

@@ -235,11 +235,20 @@ class Dataset:
 
     def read_each(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The same where every column has steps of its own; the row group is read once with all of them."""
+        row = self._checked(episode, wanted)
+        return self._rows.take(row.shard, wanted, row.row0)
+
+    def fetch(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Have in memory what `read_each` will want."""
+        row = self._checked(episode, wanted)
+        self._rows.load(row.shard, wanted, row.row0)
+
+    def _checked(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> EpisodeRow:
         row = self.episodes[episode]
         for steps in wanted.values():
             if len(steps) and not (min(steps) >= 0 and max(steps) < row.length):
                 raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
-        return self._rows.take(row.shard, wanted, row.row0)
+        return row
 
 
 def _reopen(store: Store, manifest: Manifest, pool_mb: float) -> Dataset:

@@ -54,12 +54,10 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_ARENA_MAX": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "jemalloc",
 }
 """Environment of training processes: glibc keeps a step's memory for the next step, instead of giving it back and
 touching every page anew (of the tiny model 3,000 page faults a step, or none). One arena, because Ray Train runs the
-loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say. Of
-Arrow's own memory, mimalloc, its default, keeps 45 MB more beside the row groups of a loader."""
+loop in a thread, and the arena of a thread gives back what lies above 64 MB whatever the other two settings say."""
 _PASSING = {kind.code: kind for kind in (StoreError, OutcomeUnknown, StackError)}
 _ELSEWHERE = {"store_url", "parent_url", "weights_urls", "tracking", "scratch"}
 _LINE = re.compile(r"^\S+ +(\d+)/(\d+) ")
