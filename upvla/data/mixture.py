@@ -271,8 +271,7 @@ class Mixture:
         """Of every robot sample: the plan's, or what all sources share."""
         if self.plan.action_space is not None:
             return ActionSpace.from_json(self.plan.action_space)
-        acting = [self.plan.sources[number].dataset for number in self._acting or (0,)]
-        first, *others = [self.datasets[name].manifest for name in acting]
+        first, *others = [self.datasets[self.plan.sources[i].dataset].manifest for i in self._acting or (0,)]
         for other in others:
             first.action_space.require_equal(
                 other.action_space,
@@ -311,16 +310,12 @@ class Mixture:
     @functools.cached_property
     def _acting(self) -> list[int]:
         """The sources whose actions count. Where none has any, the first source says what they would be."""
-        sources = enumerate(self.plan.sources)
-        return [i for i, source in sources if source.kind == "robot" and source.only != "prediction"]
+        return [i for i, s in enumerate(self.plan.sources) if s.kind == "robot" and s.only != "prediction"]
 
     def share(self, start: int, end: int) -> dict[str, float]:
         """What fraction of the positions `[start, end)` each source, by name, really has."""
-        counts = np.bincount([self.sample_at(p).source for p in range(start, end)], minlength=len(self.plan.sources))
-        found = Counter[str]()
-        for source, count in zip(self.plan.sources, counts.tolist(), strict=True):
-            found[source.name] += count
-        return {name: count / (end - start) for name, count in found.items()}
+        counts = Counter(self.plan.sources[self.sample_at(p).source].name for p in range(start, end))
+        return {source.name: counts[source.name] / (end - start) for source in self.plan.sources}
 
     def sample_at(self, position: int) -> SampleRef:
         draw, lane = divmod(position, self.plan.lanes)
