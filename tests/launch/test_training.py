@@ -275,6 +275,16 @@ def test_wrong_inputs_are_named_before_workers_are_asked_for(
         open_inputs(spec).check(spec)
 
 
+def test_actions_cannot_be_learnt_from_sources_for_prediction_alone(prepared: tuple[Store, dict[str, Any]]) -> None:
+    store, references = prepared
+    plans = references | plans_of(store, sources=[{"dataset": "toy", "kind": "prediction", "weight": 1.0}])
+    wrong = spec_of(store, plans, name="wrong", weights={"act": 1.0})
+    with pytest.raises(ConfigError, match=r"weights.act is 1.0 and no source of mixture \w+ has actions that count"):
+        open_inputs(wrong).check(wrong)
+    spec = spec_of(store, plans, name="watches", weights={"pre": 1.0})
+    open_inputs(spec).check(spec)
+
+
 def test_another_models_tokenizer_is_refused(prepared: tuple[Store, dict[str, Any]], model: ModelConfig) -> None:
     store, references = prepared
     text_id = save_text(store, TextTokenizer.train(["open"], 280))
