@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from upvla.data.objects import read_index, read_summaries
-from upvla.data.rowgroups import RowGroupPool
+from upvla.data.rowgroups import RowGroupPool, bounds
 from upvla.data.shards import Rejection
 from upvla.data.stats import Statistics, Summary
 from upvla.data.versions import Split, assign_splits, dataset_root, load_manifest, read_quarantine
@@ -246,7 +246,10 @@ class Dataset:
     def _checked(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> EpisodeRow:
         row = self.episodes[episode]
         for steps in wanted.values():
-            if len(steps) and not (min(steps) >= 0 and max(steps) < row.length):
+            if not len(steps):
+                continue
+            low, high = bounds(steps)
+            if low < 0 or high >= row.length:
                 raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
         return row
 
