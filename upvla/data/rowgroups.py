@@ -70,11 +70,14 @@ class RowGroupPool:
             part, first = self._group(key, low, columns), starts[low] - first
             return {name: _values(part[name], rows, first) for name, rows in wanted.items() if len(rows)}
         found: dict[str, Any] = {}
+        parts: dict[int, dict[str, _Column]] = {}  # a pool smaller than they are would read them for every column
         for name, rows in wanted.items():
             pieces = []
             for row in rows:
                 group = bisect_right(starts, first + row) - 1
-                pieces.append(_values(self._group(key, group, columns)[name], (row,), starts[group] - first))
+                if group not in parts:
+                    parts[group] = self._group(key, group, columns)
+                pieces.append(_values(parts[group][name], (row,), starts[group] - first))
             if pieces:
                 found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
         return found
