@@ -40,10 +40,16 @@ def prepare(url: str, *, recordings: int, global_batch: int) -> tuple[Store, dic
     return store, references | {"model": model, "text_id": save_text(store, text), "vq_id": vq_id}
 
 
+def make_spec(
+    store: Store, references: dict[str, Any], stage_config: dict[str, Any], engine: dict[str, Any]
+) -> TrainSpec:
+    values = {"kind": "policy", "store_url": store.url, "stage": stage_config, "engine": engine}
+    return TrainSpec.model_validate(values | references)
+
+
 def write_spec(store: Store, references: dict[str, Any], stage_config: dict[str, Any], engine: dict[str, Any]) -> str:
     """URL of the spec that `python -m upvla.launch.train` takes."""
-    values = {"kind": "policy", "store_url": store.url, "stage": stage_config, "engine": engine}
-    spec = TrainSpec.model_validate(values | references)
+    spec = make_spec(store, references, stage_config, engine)
     place = store.sub(spec.prefix)
     place.write_json(SPEC, spec.model_dump(mode="json"))
     return f"{place.url}/{SPEC}"

@@ -66,7 +66,7 @@ def test_what_is_read_is_what_was_written(store: Store) -> None:
         assert np.array_equal(found["timestamp"], original.timestamps[[11, 3, 3]])
         assert found["step"].tolist() == [11, 3, 3]
         assert decode_image(found["image_static"][1]).shape == (16, 16, 3)
-        with pytest.raises(IndexError, match="which has 12"):
+        with pytest.raises(IndexError, match=f"{episode.source_key}: rows 12 to 12 of 12"):
             dataset.read(row, [12], ["action"])
     assert (dataset.manifest.num_episodes, dataset.manifest.num_steps, dataset.manifest.num_spans) == (5, 60, 10)
 

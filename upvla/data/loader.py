@@ -47,7 +47,7 @@ class Loader(Generic[_Batch]):
         micro_batch: int,
         start_step: int = 0,
         threads: int = 2,
-        prefetch_steps: int = 2,
+        prefetch_steps: int = 1,
     ):
         rows, rest = divmod(mixture.plan.global_batch, world_size)
         if rest or rows % micro_batch:

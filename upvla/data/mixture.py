@@ -31,7 +31,6 @@ from upvla.types import ActionSpace, MixturePlan, MixtureSource, SampleRef
 
 _MAX_LANES = 64
 _GAP = 12  # times the mean distance of a row group's samples in the order: one in 160,000 is further from the next
-_LAG_STEPS = 7  # global batches of which a loader reads between fetching a sample, three ahead, and decoding it
 _SLACK = 4  # row groups, for a rank with few lanes that has larger ones than the mean
 
 
@@ -256,14 +255,13 @@ class Mixture:
 
     def row_groups_open(self, dataset: str) -> float:
         """How many row groups of a dataset all lanes together go back to, at any place of the order: by lane `spread`,
-        those that are passed until the next sample of one comes and while the decoders are behind the fetcher, and half
-        of one, as lanes that leave row groups at the same time hold two."""
+        those that are passed until the next sample of one comes, and half of one, as lanes that leave row groups at the
+        same time hold two."""
         total = 0.0
-        for source, samples, share in zip(self.plan.sources, self._samples, self._shares, strict=True):
+        for source, samples in zip(self.plan.sources, self._samples, strict=True):
             if source.dataset == dataset:
                 per_group = len(samples) / samples.groups.num_groups
-                drawn = _LAG_STEPS * self.plan.global_batch * share / len(self._turns)
-                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5) + drawn / per_group
+                total += self.plan.lanes * (self.plan.spread * (1 + _GAP / per_group) + 0.5)
         return total
 
     @property

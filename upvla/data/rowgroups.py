@@ -7,7 +7,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,31 @@ class _Binary(NamedTuple):
 _Column = np.ndarray | _Binary
 
 
+class Held(NamedTuple):
+    """Rows whose row groups are in memory, in the pool or here alone."""
+
+    wanted: Mapping[str, Sequence[int]]
+    first: int
+    starts: Sequence[int]
+    groups: Mapping[int, Mapping[str, _Column]]
+
+    def read(self) -> dict[str, Any]:
+        """As `RowGroupPool.take` does."""
+        if len(self.groups) == 1:
+            ((group, part),) = self.groups.items()
+            first = self.starts[group] - self.first
+            return {name: _values(part[name], rows, first) for name, rows in self.wanted.items() if len(rows)}
+        found: dict[str, Any] = {}
+        for name, rows in self.wanted.items():
+            pieces = []
+            for row in rows:
+                group = bisect_right(self.starts, self.first + row) - 1
+                pieces.append(_values(self.groups[group][name], (row,), self.starts[group] - self.first))
+            if pieces:
+                found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
+        return found
+
+
 class RowGroupPool:
     """Rows of Parquet objects, through a pool of decoded row groups bounded in bytes; safe for threads.
 
@@ -64,30 +89,21 @@ class RowGroupPool:
 
         The rows of a column may lie in any groups; a column without any comes along for others to find.
         """
-        starts, columns = self.group_starts(key), tuple(wanted)
-        low, high = _groups_between(starts, wanted, first)
-        if low == high:
-            part, first = self._group(key, low, columns), starts[low] - first
-            return {name: _values(part[name], rows, first) for name, rows in wanted.items() if len(rows)}
-        found: dict[str, Any] = {}
-        parts: dict[int, dict[str, _Column]] = {}  # a pool smaller than they are would read them for every column
-        for name, rows in wanted.items():
-            pieces = []
-            for row in rows:
-                group = bisect_right(starts, first + row) - 1
-                if group not in parts:
-                    parts[group] = self._group(key, group, columns)
-                pieces.append(_values(parts[group][name], (row,), starts[group] - first))
-            if pieces:
-                found[name] = [*itertools.chain(*pieces)] if isinstance(pieces[0], list) else np.concatenate(pieces)
-        return found
+        return self.hold(key, wanted, first).read()
 
-    def load(self, key: str, wanted: Mapping[str, Sequence[int]], first: int = 0) -> None:
-        """Have the row groups that `take` will want."""
+    def hold(self, key: str, wanted: Mapping[str, Sequence[int]], first: int = 0, count: int | None = None) -> Held:
+        """The same rows, in memory for as long as the answer is. `IndexError` where one is not below `count`."""
+        ends = [bounds(rows) for rows in wanted.values() if len(rows)]
+        if not ends:
+            return Held({}, first, (), {})
+        low, high = min(ends)[0], max(end for _, end in ends)
+        if count is not None and not 0 <= low <= high < count:
+            raise IndexError(f"rows {low} to {high} of {count}")
         starts, columns = self.group_starts(key), tuple(wanted)
-        low, high = _groups_between(starts, wanted, first)
-        for group in range(low, high + 1):
-            self._group(key, group, columns)
+        groups: Iterable[int] = {bisect_right(starts, first + low) - 1, bisect_right(starts, first + high) - 1}
+        if len(groups) > 1:
+            groups = {bisect_right(starts, first + row) - 1 for rows in wanted.values() for row in rows}
+        return Held(wanted, first, starts, {group: self._group(key, group, columns) for group in sorted(groups)})
 
     def group_starts(self, key: str) -> Sequence[int]:
         """The first row of every row group of an object."""
@@ -143,16 +159,6 @@ def bounds(rows: Sequence[int]) -> tuple[int, int]:
     """The first and the last of some rows, of which there is one at least."""
     ordered = len(rows) == 1 or (isinstance(rows, range) and rows.step > 0)
     return (rows[0], rows[-1]) if ordered else (min(rows), max(rows))
-
-
-def _groups_between(starts: Sequence[int], wanted: Mapping[str, Sequence[int]], first: int) -> tuple[int, int]:
-    """The first and the last row group of all that is wanted; (0, -1) where that is nothing."""
-    ends = [bounds(rows) for rows in wanted.values() if len(rows)]
-    if not ends:
-        return 0, -1
-    low = bisect_right(starts, first + min(ends)[0]) - 1
-    highest = first + max(end for _, end in ends)
-    return low, bisect_right(starts, highest) - 1
 
 
 def starts_of(footer: pq.FileMetaData) -> list[int]:

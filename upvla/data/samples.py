@@ -17,6 +17,7 @@ from upvla.data.derived import CodeTable
 from upvla.data.descriptions import DescriptionTable
 from upvla.data.features import FeatureTable
 from upvla.data.mixture import Mixture
+from upvla.data.rowgroups import Held
 from upvla.data.table import Dataset
 from upvla.errors import BadEpisode, ConfigError, Corrupt
 from upvla.images import Resize, decode_image, resize
@@ -83,7 +84,7 @@ class Fetched(NamedTuple):
     ref: SampleRef
     position: int
     steps: Window | None  # of a robot row
-    wanted: Mapping[str, Sequence[int]]  # steps by column
+    held: Held | None  # of its dataset's table, if it wants anything
 
 
 class _Source(NamedTuple):
@@ -176,18 +177,16 @@ class SampleReader:
                 wanted["action"] = range(steps.step, steps.action_end)
         if not self.features:
             wanted |= dict.fromkeys(source.frames.values(), (ref.step,))
-        if wanted:
-            source.dataset.fetch(ref.episode, wanted)
-        return Fetched(ref, position, steps, wanted)
+        return Fetched(ref, position, steps, source.dataset.hold(ref.episode, wanted) if wanted else None)
 
     def decode(self, fetched: Fetched, out: np.ndarray | None = None) -> Sample:
         """The sample; its frames are decoded into `out` u8[K,H,W,3] where that is given.
 
         `Corrupt` names the sample whose picture does not decode: nothing takes its place.
         """
-        ref, position, steps, wanted = fetched
+        ref, position, steps, held = fetched
         source = self._sources[ref.source]
-        found = source.dataset.read_each(ref.episode, wanted) if wanted else {}
+        found = held.read() if held else {}
         images = self._images(source, fetched, found, out)
         if steps is None:
             turns = tuple(turn for asked in source.dataset.conversation(ref.qa) for turn in asked.turns)

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from upvla.data.objects import read_index, read_summaries
-from upvla.data.rowgroups import RowGroupPool, bounds
+from upvla.data.rowgroups import Held, RowGroupPool
 from upvla.data.shards import Rejection
 from upvla.data.stats import Statistics, Summary
 from upvla.data.versions import Split, assign_splits, dataset_root, load_manifest, read_quarantine
@@ -235,23 +235,15 @@ class Dataset:
 
     def read_each(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The same where every column has steps of its own; the row group is read once with all of them."""
-        row = self._checked(episode, wanted)
-        return self._rows.take(row.shard, wanted, row.row0)
+        return self.hold(episode, wanted).read()
 
-    def fetch(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> None:
-        """Have in memory what `read_each` will want."""
-        row = self._checked(episode, wanted)
-        self._rows.load(row.shard, wanted, row.row0)
-
-    def _checked(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> EpisodeRow:
+    def hold(self, episode: int, wanted: Mapping[str, Sequence[int]]) -> Held:
+        """The same, in memory for as long as the answer is, to be read later."""
         row = self.episodes[episode]
-        for steps in wanted.values():
-            if not len(steps):
-                continue
-            low, high = bounds(steps)
-            if low < 0 or high >= row.length:
-                raise IndexError(f"steps {list(steps)} of {row.source_key}, which has {row.length}")
-        return row
+        try:
+            return self._rows.hold(row.shard, wanted, row.row0, row.length)
+        except IndexError as error:
+            raise IndexError(f"{row.source_key}: {error}") from error
 
 
 def _reopen(store: Store, manifest: Manifest, pool_mb: float) -> Dataset:
