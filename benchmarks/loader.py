@@ -4,11 +4,12 @@
         [--json [FILE]]
 
 Unit of work: a training row: two frames of a step as 256x256 arrays (cv2 linear), ten actions, the instruction.
-The limit decodes and resizes the frames of the loader's first 16 batches from memory, in its order, into one batch again
-and again, in one process and in two at once. `limit_in_stored_order` takes as many frames as they are recorded: after
-its neighbour, which looks much the same, a picture decodes 7 to 8 % faster (also where its bytes were read just
-before), which no batch of many recordings can have. Sides take turns within a round and ratios are of one round, so the machine's noise cancels; printed are medians.
-All of it has the memory allocator's settings of a training job, in which the loader runs.
+The limit decodes and resizes the frames of the loader's first 16 batches from memory, in its order, into one batch
+again and again, in one process and in two at once. `limit_in_stored_order` takes as many frames as they are recorded:
+right after its neighbour, which looks much the same, a picture decodes 7 to 8 % faster, also where its bytes are in the
+cache; no batch of many recordings can have that. Sides take turns within a round and ratios are of one round, so the
+machine's noise cancels; printed are medians. All of it has the memory allocator's settings of a training job, in which
+the loader runs.
 `orders` begin an order alone, over row groups that nothing holds; `mixture_of_1000_shards` opens a stored dataset of
 1.1 million windows, which is reading a thousand indexes, and begins its order.
 The memory figures are of a process of its own; over more than 4 GB: `--only-memory --recordings 4000 --epochs 5`.

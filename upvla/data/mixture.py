@@ -202,7 +202,7 @@ def _paraphrases(
 
 def open_mixture(store: Store, plan: MixturePlan, world_size: int = 1) -> Mixture:
     """With its datasets, each of which keeps in memory the row groups that one of `world_size` ranks has open, so that
-    they are read once an epoch. All ranks together keep 1.4 to 1.8 times the `pool_mb` that the plan was made for, if
+    they are read once an epoch. All ranks together keep 1.3 to 1.8 times the `pool_mb` that the plan was made for, if
     that has room for a row group a lane; more where few samples of a row group are drawn."""
     pinned = {source.dataset: source.version for source in plan.sources}
     mixture = Mixture(

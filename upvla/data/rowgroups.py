@@ -7,7 +7,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,14 +93,14 @@ class RowGroupPool:
 
     def hold(self, key: str, wanted: Mapping[str, Sequence[int]], first: int = 0, count: int | None = None) -> Held:
         """The same rows, in memory for as long as the answer is. `IndexError` where one is not below `count`."""
-        ends = [bounds(rows) for rows in wanted.values() if len(rows)]
+        ends = [_bounds(rows) for rows in wanted.values() if len(rows)]
         if not ends:
             return Held({}, first, (), {})
         low, high = min(ends)[0], max(end for _, end in ends)
         if count is not None and not 0 <= low <= high < count:
             raise IndexError(f"rows {low} to {high} of {count}")
         starts, columns = self.group_starts(key), tuple(wanted)
-        groups: Iterable[int] = {bisect_right(starts, first + low) - 1, bisect_right(starts, first + high) - 1}
+        groups = {bisect_right(starts, first + low) - 1, bisect_right(starts, first + high) - 1}
         if len(groups) > 1:
             groups = {bisect_right(starts, first + row) - 1 for rows in wanted.values() for row in rows}
         return Held(wanted, first, starts, {group: self._group(key, group, columns) for group in sorted(groups)})
@@ -155,7 +155,7 @@ class RowGroupPool:
             raise Corrupt(f"{where}; use the version before") from error
 
 
-def bounds(rows: Sequence[int]) -> tuple[int, int]:
+def _bounds(rows: Sequence[int]) -> tuple[int, int]:
     """The first and the last of some rows, of which there is one at least."""
     ordered = len(rows) == 1 or (isinstance(rows, range) and rows.step > 0)
     return (rows[0], rows[-1]) if ordered else (min(rows), max(rows))
