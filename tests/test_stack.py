@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -87,6 +88,8 @@ def test_every_part_is_healthy_and_says_where_it_is(running: StackConfig) -> Non
     known = {part["name"]: psutil.Process(part["pid"]).environ() for part in parts}
     assert {"GOGC", "MALLOC_ARENA_MAX"} - os.environ.keys() <= known["s3"].keys() | known["worker"].keys()
     assert "MALLOC_ARENA_MAX" in os.environ or "MALLOC_ARENA_MAX" not in known["ray"]
+    authority = ssl.create_default_context(cafile=known["worker"]["PREFECT_API_SSL_CERT_FILE"])
+    assert authority.cert_store_stats()["x509_ca"] == 1
 
 
 @pytest.mark.seam

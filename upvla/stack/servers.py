@@ -169,6 +169,7 @@ def environment(config: StackConfig) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_API_URL": f"http://{host}:{ports.prefect}/api",
+        "PREFECT_API_SSL_CERT_FILE": str(home / "secrets/authority.pem"),
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "prefect/results"),
