@@ -169,7 +169,6 @@ def environment(config: StackConfig) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_API_URL": f"http://{host}:{ports.prefect}/api",
-        "PREFECT_API_SSL_CERT_FILE": str(home / "secrets/authority.pem"),
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "prefect/results"),
@@ -204,6 +203,7 @@ def server_environment(config: StackConfig) -> dict[str, str]:
         # that holds one when it asks to keep it
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(config.home / "prefect/ui"),  # else inside the installed package
+        "PREFECT_API_SSL_CERT_FILE": str(config.home / "secrets/authority.pem"),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         # seconds; Ray Train leaves an actor behind that nothing ends, and Ray would wait half a minute for it
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
