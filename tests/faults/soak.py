@@ -17,11 +17,11 @@ What may still grow in the second half:
   and every job. One with 4 actors and 80 tasks costs GCS 0.5 MB, and 0.1 once those limits are reached. The node's
   agent takes 0.5 MB a job too; for what has not been found, its buffer of events is not it. A busy night came to 2.2
   MB in all; a night without news starts no job.
-* Prefect's and MLflow's servers grew by 0.06 and 0.03 MB a night in nights 100 to 199. Why has not been traced; the
-  limits leave room for that and the noise.
+* Prefect's and MLflow's servers grew by 0.06 to 0.14 and 0.03 to 0.04 MB a night in nights 100 to 199. Why has not been
+  traced; the limits leave room for that and the noise.
 * Prefect's worker makes clients with every flow run, and what they leave is collected once enough of Python's objects
-  have gathered. OpenSSL's memory is not among those: with 140 certificate authorities a client it came to 1.7 MB a run
-  and 0.25 MB a night. On `upvla up`'s stack they read one.
+  have gathered. OpenSSL's memory is not among those: with 140 certificate authorities a client it grew in steps of 1.7
+  MB, 0.24 MB a night. On `upvla up`'s stack they read one.
 """
 
 from __future__ import annotations

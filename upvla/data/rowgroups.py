@@ -40,10 +40,10 @@ _Column = np.ndarray | _Binary
 class Held(NamedTuple):
     """Rows whose row groups are in memory, in the pool or here alone."""
 
-    wanted: Mapping[str, Sequence[int]]
+    wanted: Mapping[str, Sequence[int]]  # rows by column, counted from row `first`
     first: int
-    starts: Sequence[int]
-    groups: Mapping[int, Mapping[str, _Column]]
+    starts: Sequence[int]  # the first row of every row group of the object
+    groups: Mapping[int, Mapping[str, _Column]]  # those that the rows lie in, by number
 
     def read(self) -> dict[str, Any]:
         """As `RowGroupPool.take` does."""
