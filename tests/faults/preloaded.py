@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # with a first engine it looks for that, and so loads a compiler
-import torch
+import boto3  # which a store on S3 loads
 import torch._dynamo  # which an optimiser loads
 
 import tests.train.toy
 import upvla.train.resume
+from upvla.train.zero import import_deepspeed
 
-__all__ = ["deepspeed", "tests", "torch", "upvla"]
+import_deepspeed(use_gpu=False)
+
+__all__ = ["boto3", "tests", "torch", "upvla"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
+from tests.conftest import ROOT
 from tests.train.toy import ToyVLA
 from upvla.errors import ConfigError, Mismatch
 from upvla.train import disk
@@ -83,6 +85,25 @@ def test_a_killed_builder_of_deepspeeds_operator_stops_nobody_after_it() -> None
     code = "from upvla.train.zero import build_ops; build_ops()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
     assert not left_behind.exists()
+
+
+_ENGINE = """
+import sys
+from torch.distributed import HashStore, init_process_group
+from tests.train.toy import toy
+from upvla.train.config import EngineConfig, OptimizerConfig
+from upvla.train.engine import build_engine
+init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+build_engine(toy(), EngineConfig(num_workers=1, zero_stage=2), OptimizerConfig(), total_steps=1, micro_batch=8)
+assert not {"mlflow", "torch._inductor.compile_fx"} & set(sys.modules), "seconds of every worker's start"
+import mlflow
+"""
+
+
+@pytest.mark.seam
+def test_an_engine_loads_neither_mlflow_nor_a_compiler_and_mlflow_can_still_be_had() -> None:
+    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    subprocess.run([sys.executable, "-c", _ENGINE], check=True, timeout=240, cwd=ROOT, env=env)
 
 
 @pytest.mark.parametrize(("name", "on_disk"), [("disk_00000_00000.pt", False), ("average_00000.pt", True)])

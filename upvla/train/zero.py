@@ -7,9 +7,11 @@ import fcntl
 import io
 import logging
 import os
+import sys
 import sysconfig
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ TAG = "engine"
 """The folder of DeepSpeed's own within a set of shards."""
 SWAPPED = "offloaded_tensors"
 """The folder therein where it copies its swap files to, and insists on finding them; `disk.py` does without."""
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's own
 _BUCKET_STEP = 1024  # elements; ZeRO wants buckets aligned
 _BUCKET_MAX = 50_000_000
 
@@ -121,11 +124,44 @@ def _offload(config: EngineConfig) -> dict[str, Any]:
 
 
 def import_deepspeed(use_gpu: bool) -> ModuleType:
-    """Late, because importing it takes seconds, reads the environment and configures logging."""
+    """Late, because importing it takes seconds, reads the environment and configures logging.
+
+    What it would load for parts that nobody uses here is left out, a quarter of the work of a worker's start: MLflow
+    for its autotuner, and torch's compiler for its Muon optimiser, which it imports to look whether ours is that.
+    """
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
-    import deepspeed
+    with _hidden("mlflow"):
+        import deepspeed
+    with _not_compiling():
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # one line a collective otherwise: DeepSpeed 0.19 calls names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Inside, a module that is not loaded yet cannot be imported: whoever can do without it does."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # how Python is told that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
+def _not_compiling() -> Iterator[None]:
+    """Functions that are defined inside with `torch.compile` stay as they are."""
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before
