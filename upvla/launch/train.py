@@ -143,6 +143,8 @@ class TrainSpec(BaseModel):
             "RAY_DEDUP_LOGS": "0",
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(self.engine.stall_timeout_s),
+            # whoever stalls or is out of reach takes no part in parting either: Ray would wait half a minute for it
+            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         }
 
     @property
