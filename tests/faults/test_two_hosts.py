@@ -54,9 +54,9 @@ class Hosts:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-            "RAY_health_check_period_ms": "2000",  # a node that has gone is known as such after a quarter of a minute
-            "RAY_health_check_timeout_ms": "5000",
-            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_period_ms": "1000",  # a node that has gone is known as such before its worker is missed
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "2",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # a place on a host that has gone is not waited for longer
             "GLOO_SOCKET_IFNAME": "eth0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
