@@ -38,6 +38,8 @@ WEIGHTS = {"pre": 1.0, "act": 1.0, "mmu": 0.1}
 STEPS = 24
 # a rate at which steps do not multiply what sums of other parts round otherwise: losses then differ by 2e-7, not 4e-6
 STAGE = {"steps": STEPS, "optimizer": {"lr": 3e-4}}
+SLOW = {"eval_every": 1, "eval_batches": 2}
+"""A step takes its time where it is followed by a validation."""
 _STALL_TIMEOUT_S, _MARGIN_S = 10, 20  # Ray looks every few seconds
 Prepared = tuple[Store, dict[str, Any]]
 
@@ -160,17 +162,11 @@ def killed_at_random(running: Running, points: Store, zero_stage: int, save_ever
     return f"ZeRO {zero_stage}: worker {rank} killed, {later} steps after resume point {saved} was there", killed
 
 
-def slow_stage(zero_stage: int, steps: int, eval_every: int, **engine: Any) -> dict[str, Any]:
-    """A step takes its time where it is followed by a validation."""
-    stage = {"steps": steps, "save_every": 12, "eval_every": eval_every, "eval_batches": 2}
-    return {"engine": {"zero_stage": zero_stage} | engine, "stage": stage}
-
-
 def test_a_worker_killed_at_a_random_step_changes_nothing_under_zero_1(
     ray_head: RayHead, prepared: Prepared, two_workers: Workers, s3_server: S3Server, tmp_path: Path
 ) -> None:
     """Ray itself starts the next workers. tests/launch/test_training.py has the same of ZeRO 2."""
-    changes = slow_stage(zero_stage=1, steps=48, eval_every=1)
+    changes = {"engine": {"zero_stage": 1}, "stage": SLOW | {"steps": 48, "save_every": 12}}
     reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
     store, spec = stage_of(prepared, s3_server.url(), **changes)
     running = Running(store, spec, ray_head)
@@ -190,7 +186,8 @@ def test_one_that_is_killed_one_that_stalls_and_one_that_runs_out_of_memory_do_n
 
     The third group's worker gets no more address space: at its next save it cannot go on.
     """
-    changes = slow_stage(zero_stage=3, steps=60, eval_every=4, max_failures=1, stall_timeout_s=_STALL_TIMEOUT_S)
+    engine = {"zero_stage": 3, "max_failures": 1, "stall_timeout_s": _STALL_TIMEOUT_S}
+    changes = {"engine": engine, "stage": SLOW | {"steps": 36, "save_every": 6}}
     reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
     store, spec = stage_of(prepared, s3_server.url(), **changes)
     running, points = Running(store, spec, ray_head), store.sub(f"{spec.prefix}/resume")

@@ -57,7 +57,7 @@ class Hosts:
             "RAY_health_check_period_ms": "1000",  # a node that has gone is known as such before its worker is missed
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "2",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # a place on a host that has gone is not waited for longer
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",  # a place on a host that has gone is not waited for longer
             "GLOO_SOCKET_IFNAME": "eth0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",
