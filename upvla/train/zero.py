@@ -126,7 +126,7 @@ def _offload(config: EngineConfig) -> dict[str, Any]:
 def import_deepspeed(use_gpu: bool) -> ModuleType:
     """Late, because importing it takes seconds, reads the environment and configures logging.
 
-    What it would load for parts that nobody uses here is left out, a quarter of the work of a worker's start: MLflow
+    What it would load for parts that nobody uses here is left out, a third of the work of a worker's start: MLflow
     for its autotuner, and torch's compiler for its Muon optimiser, which it imports to look whether ours is that.
     """
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
