@@ -48,7 +48,7 @@ def make_spec(
 
 
 def write_spec(store: Store, references: dict[str, Any], stage_config: dict[str, Any], engine: dict[str, Any]) -> str:
-    """URL of the spec that `python -m upvla.launch.train` takes."""
+    """URL of the spec that `python -m upvla.launch.driver` takes."""
     spec = make_spec(store, references, stage_config, engine)
     place = store.sub(spec.prefix)
     place.write_json(SPEC, spec.model_dump(mode="json"))

@@ -47,7 +47,7 @@ class Killed(NamedTuple):
 
 def run(url: str, kills: int, kill_every_s: float, first_kill_s: float = 0.0) -> tuple[list[Seen], list[Killed], float]:
     """The run from its start to its end: steps as they were told, who was killed when, and the seconds in all."""
-    command = [sys.executable, "-m", "upvla.launch.train", url]
+    command = [sys.executable, "-m", "upvla.launch.driver", url]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_DEDUP_LOGS": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()

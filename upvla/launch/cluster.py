@@ -14,6 +14,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from upvla.errors import JobFailed, StackError, UpvlaError
 
 _ANSWER_S = 15.0
+_COORDINATOR = "AutoscalingCoordinator"  # of Ray Data and Ray Train, in a namespace of its own
 
 
 @contextlib.contextmanager
@@ -57,6 +58,17 @@ def _require_answer(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
         except OSError as error:
             raise ConnectionError(str(error)) from error
+
+
+def give_back(run_id: str) -> None:
+    """Release the places of a Ray Train run whose driver was killed.
+
+    Ray hands out places to runs that have asked for them within three minutes. Nobody takes back what a killed one has
+    asked for, and an elastic run would find its own places taken by its predecessor for that long.
+    """
+    with contextlib.suppress(ValueError, AttributeError, RayError):  # not there (yet, or in this Ray): then it waits
+        coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+        ray.get(coordinator.cancel_request.remote(f"train-{run_id}"), timeout=_ANSWER_S)
 
 
 def result_of(ref: ray.ObjectRef) -> Any:

@@ -19,12 +19,13 @@ from upvla.launch import scores as scoring
 from upvla.launch.card import model_card
 from upvla.launch.cluster import connected
 from upvla.launch.describe import describe_dataset, description_id
+from upvla.launch.driver import train
 from upvla.launch.encode import encode_dataset, encoding_key
 from upvla.launch.jobs import Jobs
 from upvla.launch.logbook import Logbook
 from upvla.launch.promote import promote
 from upvla.launch.steps import once
-from upvla.launch.train import TrainSpec, run_training, share_done, train
+from upvla.launch.train import TrainSpec, run_training, share_done
 from upvla.model.config import ModelConfig
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores

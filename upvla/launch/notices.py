@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from ray.exceptions import RayError
+
 from upvla.errors import NotFound, StoreError
 from upvla.store import Store
 
@@ -54,6 +56,9 @@ class Notices:
                 self._reason = self._preempted() or self._requested()
             except StoreError as error:
                 log.warning("requests to this run cannot be read (%s)", error)
+            except RayError as error:  # also when the group is taken down around us
+                log.warning("Ray gives no more notice of preemption (%s)", str(error).partition("\n")[0])
+                self._ray = False
             self._over.wait(_POLL_S)
 
     def _preempted(self) -> str:

@@ -1,9 +1,8 @@
-"""Training as a Ray Job: who asks for it, and the driver that runs it on Ray Train.
+"""Training as a Ray Job: what a stage is, as a spec on the store, and who asks for it to be trained.
 
-    run_training(store, spec, jobs)         asks: finds the result, or attaches to the running job, or submits one
-      -> python -m upvla.launch.train URL   the driver, inside the cluster: owns the key, opens the inputs, then asks
-                                            for workers, and asks again when they have left for a reason
-           -> upvla.launch.worker           every worker: data, model, engine, resume, fit, export
+    run_training(store, spec, jobs)           finds the result, or attaches to the running job, or submits one
+      -> python -m upvla.launch.driver URL    inside the cluster: owns the key, opens the inputs, asks for workers
+           -> upvla.launch.worker             every worker: data, model, engine, resume, fit, export
 
 The result is a JSON beside the resume points, created once. It is what says that a stage is finished: not the job's
 status, not the orchestrator's.
@@ -11,45 +10,32 @@ status, not the orchestrator's.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import ray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from upvla.errors import (
-    AlreadyOwned,
-    ConfigError,
     JobFailed,
     NotFound,
     OutcomeUnknown,
     StackError,
     StoreError,
     UpvlaError,
-    problems_of,
     require_no_login,
     shown,
 )
-from upvla.launch.cluster import connected
 from upvla.launch.jobs import Jobs
-from upvla.launch.lease import Lease, require_owner
-from upvla.launch.notices import REQUEST, request_stop
+from upvla.launch.notices import request_stop
 from upvla.model.config import ModelConfig
-from upvla.store import Store, content_hash, open_store
+from upvla.store import Store, content_hash
 from upvla.train.config import EngineConfig, StageConfig
 
 RESULT, FAILURE, SPEC = "result.json", "failure.json", "spec.json"
-LEFT, BAD_STEPS = "left.json", "bad_steps.json"
+LEFT, BAD_STEPS, CLAIM = "left.json", "bad_steps.json", "claim.json"
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -138,11 +124,18 @@ class TrainSpec(BaseModel):
     @property
     def environment(self) -> dict[str, str]:
         """Ray's settings for the whole job."""
-        return {
+        least, most = self.engine.worker_range
+        # an elastic group asks only for places that Ray believes are there: one on a node that has gone is not awaited
+        patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"} if least < most else {}
+        return patience | {
             # workers' lines reach the log as they are printed: once each, none taken for a repetition of another
             "RAY_DEDUP_LOGS": "0",
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(self.engine.stall_timeout_s),
+            # a worker that has died, or all that have ended, are found within a second, not two
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+            # of the half minute that some clouds give notice, not five seconds
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
             # whoever stalls or is out of reach takes no part in parting either: Ray would wait half a minute for it
             "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         }
@@ -167,18 +160,18 @@ def run_training(
     was where it may pass (`StoreError`, `OutcomeUnknown`, `StackError`).
     """
     place = store.sub(spec.prefix)
-    if (result := _read(place, RESULT)) is not None:
+    if (result := record_of(place, RESULT)) is not None:
         return result
     place.write_json(SPEC, spec.model_dump(mode="json"))
-    entrypoint = f"{python} -m upvla.launch.train {place.url}/{SPEC}"
+    entrypoint = f"{python} -m upvla.launch.driver {place.url}/{SPEC}"
     env = spec.environment | ALLOCATOR
     try:
         jobs.run(f"{spec.stage.name}-{spec.key}", entrypoint, env=env, on_line=on_line)
     except JobFailed as error:
-        if (failure := _read(place, FAILURE)) is not None:
-            raise _recorded(failure) from error
+        if (failure := record_of(place, FAILURE)) is not None:
+            raise error_of(failure) from error
         raise
-    result = _read(place, RESULT)
+    result = record_of(place, RESULT)
     if result is None:
         raise JobFailed(f"the job of {spec.prefix} ended well but left no {RESULT} under {place.url}: run it again")
     return result
@@ -205,184 +198,14 @@ def share_done(line: str) -> float | None:
     return int(found[1]) / int(found[2]) if found else None
 
 
-# --------------------------------------------------------------------------------------------------- the driver
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the spec at a URL. Errors become one line on stderr and a record beside the spec."""
-    (url,) = arguments
-    folder, _, name = url.rpartition("/")
-    place = open_store(folder)
-    try:
-        spec = _spec(place.read_json(name), url)
-        with connected():
-            train(spec)
-    except UpvlaError as error:
-        if not isinstance(error, AlreadyOwned):  # then the record is the owner's to write
-            with contextlib.suppress(StoreError):
-                place.write_json(FAILURE, {"code": error.code, "message": str(error)})
-        print(f"upvla: {error.code}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _spec(value: Any, url: str) -> TrainSpec:
-    try:
-        return TrainSpec.model_validate(value)
-    except ValidationError as error:
-        raise ConfigError(
-            f"{url} describes no stage ({problems_of(error)}): start the line again, from the version of upvla that "
-            "the cluster runs"
-        ) from error
-
-
-def train(spec: TrainSpec) -> dict[str, Any]:
-    """Train on the connected cluster, to the result. Wrong inputs fail here, before workers are asked for.
-
-    Raises `AlreadyOwned` when another driver trains the same key, and `JobFailed` with what the workers said.
-    """
-    began, place = time.time(), open_store(spec.store_url).sub(spec.prefix)
-    if (result := _read(place, RESULT)) is not None:
-        return result
-    with Lease(place, f"training {spec.prefix}") as lease:
-        place.delete(FAILURE)
-        place.delete(REQUEST)
-        _check(spec, place)
-        allowed, leaving = spec.engine.worker_range, set[str]()
-        while (result := _read(place, RESULT)) is None:
-            place.delete(LEFT)
-            saved = _newest_point(place)
-            try:
-                _run_workers(spec, lease.number, began, allowed, _cpus_of_nodes(leaving))
-            except JobFailed as error:
-                require_owner(place, lease.number, f"training {spec.prefix}")
-                if (now := _newest_point(place)) <= saved:
-                    raise
-                print(f"{spec.stage.name}: {error}; it has come to step {now} meanwhile and goes on", flush=True)
-                continue
-            if place.exists(RESULT):
-                continue
-            require_owner(place, lease.number, f"training {spec.prefix}")
-            if (failure := _read(place, FAILURE)) is not None:
-                raise _recorded(failure)
-            if (left := _read(place, LEFT)) is None:
-                raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
-            allowed = _go_on_after(spec, left)
-            leaving.update(left.get("nodes", ()))
-    return result
-
-
-def _newest_point(place: Store) -> int:
-    """Step of the newest resume point, -1 before there is one."""
-    from upvla.train.resume import points
-
-    return max((point.step for point in points(place.sub("resume"))), default=-1)
-
-
-def _recorded(failure: Mapping[str, Any]) -> UpvlaError:
-    """As the error that it was where trying again later may help, else as `JobFailed`."""
-    return _PASSING.get(failure["code"], JobFailed)(failure["message"])
-
-
-def _check(spec: TrainSpec, place: Store) -> None:
-    """Everything that can be known to be wrong without a worker."""
-    from upvla.launch.inputs import open_inputs
-
-    open_inputs(spec).check(spec)
-    least, gpus = spec.engine.worker_range[0], ray.cluster_resources().get("GPU", 0)
-    if spec.engine.use_gpu and gpus < least:
-        raise ConfigError(
-            f"engine.use_gpu is set for {least} workers and this Ray cluster has {gpus:.0f} GPUs: set it to false, or "
-            "add nodes"
-        )
-    if spec.tracking is not None and not place.list("resume/"):  # later on, nobody waits for MLflow
-        from upvla.tracking import Tracker
-
-        Tracker(spec.tracking.uri, spec.tracking.experiment).experiment_id()
-
-
-def _go_on_after(spec: TrainSpec, left: Mapping[str, Any]) -> tuple[int, int]:
-    """How many workers to ask for next, or `JobFailed` where leaving was the wish.
-
-    Fewer than the config allows only right after a number that did not fit: there may be room for more by now.
-    """
-    if left["reason"] == "stop":
-        raise JobFailed(f"{spec.prefix}: stopped after step {left['step']} as asked; start it again to go on")
-    print(f"{spec.stage.name}: the workers left ({left['reason']}) and are asked for again", flush=True)
-    least, most = left["num_workers"] if left["reason"] == "resize" else spec.engine.worker_range
-    return int(least), int(most)
-
-
-def _cpus_of_nodes(leaving: Collection[str]) -> list[float]:
-    """CPUs of every node but those that are about to be taken away."""
-    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
-    return [float(node["Resources"].get("CPU", 0.0)) for node in staying]
-
-
-def threads_of_worker(cpus: Sequence[float], num_workers: int) -> int:
-    """The most threads that each of `num_workers` can have on nodes with `cpus`: a worker lies on one node."""
-    most = int(max(cpus, default=1.0))
-    return next((n for n in range(most, 1, -1) if sum(c // n for c in cpus) >= num_workers), 1)
-
-
-def _run_workers(spec: TrainSpec, owner: int, began: float, allowed: tuple[int, int], cpus: Sequence[float]) -> None:
-    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order.
-
-    One that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their group.
-    """
-    least, most = allowed
-    room = threads_of_worker(cpus, most)
-    threads = spec.engine.threads or room
-    os.environ |= spec.environment
-    folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "spec": spec.model_dump_json(),
-            "threads": threads,
-            "owner": owner,
-            "began": began,
-            "ray": True,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
-            use_gpu=spec.engine.use_gpu,
-            resources_per_worker={"CPU": min(threads, room, (sum(cpus) or 1.0) / least)},
-        ),
-        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.patience_s),
-        run_config=RunConfig(
-            name=f"{spec.stage.name}-{os.getpid()}",
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=spec.engine.max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
-        rank, cause = min(failures.items())
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise JobFailed(
-            f"{spec.prefix}: workers failed {spec.engine.max_failures + 1} times; the last failure of worker {rank}: "
-            f"{reason[-1]}"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _work(settings: Mapping[str, Any]) -> None:
-    """Imported late: Ray's controller unpickles this function too, and should not load the whole model for it."""
-    from upvla.launch.worker import work
-
-    work(settings)
-
-
-def _read(place: Store, name: str) -> dict[str, Any] | None:
+def record_of(place: Store, name: str) -> dict[str, Any] | None:
+    """The record of that name beside the spec, None where there is none."""
     try:
         return dict(place.read_json(name))
     except NotFound:
         return None
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def error_of(failure: Mapping[str, Any]) -> UpvlaError:
+    """As the error that it was where trying again later may help, else as `JobFailed`."""
+    return _PASSING.get(failure["code"], JobFailed)(failure["message"])
