@@ -58,46 +58,62 @@ def resized(lives: Lives, folder: Path, zero_stage: int) -> Life:
     return after._replace(losses=saved | after.losses, positions=before.positions | after.positions)
 
 
-def trial(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) -> dict[str, Any]:
-    """Kill, live on, compare with the uninterrupted run. Raises `AssertionError` where they differ."""
-    killed, world_size = [], 1 if kill.phase == CONVERT else 2
-    if kill.phase in ("restore", CONVERT):  # something must be there to be restored
-        killed.append(lives.live(folder, zero_stage, Kill("committed", 0, 1)))
-    killed.append(lives.live(folder, zero_stage, kill, world_size))
-    assert -9 in killed[-1].exit_codes, f"{kill}: nobody was killed, exit codes {killed[-1].exit_codes}"
-    last = lives.live(folder, zero_stage, world_size=world_size)
-    assert set(last.exit_codes) == {0}, f"{kill}: the life after it failed, {last.exit_codes}"
-    if kill.phase == CONVERT:  # one worker's sums are rounded otherwise: of two, what they have saved is compared
-        killed[0] = killed[0]._replace(losses={step: x for step, x in killed[0].losses.items() if step <= last.start})
+def draw_in_turn(seed: int) -> tuple[list[Kill], list[Kill]]:
+    """A kill of every phase, for two runs that die four times each: a death leaves the next one its occasion."""
+    dice = random.Random(f"in turn {seed}")
+    step, snapshot, upload, export = (dice.randrange(2) for _ in range(4))
+    before = [Kill("step", step, dice.randrange(SAVE_EVERY + 1, 2 * SAVE_EVERY)), Kill("snapshot", snapshot, 6)]
+    before += [Kill("upload", upload, 2), Kill("commit", 0, 2)]
+    after = [Kill("committed", 0, 2), Kill("collect", 0, dice.randrange(2, 4)), Kill("restore", 0, 1)]
+    return before, [*after, Kill("export", export, dice.randrange(1, 3))]
+
+
+def trial(lives: Lives, folder: Path, zero_stage: int, kills: Sequence[Kill], whole: Life) -> list[dict[str, Any]]:
+    """Kill, live on until the next death, and compare with the uninterrupted run; what each death cost.
+
+    Raises `AssertionError` where they differ.
+    """
+    lived, world_size = [], 1 if kills[0].phase == CONVERT else 2
+    if kills[0].phase in ("restore", CONVERT):  # something must be there to be restored
+        lived.append(lives.live(folder, zero_stage, Kill("committed", 0, 1)))
+    first = len(lived)
+    for kill in kills:
+        lived.append(lives.live(folder, zero_stage, kill, world_size))
+        assert -9 in lived[-1].exit_codes, f"{kill}: nobody was killed, exit codes {lived[-1].exit_codes}"
+    lived.append(last := lives.live(folder, zero_stage, world_size=world_size))
+    assert set(last.exit_codes) == {0}, f"{kills}: the life after it failed, {last.exit_codes}"
+    if kills[0].phase == CONVERT:  # one worker's sums are rounded otherwise: of two, what they have saved is compared
+        lived[0] = lived[0]._replace(losses={step: x for step, x in lived[0].losses.items() if step <= last.start})
     losses: dict[int, float] = {}
-    for life in [*killed, last]:
+    for life in lived:
         for step, loss in life.losses.items():
-            assert whole.losses[step] == loss, f"{kill}: step {step} gave {loss}, uninterrupted {whole.losses[step]}"
-            assert whole.positions[step] == life.positions[step], f"{kill}: step {step} saw other samples"
+            assert whole.losses[step] == loss, f"{kills}: step {step} gave {loss}, uninterrupted {whole.losses[step]}"
+            assert whole.positions[step] == life.positions[step], f"{kills}: step {step} saw other samples"
         losses |= life.losses
     assert losses == whole.losses
     for name, weight in whole.weights.items():
-        assert torch.equal(last.weights[name], weight), f"{kill}: {name} differs"
-    reached = max(max(life.losses, default=life.start) for life in killed)
-    lost = reached - last.start
-    assert 0 <= lost <= 2 * SAVE_EVERY, f"{kill}: {lost} steps were lost"  # the set before was still on its way
+        assert torch.equal(last.weights[name], weight), f"{kills}: {name} differs"
     store = open_store(lives.store_url(folder))
     named = {point.name for point in resume.points(store)}
     left = {key.partition("/")[0].removesuffix(".json") for key in store.list()}
-    assert left == named, f"{kill}: {sorted(left - named)} was never collected"
-    return {
-        "zero_stage": zero_stage,
-        **asdict(kill),
-        "lost_steps": lost,
-        "recovery_s": round(last.first_step_s - last.began_s, 2) if last.losses else None,
-        "bit_identical": True,
-    }
+    assert left == named, f"{kills}: {sorted(left - named)} was never collected"
+    return [{"zero_stage": zero_stage, **cost_of(kill, lived, first + n)} for n, kill in enumerate(kills)]
+
+
+def cost_of(kill: Kill, lived: Sequence[Life], number: int) -> dict[str, Any]:
+    """Of the death that ended life `number`; the next one may have ended before its first step."""
+    after = next((life for life in lived[number + 1 :] if life.losses), lived[-1])
+    lost = max(max(life.losses, default=life.start) for life in lived[: number + 1]) - after.start
+    assert 0 <= lost <= 2 * SAVE_EVERY, f"{kill}: {lost} steps were lost"  # the set before was still on its way
+    took = round(after.first_step_s - after.began_s, 2) if after.losses else None
+    return {**asdict(kill), "lost_steps": lost, "recovery_s": took, "bit_identical": True}
 
 
 def attempt(lives: Lives, folder: Path, zero_stage: int, kill: Kill, whole: Life) -> dict[str, Any]:
     """The row of one trial, also where it has failed. Nothing of it stays behind, or later ones would be slower."""
     try:
-        return trial(lives, folder, zero_stage, kill, whole)
+        (row,) = trial(lives, folder, zero_stage, [kill], whole)
+        return row
     except AssertionError as error:
         return {"zero_stage": zero_stage, **asdict(kill), "bit_identical": False, "error": str(error)}
     finally:

@@ -39,7 +39,7 @@ end, before or after the whole weights are gathered."""
 CONVERT = "convert"
 """And where one worker is to go on instead of two: while it converts their set."""
 
-STALL, STALL_TIMEOUT_S = "stall", 8
+STALL, STALL_TIMEOUT_S = "stall", 5
 _LIFE_TIMEOUT_S = 200
 
 

@@ -117,7 +117,7 @@ def live(config: StackConfig, folder: Path, nights: int) -> list[dict[str, Any]]
 
 def count(config: StackConfig, store: Store) -> dict[str, Any]:
     """What a night may leave, once what it started has ended."""
-    _settle(lambda: not any("upvla.launch.train" in line or "prefect.engine" in line for line in _lines(config)))
+    _settle(lambda: not any("upvla.launch.driver" in line or "prefect.engine" in line for line in _lines(config)))
     listed, files, memory = processes.marked(config.home), 0, Counter[str]()
     for process in listed:
         with suppress(psutil.Error, OSError):

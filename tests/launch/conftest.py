@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -73,15 +74,14 @@ def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[RayNode]:
 
 
 def _node_id(head: RayHead, marker: str, process: subprocess.Popen[bytes]) -> str:
-    """Asked in a process of its own: this one should not be connected to Ray."""
-    code = "import json, ray; ray.init(log_to_driver=False); print('NODES', json.dumps(ray.nodes(), default=str))"
+    """Of the node that has `marker` among its resources, as soon as the head knows it."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
-        nodes = json.loads(said.stdout.rpartition("NODES ")[2])
-        if found := [node for node in nodes if marker in node["Resources"] and node["Alive"]]:
-            return str(found[0]["NodeID"])
-        time.sleep(0.5)
+        with urllib.request.urlopen(f"{head.jobs_url}/api/v0/nodes?detail=1", timeout=60) as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+        if found := [node for node in nodes if marker in node["resources_total"] and node["state"] == "ALIVE"]:
+            return str(found[0]["node_id"])
+        time.sleep(0.2)
     raise RuntimeError("the second Ray node did not come up")
 
 

@@ -33,6 +33,7 @@ from upvla.data.versions import load_manifest
 from upvla.errors import ConfigError, Mismatch, NotFound, StoreError
 from upvla.launch import worker
 from upvla.launch.describe import describe_shard
+from upvla.launch.driver import _go_on_after, main, threads_of_worker
 from upvla.launch.encode import encode_shard
 from upvla.launch.inputs import open_inputs
 from upvla.launch.jobs import Jobs
@@ -46,11 +47,8 @@ from upvla.launch.train import (
     RESULT,
     SPEC,
     TrainSpec,
-    _go_on_after,
-    main,
     run_training,
     share_done,
-    threads_of_worker,
 )
 from upvla.launch.weights import import_weights
 from upvla.launch.worker import name_samples, work
@@ -199,7 +197,7 @@ def test_a_stage_starts_from_imported_weights_and_reads_features_and_description
 def test_killing_a_worker_of_the_ray_job_changes_nothing_in_the_result(
     two_workers: Workers, ray_head: RayHead, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """ZeRO 2; the seed says who dies and when, tests/faults/test_training.py has the other stages.
+    """ZeRO 2; the seed says who dies and when, tests/faults/test_training.py has ZeRO 3.
 
     The uninterrupted reference runs in plain processes, so this also shows that Ray changes no number.
     """
