@@ -25,12 +25,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from upvla.errors import AlreadyOwned, ConfigError, JobFailed, StoreError, UpvlaError, problems_of
 from upvla.launch.cluster import connected, give_back
-from upvla.launch.inputs import open_inputs
 from upvla.launch.lease import Lease, require_owner
 from upvla.launch.notices import REQUEST
 from upvla.launch.train import CLAIM, FAILURE, LEFT, RESULT, TrainSpec, error_of, record_of
 from upvla.store import Store, open_store
-from upvla.train.resume import points
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,11 +99,15 @@ def train(spec: TrainSpec) -> dict[str, Any]:
 
 def _newest_point(place: Store) -> int:
     """Step of the newest resume point, -1 before there is one."""
+    from upvla.train.resume import points
+
     return max((point.step for point in points(place.sub("resume"))), default=-1)
 
 
 def _check(spec: TrainSpec, place: Store) -> None:
     """Everything that can be known to be wrong without a worker."""
+    from upvla.launch.inputs import open_inputs
+
     open_inputs(spec).check(spec)
     least, gpus = spec.engine.worker_range[0], ray.cluster_resources().get("GPU", 0)
     if spec.engine.use_gpu and gpus < least:
@@ -177,8 +179,8 @@ def _run_workers(
         ),
     )
     run_id = trainer.train_run_context.run_id  # type: ignore[attr-defined]  # typed as Ray's first API
-    place.write_json(CLAIM, {"places_of": run_id})
     try:
+        place.write_json(CLAIM, {"places_of": run_id})
         trainer.fit()
     except TrainingFailedError as error:
         failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
@@ -193,7 +195,7 @@ def _run_workers(
 
 
 def _work(settings: Mapping[str, Any]) -> None:
-    """Imported late: Ray's controller unpickles this function too, and should not load the whole model for it."""
+    """Imported late, like all that has the model: Ray's controller unpickles this function too, and does without it."""
     from upvla.launch.worker import work
 
     work(settings)
