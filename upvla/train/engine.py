@@ -316,7 +316,7 @@ def build_engine(
     Raises `ConfigError` when no process group is there, or a freeze pattern names no parameter.
     """
     if not torch.distributed.is_initialized():
-        raise ConfigError("no process group: start training through upvla.launch.driver (or init_process_group first)")
+        raise ConfigError("no process group: start training through upvla.launch.train (or init_process_group first)")
     deepspeed = import_deepspeed(config.use_gpu)
     build_ops(config.use_gpu)
     freeze_parameters(module, freeze)
