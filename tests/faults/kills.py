@@ -62,10 +62,19 @@ def draw_in_turn(seed: int) -> tuple[list[Kill], list[Kill]]:
     """A kill of every phase, for two runs that die four times each: a death leaves the next one its occasion."""
     dice = random.Random(f"in turn {seed}")
     step, snapshot, upload, export = (dice.randrange(2) for _ in range(4))
-    before = [Kill("step", step, dice.randrange(SAVE_EVERY + 1, 2 * SAVE_EVERY)), Kill("snapshot", snapshot, 6)]
-    before += [Kill("upload", upload, 2), Kill("commit", 0, 2)]
-    after = [Kill("committed", 0, 2), Kill("collect", 0, dice.randrange(2, 4)), Kill("restore", 0, 1)]
-    return before, [*after, Kill("export", export, dice.randrange(1, 3))]
+    before = [
+        Kill("step", step, dice.randrange(SAVE_EVERY + 1, 2 * SAVE_EVERY)),
+        Kill("snapshot", snapshot, 2 * SAVE_EVERY),
+        Kill("upload", upload, 2),
+        Kill("commit", 0, 2),
+    ]
+    after = [
+        Kill("committed", 0, 2),
+        Kill("collect", 0, dice.randrange(2, 4)),
+        Kill("restore", 0, 1),
+        Kill("export", export, dice.randrange(1, 3)),
+    ]
+    return before, after
 
 
 def trial(lives: Lives, folder: Path, zero_stage: int, kills: Sequence[Kill], whole: Life) -> list[dict[str, Any]]:
