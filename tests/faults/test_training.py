@@ -146,9 +146,9 @@ def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def drivers(head: RayHead) -> list[psutil.Process]:
-    found = psutil.Process(head.pid).children(recursive=True)
-    return [p for p in found if "upvla.launch.driver" in " ".join(p.cmdline()) and "python" in p.name()]
+def children(head: RayHead, title: str) -> list[psutil.Process]:
+    """Processes of the cluster with `title` in their command line."""
+    return [p for p in psutil.Process(head.pid).children(recursive=True) if title in " ".join(p.cmdline())]
 
 
 def test_a_run_outlives_its_node_its_driver_an_operators_stop_and_a_second_driver(
@@ -178,7 +178,7 @@ def test_a_run_outlives_its_node_its_driver_an_operators_stop_and_a_second_drive
         first.wait_for("the workers left (preempted)")
     drained_after = saved_point(store, spec).step
     saved = wait_for(lambda: first.error or ((point := latest(points)).step > drained_after and point)).step
-    (driver,) = drivers(ray_head)
+    (driver,) = (p for p in children(ray_head, "upvla.launch.driver") if "python" in p.name())
     faults.append((f"driver {driver.pid} killed after resume point {saved} was there", time.monotonic()))
     driver.kill()
     with pytest.raises(JobFailed):
@@ -259,25 +259,29 @@ def killed_at_random(running: Running, points: Store, save_every: int) -> tuple[
     return f"worker {rank} killed, {later} steps after resume point {saved} was there", killed
 
 
-def test_one_that_is_killed_one_that_stalls_and_one_that_runs_out_of_memory_do_not_add_up_under_zero_3(
+def test_faults_of_a_run_that_comes_further_do_not_add_up_under_zero_3(
     ray_head: RayHead, prepared: Prepared, two_workers: Workers, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """One failure may be repeated, and the run lives through three: the third life has come further than the first.
+    """One failure may be repeated, and the run lives through four: the third life has come further than the first.
 
-    The third group's worker gets no more address space: at its next save it cannot go on.
+    One worker is killed, one stalls, and the third group's gets no more address space: at its next save it cannot go
+    on. Then Ray Train's controller is killed, and the workers with it.
     """
     engine = {"zero_stage": 3, "max_failures": 1, "stall_timeout_s": _STALL_TIMEOUT_S}
-    changes = {"engine": engine, "stage": SLOW | {"steps": 36, "save_every": 6}}
+    changes = {"engine": engine, "stage": SLOW | {"steps": 42, "save_every": 6}}
     reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
     store, spec = stage_of(prepared, s3_server.url(), **changes)
     running, points = Running(store, spec, ray_head), store.sub(f"{spec.prefix}/resume")
     faults = [killed_at_random(running, points, spec.stage.save_every)]
 
-    def worker_of_next_life() -> psutil.Process:
-        """As soon as its group has saved more than the one before."""
+    def next_life() -> None:
+        """Until its group has saved more than the one before."""
         running.wait_for("Started training worker group", times=len(faults) + 1)
         last = saved_point(store, spec).step
         wait_for(lambda: running.error or saved_point(store, spec).step > last)
+
+    def worker_of_next_life() -> psutil.Process:
+        next_life()
         return psutil.Process(running.pid_of(1))
 
     stalled = worker_of_next_life()
@@ -290,6 +294,10 @@ def test_one_that_is_killed_one_that_stalls_and_one_that_runs_out_of_memory_do_n
     starved = worker_of_next_life()
     faults.append((f"worker {starved.pid} starved of memory", time.monotonic()))
     starved.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))
+    next_life()
+    (controller,) = children(ray_head, "ray::TrainController")
+    faults.append((f"controller {controller.pid} killed", time.monotonic()))
+    controller.kill()
     result, lives = running.join(), running.lives()
     assert len(lives) == len(faults) + 1
     for (fault, moment), before, after in zip(faults, lives, lives[1:], strict=False):
@@ -297,5 +305,5 @@ def test_one_that_is_killed_one_that_stalls_and_one_that_runs_out_of_memory_do_n
         told(fault, **cost, **compared(result, reference))
         assert 0 <= cost["lost_steps"] <= spec.stage.save_every
     assert given_up_s < _STALL_TIMEOUT_S + _MARGIN_S
-    assert sum("it has come to step" in line for _, line in running.lines) == 1
+    assert sum("it has come to step" in line for _, line in running.lines) == 2
     require_equal(result, reference)

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -189,6 +190,12 @@ def _run_workers(
         raise JobFailed(
             f"{spec.prefix}: workers failed {spec.engine.max_failures + 1} times; the last failure of worker {rank}: "
             f"{reason[-1]}"
+        ) from error
+    except RayError as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise JobFailed(
+            f"{spec.prefix}: Ray Train's controller was lost ({reason[0]}): the next start goes on from the newest "
+            "resume point"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
