@@ -57,4 +57,4 @@ status: setup ## what runs, where, and where its log is
 	$(BIN)/upvla status
 
 bench: setup ## every published figure, one after the other
-	@set -e; for figure in benchmarks/[a-z]*.py; do echo "== $$figure"; $(BIN)/python $$figure; done
+	@set -e; for figure in benchmarks/[a-z]*.py benchmarks/gpu/*.py; do echo "== $$figure"; $(BIN)/python $$figure; done

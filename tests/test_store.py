@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.conftest import S3Server
 from upvla.errors import AlreadyExists, ConfigError, Corrupt, NotFound, OutcomeUnknown, StoreError
-from upvla.store import Store, content_hash, open_store, supports_conditional_create
+from upvla.store import Store, content_hash, open_store, s3, supports_conditional_create
 
 
 def test_objects_come_back_as_they_were_put(store: Store, tmp_path: Path) -> None:
@@ -167,6 +167,16 @@ def test_wrong_s3_key_and_missing_bucket_say_what_to_do(s3_server: S3Server, mon
     for action in (lambda s: s.read("k"), lambda s: s.create("k", b""), lambda s: s.list(), lambda s: s.exists("k")):
         with pytest.raises(StoreError, match="AWS_SECRET_ACCESS_KEY"):
             action(open_store(s3_server.url()))
+
+
+@pytest.mark.seam
+def test_what_is_too_large_for_one_put_comes_in_parts(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_SINGLE_PUT", 2**20)
+    store, data = open_store(s3_server.url()), os.urandom(9 * 2**20)
+    store.write("weights", data)
+    assert store.read("weights") == data
+    assert store.tokens()["weights"].endswith("-2"), "S3 marks what came in parts with their number"
+    assert not store.unfinished()
 
 
 def test_unreachable_server_is_a_failure_not_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,10 @@ from tests.launch.conftest import RayHead
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.tracking.conftest import Server, server
 from tests.train.toy import Workers
+from upvla.config import RunConfig, SiteConfig, load
 from upvla.launch.jobs import Jobs
-from upvla.launch.train import RESULT, SPEC
+from upvla.launch.logbook import Logbook
+from upvla.launch.train import RESULT, SPEC, UNSENT
 from upvla.launch.worker import work
 from upvla.store import Store
 from upvla.train.resume import latest
@@ -92,6 +94,31 @@ def test_what_mlflow_missed_is_sent_once_when_it_is_back(
     for name, steps in (("loss/total", range(1, STEPS + 1)), ("val_loss/act", range(0, STEPS + 1, 4))):
         found = [point.step for point in tracker.client.get_metric_history(run.info.run_id, name)]
         assert found == list(steps), f"{name}: every point once, none left out"
+
+
+def test_what_mlflow_missed_to_the_end_of_a_stage_is_sent_by_whoever_goes_on(
+    two_workers: Workers, prepared: Prepared, server: Server
+) -> None:
+    """The run is made then, with all that a stage tells of itself; once more changes nothing."""
+    store, references = prepared
+    server.wait_healthy()
+    site, notes = SiteConfig(tracking_url=server.uri, experiment="late"), list[str]()
+    logbook = Logbook(site, load("pretrain/ci", RunConfig), "toy", notes.append)
+    with FaultProxy(server.uri, rate=1.0, faults=("reset before",)) as proxy:
+        tracking = {"uri": proxy.url, "experiment": "late", "tags": {"datasets": "toy@1"}}
+        spec = spec_of(store, references, name="late", weights=WEIGHTS, stage={"steps": STEPS}, tracking=tracking)
+        place = store.sub(spec.prefix)
+        two_workers.run(work_with_short_pauses, {"spec": spec.model_dump_json(), "threads": 1})
+    assert place.exists(RESULT) and place.exists(UNSENT)
+    tracker = logbook.tracker
+    for _ in range(2):
+        logbook.send_late(place)
+        assert not place.exists(UNSENT) and not notes
+        (run,) = tracker.client.search_runs([tracker.experiment_id()])
+        assert (run.info.status, run.data.tags["datasets"]) == ("FINISHED", "toy@1")
+        assert run.data.params["stage.steps"] == str(STEPS)
+        found = [point.step for point in tracker.client.get_metric_history(run.info.run_id, "loss/total")]
+        assert found == list(range(1, STEPS + 1))
 
 
 class PrefectServer:

@@ -208,6 +208,31 @@ def test_a_run_outlives_its_node_its_driver_an_operators_stop_and_a_second_drive
     assert steps == list(range(1, spec.stage.steps + 1)), "one curve, without doubles and gaps"
 
 
+def test_an_elastic_run_takes_more_workers_when_there_is_room_and_loses_no_step(
+    ray_head: RayHead, prepared: Prepared, two_workers: Workers, tmp_path: Path
+) -> None:
+    """Two begin, for whom there is room; a node comes on which two more find their place.
+
+    The rate is low: over hundreds of steps a higher one would multiply what other sums round otherwise.
+    """
+    changes = {"engine": {"zero_stage": 1, "threads": 1, "num_workers": (2, 4)}}
+    changes["stage"] = {"steps": 280, "save_every": 1000, "eval_every": 140, "optimizer": {"lr": 1e-5}}
+    reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
+    store, spec = stage_of(prepared, tmp_path / "elastic", **changes)
+    running = Running(store, spec, ray_head)
+    running.wait_for("Attempting to start training worker group of size 2")
+    with ray_node(ray_head, num_cpus=2):
+        joined = time.monotonic()
+        running.wait_for("Started training worker group of size 4")
+        result = running.join()
+    before, after = by_start(running.lives())
+    cost, equal = cost_of(joined, before, after), compared(result, reference)
+    told("a node joined: from two workers to four", **cost, **equal)
+    assert running.left_for() == ["grow"]
+    assert cost["lost_steps"] == 0 and after.start > 0, "it was saved when there was room"
+    assert equal["loss_difference"] < 1e-5
+
+
 def by_start(lives: Sequence[Life]) -> list[Life]:
     """Without what was told twice: two nodes of one machine both read its workers' logs."""
     steps: dict[int, dict[int, float]] = {}

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +31,15 @@ from upvla.config import RunConfig, load
 from upvla.data.mixture import make_plan, plan_from_json
 from upvla.data.samples import Collator
 from upvla.data.versions import load_manifest
-from upvla.errors import ConfigError, Mismatch, NotFound, StoreError
+from upvla.errors import ConfigError, JobFailed, Mismatch, NotFound, StoreError
 from upvla.launch import worker
 from upvla.launch.describe import describe_shard
-from upvla.launch.driver import _go_on_after, main, threads_of_worker
+from upvla.launch.driver import _go_on_after, _require_unasked, main, threads_of_worker
 from upvla.launch.encode import encode_shard
 from upvla.launch.inputs import open_inputs
-from upvla.launch.jobs import Jobs
+from upvla.launch.jobs import JOB_ID, Jobs
 from upvla.launch.line import require_explained
+from upvla.launch.notices import REQUEST, request_stop
 from upvla.launch.results import bad_steps_before, predicted_frames
 from upvla.launch.tokenizers import load_vq, save_text, save_tower
 from upvla.launch.train import (
@@ -483,6 +485,66 @@ def test_a_rollback_from_the_last_step_ends_with_the_weights_before_it(
     assert all(np.array_equal(exported[name].numpy(), weight) for name, weight in weights.items())
 
 
+def work_cut_before_its_result(settings: dict[str, Any]) -> None:
+    """As if killed after the last resume point was committed."""
+
+    def cut(*_: Any) -> None:
+        raise StoreError("cut")
+
+    with pytest.MonkeyPatch.context() as patch, suppress(StoreError):
+        patch.setattr(worker, "finish", cut)
+        work(settings)
+
+
+@pytest.mark.parametrize("ended", ["finished", "early"])
+def test_a_life_cut_between_its_last_point_and_the_result_is_finished_by_the_next(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], ended: str
+) -> None:
+    """With the same weights, however much training the configuration would still allow, and the speed that was told."""
+    store, references = prepared
+    early = {"best": {"metric": "val_loss/act", "patience": 1}, "optimizer": {"lr": 0.3, "schedule": "constant"}}
+    stage = {"steps": 12, "eval_every": 1, **(early if ended == "early" else {})}
+    spec = spec_of(store, references, name=f"cut-{ended}", weights={"act": 1.0}, stage=stage)
+    settings, place = {"spec": spec.model_dump_json(), "threads": 1}, store.sub(spec.prefix)
+    two_workers.run(work_cut_before_its_result, settings)
+    point = latest(place.sub("resume"))
+    assert point is not None and not place.exists(RESULT)
+    result = run_stage(two_workers, spec)
+    assert (result["ended"], result["resumed_from"]) == (ended, point.step)
+    assert result["speed"]["samples_per_s"] == point.meta["speed"]["speed/samples_per_s"] > 0
+    whole = spec.model_copy(update={"store_url": copy_of_inputs(store, f"whole-{ended}").url})
+    uncut = run_stage(two_workers, whole)
+    assert (uncut["step"], uncut["model_id"], uncut["losses"]) == (
+        result["step"],
+        result["model_id"],
+        result["losses"],
+    )
+
+
+def copy_of_inputs(store: Store, name: str) -> Store:
+    """A store beside it with all but what was trained."""
+    copy = open_store(f"{store.url}-{name}")
+    for key in store.list():
+        if not key.startswith(("runs/", "models/")):
+            copy.upload(Path(store.url, key), key)
+    return copy
+
+
+def test_a_request_to_stop_holds_for_a_job_that_has_not_begun_and_for_no_later_one(
+    prepared: tuple[Store, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="asked", weights={"act": 1.0})
+    place = store.sub(spec.prefix)
+    request_stop(place, "asked-0123456789abcdef-1")
+    monkeypatch.setenv(JOB_ID, "asked-0123456789abcdef-1")
+    with pytest.raises(JobFailed, match="stopped before it began, as asked; start it again to go on"):
+        _require_unasked(spec, place)
+    monkeypatch.setenv(JOB_ID, "asked-0123456789abcdef-2")
+    _require_unasked(spec, place)
+    assert not place.exists(REQUEST)
+
+
 def test_a_run_that_a_bad_step_has_stopped_goes_on_when_it_is_started_to_skip(
     two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
 ) -> None:
@@ -499,6 +561,23 @@ def test_a_run_that_a_bad_step_has_stopped_goes_on_when_it_is_started_to_skip(
     two_workers.run(work_on_a_poisoned_batch, {"spec": specs[1].model_dump_json(), "threads": 1})
     result = place.read_json(RESULT)
     assert (result["resumed_from"], [bad["step"] for bad in result["bad_steps"]]) == (4, [6])
+
+
+def test_gradient_checkpointing_under_zero_3_changes_no_weight(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], model: ModelConfig
+) -> None:
+    store, references = prepared
+    results = []
+    for recomputed in (False, True):
+        config = model.model_copy(
+            update={"backbone": model.backbone.model_copy(update={"gradient_checkpointing": recomputed})}
+        )
+        spec = spec_of(store, references | {"model": config}, name="recomputed", weights={"pre": 1.0, "act": 1.0})
+        spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"zero_stage": 3})})
+        results.append(run_stage(two_workers, spec))
+    kept, recomputed = (load_bundle(result["url"]).model.state_dict() for result in results)
+    assert results[0]["losses"] == results[1]["losses"]
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def predicted_without_robots(settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -690,6 +769,20 @@ def test_a_store_that_does_not_answer_is_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("upvla: store: s3://bucket/runs/key/stage1/spec.json: ")
     assert "is the object store up, and AWS_ENDPOINT_URL right?" in line
+
+
+def test_processes_of_a_driver_outside_a_job_have_a_jobs_environment(ray_head: RayHead) -> None:
+    """What is set here comes from a job's own, and stays."""
+    code = (
+        "import os, ray\n"
+        "from upvla.launch.cluster import connected\n"
+        "with connected({'SET_BY_A_JOB': 'later', 'NOT_SET': 'now'}):\n"
+        "    seen = ray.remote(lambda: [os.environ.get(n) for n in ('SET_BY_A_JOB', 'NOT_SET')]).remote()\n"
+        "    print(ray.get(seen))"
+    )
+    env = os.environ | {"RAY_ADDRESS": ray_head.address, "SET_BY_A_JOB": "first"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert said.stdout.splitlines()[-1] == "[None, 'now']", said.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:

@@ -152,3 +152,10 @@ def test_cosine_never_leaves_its_range() -> None:
     factors = [lr_factor(step, 3, 17) for step in range(30)]
     assert all(0.0 <= f <= 1.0 for f in factors)
     assert math.isclose(max(factors), 1.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
+def test_what_is_measured_on_a_gpu_says_so_where_there_is_none() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "step.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stdout) == (0, "no GPU here: nothing was measured\n"), done.stderr

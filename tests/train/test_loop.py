@@ -16,9 +16,10 @@ from tests.faults.rows import told
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
 from upvla.errors import BadStep, ConfigError, Corrupt, Mismatch, StoreError
 from upvla.train import meter as meter_module
+from upvla.train.config import StageConfig
 from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engine
 from upvla.train.guard import Best, Guard
-from upvla.train.loop import Ended, StageConfig, fit, validate
+from upvla.train.loop import Ended, fit, validate
 from upvla.train.meter import Meter, forward_flops
 from upvla.types import Batch
 
@@ -347,6 +348,9 @@ def test_the_best_validation_and_when_to_stop() -> None:
     assert (best.step, best.exhausted) == (20, True)
     resumed = Best(config, {step: {"val_loss/act": value} for step, value in values.items() if step <= 30})
     assert (resumed.step, resumed.exhausted) == (20, False)
+    diverged = Best(config, {10: {"val_loss/act": 3.0}, 20: {"val_loss/act": None}})
+    assert not diverged.see({"val_loss/act": math.nan}, 30)
+    assert (diverged.step, diverged.exhausted) == (10, True), "what is not finite, or was not, is not better"
     with pytest.raises(ConfigError, match="val_loss/acts"):
         Best(config.model_copy(update={"metric": "val_loss/acts"}), {1: {"val_loss/act": 1.0}})
 

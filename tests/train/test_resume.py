@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import S3Server
 from tests.faults.rows import told
 from tests.train.toy import GLOBAL_BATCH, Workers, batches, toy
 from upvla.errors import AlreadyOwned, Mismatch, NoSpace, StoreError
 from upvla.store import LocalStore, Store, open_store
+from upvla.store.s3 import S3Store
 from upvla.train import resume, scratch
+from upvla.train.config import StageConfig
 from upvla.train.engine import Engine, EngineConfig, OptimizerConfig, build_engine
-from upvla.train.loop import StageConfig, fit
+from upvla.train.loop import fit
 from upvla.types import Batch
 
 pytestmark = pytest.mark.seam
@@ -111,12 +114,23 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")]
+    ("zero_stage", "engine"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (2, {"offload": "cpu"}),
+        (3, {"offload": "cpu"}),
+        (2, {"precision": "bf16"}),
+        (3, {"precision": "bf16"}),
+    ],
+    ids=str,
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    two_workers: Workers, zero_stage: int, offload: str, tmp_path: Path
+    two_workers: Workers, zero_stage: int, engine: dict[str, str], tmp_path: Path
 ) -> None:
-    resumes_bit_for_bit(two_workers, zero_stage, tmp_path, {"offload": offload})
+    resumes_bit_for_bit(two_workers, zero_stage, tmp_path, engine)
 
 
 @pytest.mark.slow
@@ -184,22 +198,45 @@ def test_only_the_last_sets_are_kept(saved: Store) -> None:
     assert newest.world_size == 1
 
 
-def commit_beside_a_successor(url: str, scratch_folder: str) -> list[str]:
+def test_a_manifest_that_was_changed_is_no_set(saved: Store, caplog: pytest.LogCaptureFixture) -> None:
+    newest, before = resume.points(saved)
+    key = f"{newest.name}.json"
+    text = saved.read(key).decode()
+    saved.write(key, text.replace('"step": 8', '"step": 9').encode())
+    assert resume.points(saved) == [before]
+    assert f"{key} is skipped" in caplog.text
+    saved.write(key, text.encode())
+    assert resume.points(saved) == [newest, before]
+
+
+def commit_beside_a_successor(url: str, env: dict[str, str], scratch_folder: str) -> list[str]:
     """Sets whose shards lie there after two saves, between which a later trainer has begun one."""
+    os.environ |= env
     engine, store = build(2, False), open_store(url)
     store.write("step-00000001-dead/shard", b"of a trainer that is gone")
+    cut_upload(store, "step-00000001-late/shard")
     saver = resume.Saver(engine, store, identity=IDENTITY, scratch=Path(scratch_folder), retention=resume.Retention(1))
     store.write("step-00000002-next/shard", b"of the one that took the key over")
+    begun = cut_upload(store, "step-00000002-next/large")
     for step in (3, 4):
         saver.save(step, {})
     saver.wait()
+    assert list(store.unfinished()) == [begun]
     return sorted({key.partition("/")[0][:18] for key in store.list("step-") if "/" in key})
 
 
+def cut_upload(store: Store, key: str) -> str:
+    """Name of an upload that a kill has cut short: it takes up room and is not listed."""
+    assert isinstance(store, S3Store)
+    store._client().create_multipart_upload(**store._at(key))
+    (name,) = (name for name in store.unfinished() if name.startswith(key))
+    return name
+
+
 def test_a_trainer_removes_what_the_dead_left_and_not_what_a_successor_is_writing(
-    one_worker: Workers, tmp_path: Path
+    one_worker: Workers, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    left = one_worker.run(commit_beside_a_successor, str(tmp_path / "run"), str(tmp_path / "s"))[0]
+    left = one_worker.run(commit_beside_a_successor, s3_server.url(), s3_server.env, str(tmp_path))[0]
     assert [name[:13] for name in left] == ["step-00000002", "step-00000004"]
 
 

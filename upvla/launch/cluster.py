@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -18,36 +18,39 @@ _COORDINATOR = "AutoscalingCoordinator"  # of Ray Data and Ray Train, in a names
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
+def connected(environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """Inside, `ray` is connected: to the cluster that RAY_ADDRESS names or that runs here, else to one of our own.
 
-    A connection that was there before stays when the context ends; one that was made here is closed.
+    A connection that was there before stays when the context ends; one that was made here is closed. `environment` is
+    that of the processes which Ray starts for us; what this process has it has as a part of a Ray job, and Ray hands
+    it on.
     """
     if ray.is_initialized():
         yield
         return
-    _connect()
+    _connect({name: value for name, value in (environment or {}).items() if name not in os.environ})
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _connect() -> None:
+def _connect(environment: Mapping[str, str]) -> None:
+    runtime_env = {"env_vars": dict(environment)} if environment else None
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         _require_answer(address)
     except ConnectionError as error:
         raise StackError(f"no Ray cluster at {address}: `upvla up` starts one; else correct RAY_ADDRESS") from error
     try:
-        ray.init(address=address, log_to_driver=True)
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=True)
     except (AuthenticationError, ConnectionError) as error:  # a wrong token may come as either
         if isinstance(error, AuthenticationError) or "RAY_ADDRESS" in os.environ:
             raise StackError(
                 f"no Ray cluster at {address} lets us in: check its token, RAY_AUTH_TOKEN_PATH (`upvla env`), or start "
                 "one with `upvla up`"
             ) from error
-        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+        ray.init(address="local", runtime_env=runtime_env, include_dashboard=False, log_to_driver=True)
 
 
 def _require_answer(address: str) -> None:
@@ -58,6 +61,20 @@ def _require_answer(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
         except OSError as error:
             raise ConnectionError(str(error)) from error
+
+
+def has_room_for(more: int, run_id: str, total: int, needs: Mapping[str, float]) -> bool:
+    """Whether Ray keeps places for `total` workers of a Ray Train run, each of which `needs` so much, and has free what
+    `more` of them need. False where Ray does not say."""
+    try:
+        coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+        reserved: ray.ObjectRef = coordinator.get_reserved_resources.remote(f"train-{run_id}")
+        nodes: Mapping[str, Mapping[str, float]] = ray.get(reserved, timeout=_ANSWER_S)
+    except (ValueError, AttributeError, RayError):
+        return False
+    places = sum(int(min(node.get(name, 0.0) // each for name, each in needs.items())) for node in nodes.values())
+    free = ray.available_resources()
+    return places >= total and all(free.get(name, 0.0) >= more * each for name, each in needs.items())
 
 
 def give_back(run_id: str) -> None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from upvla.errors import AlreadyOwned, ConfigError, JobFailed, StoreError, UpvlaError, problems_of
 from upvla.launch.cluster import connected, give_back
+from upvla.launch.jobs import JOB_ID
 from upvla.launch.lease import Lease, require_owner
 from upvla.launch.notices import REQUEST
-from upvla.launch.train import CLAIM, FAILURE, LEFT, RESULT, TrainSpec, error_of, record_of
+from upvla.launch.train import ALLOCATOR, CLAIM, FAILURE, LEFT, RESULT, TrainSpec, error_of, record_of
 from upvla.store import Store, open_store
+
+_NEVER_S = 1e9  # Ray Train would end a group to make a larger one: ours saves and leaves (`launch/notices.py`)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     place = open_store(folder)
     try:
         spec = _spec(place.read_json(name), url)
-        with connected():
+        with connected(spec.environment | ALLOCATOR):
             train(spec)
     except UpvlaError as error:
         if not isinstance(error, AlreadyOwned):  # then the record is the owner's to write
@@ -72,7 +75,7 @@ def train(spec: TrainSpec) -> dict[str, Any]:
         if (claim := record_of(place, CLAIM)) is not None:  # of a driver that was killed
             give_back(claim["places_of"])
         place.delete(FAILURE)
-        place.delete(REQUEST)
+        _require_unasked(spec, place)
         _check(spec, place)
         allowed, leaving = spec.engine.worker_range, set[str]()
         while (result := record_of(place, RESULT)) is None:
@@ -98,11 +101,20 @@ def train(spec: TrainSpec) -> dict[str, Any]:
     return result
 
 
+def _require_unasked(spec: TrainSpec, place: Store) -> None:
+    """`JobFailed` where this job was asked to stop while it waited. What an earlier one was asked is over."""
+    if (request := record_of(place, REQUEST)) is None:
+        return
+    if request.get("job") == os.environ.get(JOB_ID):
+        raise JobFailed(f"{spec.prefix}: stopped before it began, as asked; start it again to go on")
+    place.delete(REQUEST)
+
+
 def _newest_point(place: Store) -> int:
     """Step of the newest resume point, -1 before there is one."""
-    from upvla.train.resume import points
+    from upvla.train.resume import latest
 
-    return max((point.step for point in points(place.sub("resume"))), default=-1)
+    return point.step if (point := latest(place.sub("resume"))) else -1
 
 
 def _check(spec: TrainSpec, place: Store) -> None:
@@ -149,40 +161,14 @@ def threads_of_worker(cpus: Sequence[float], num_workers: int) -> int:
 def _run_workers(
     spec: TrainSpec, place: Store, owner: int, began: float, allowed: tuple[int, int], cpus: Sequence[float]
 ) -> None:
-    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order.
-
-    One that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their group.
-    """
-    least, most = allowed
-    room = threads_of_worker(cpus, most)
-    threads = spec.engine.threads or room
-    os.environ |= spec.environment
+    """One group of workers, restarted by Ray Train when one is lost, until it ends in good order."""
     folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=spec.scratch or None))
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "spec": spec.model_dump_json(),
-            "threads": threads,
-            "owner": owner,
-            "began": began,
-            "ray": True,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # typed as Ray's first API
-            use_gpu=spec.engine.use_gpu,
-            resources_per_worker={"CPU": min(threads, room, (sum(cpus) or 1.0) / least)},
-        ),
-        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.patience_s),
-        run_config=RunConfig(
-            name=f"{spec.stage.name}-{os.getpid()}",
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=spec.engine.max_failures),
-        ),
-    )
+    trainer = _trainer(spec, {"owner": owner, "began": began}, allowed, cpus, folder)
     run_id = trainer.train_run_context.run_id  # type: ignore[attr-defined]  # typed as Ray's first API
     try:
         place.write_json(CLAIM, {"places_of": run_id})
-        trainer.fit()
+        with _environment(spec.environment):
+            trainer.fit()
     except TrainingFailedError as error:
         failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
         rank, cause = min(failures.items())
@@ -199,6 +185,46 @@ def _run_workers(
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trainer(
+    spec: TrainSpec, driver: Mapping[str, Any], allowed: tuple[int, int], cpus: Sequence[float], folder: Path
+) -> TorchTrainer:
+    """A worker that is stopped or out of reach is found by Ray; one that lives and hangs, by the others in their
+    group."""
+    least, most = allowed
+    room = threads_of_worker(cpus, most)
+    threads = spec.engine.threads or room
+    needs = {"CPU": min(threads, room, (sum(cpus) or 1.0) / least)} | ({"GPU": 1.0} if spec.engine.use_gpu else {})
+    settings = {"spec": spec.model_dump_json(), "threads": threads, "ray": True, "needs": needs if least < most else {}}
+    return TorchTrainer(
+        _work,
+        train_loop_config={**settings, **driver},
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as Ray's first API
+            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
+            use_gpu=spec.engine.use_gpu,
+            resources_per_worker=needs,
+            elastic_resize_monitor_interval_s=_NEVER_S,
+        ),
+        torch_config=TorchConfig(backend=None if spec.engine.use_gpu else "gloo", timeout_s=spec.engine.patience_s),
+        run_config=RunConfig(
+            name=f"{spec.stage.name}-{os.getpid()}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=spec.engine.max_failures),
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Ray Train reads its settings here, and hands them on to its controller."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _work(settings: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from upvla.train.resume import require_space
 from upvla.types import ActionSpace
 
 _OBJECTIVES = {"vq": ("vq",), "policy": ("act", "mmu", "pre")}
+_SEARCHED = 64  # held-out batches, for one of the robot's: most rows may be questions
 _SAVED_BYTES = 16  # a parameter takes in a resume point: weight, master copy and two moments
 
 
@@ -129,9 +131,10 @@ class Inputs:
         """Up to `count` held-out frames {camera: u8[N,H,W,3]}, as the first robot source of the mixture stores them,
         and their instructions."""
         mixture, frames, told = self.validation, defaultdict[str, list[np.ndarray]](list), list[str]()
-        found = (mixture.sample_at(position) for position in range(mixture.plan.global_batch))
-        refs = [ref for ref in found if ref.kind == "robot"]
-        for ref in [ref for ref in refs if ref.source == refs[0].source][:count]:
+        found = (mixture.sample_at(position) for position in range(_SEARCHED * mixture.plan.global_batch))
+        robots = (ref for ref in found if ref.kind == "robot")
+        first = list(islice(robots, 1))
+        for ref in [*first, *islice((ref for ref in robots if ref.source == first[0].source), count - 1)]:
             source = mixture.plan.sources[ref.source]
             dataset = mixture.datasets[source.dataset]
             stored = {camera: source.cameras.get(camera, camera) for camera in self.config.cameras}

@@ -17,6 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from upvla.errors import JobFailed, StackError
 
+JOB_ID = "UPVLA_JOB_ID"
+"""Environment variable of a job: its id, which Ray tells nobody inside it."""
 _OVERRIDE = "RAY_API_SERVER_ADDRESS"
 _POLL_S = 0.25
 _TAIL_LINES = 30
@@ -105,7 +107,7 @@ class Jobs:
             job_id = _job_id(key, len(attempts) + 1)
             try:
                 return self._client.submit_job(
-                    entrypoint=entrypoint, submission_id=job_id, runtime_env={"env_vars": dict(env)}
+                    entrypoint=entrypoint, submission_id=job_id, runtime_env={"env_vars": {**env, JOB_ID: job_id}}
                 )
             except (RuntimeError, ValueError) as error:
                 if self._job(job_id) is None:

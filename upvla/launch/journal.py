@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -11,10 +12,15 @@ import numpy as np
 import psutil
 
 from upvla.data.mixture import Mixture
-from upvla.launch.train import TrainSpec
+from upvla.errors import StoreError
+from upvla.launch.train import UNSENT, TrackingSpec, TrainSpec
+from upvla.store import Store
 
 if TYPE_CHECKING:
     from upvla.tracking import Run
+
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -23,21 +29,24 @@ class Journal:
     def __init__(self, spec: TrainSpec, rank: int, began: float, mixture: Mixture) -> None:
         self._spec, self._speaks, self._began, self._mixture = spec, rank == 0, began, mixture
         self.validation: dict[str, dict[str, float | None]] = {}  # step -> means; strings, because it travels as JSON
-        self._speeds: list[dict[str, float]] = []
+        self._speeds: list[dict[str, float]] = []  # of this life, as logged
+        self._speed_before: dict[str, float] = {}  # the last that earlier ones have logged
         self._start, self._first_step_s = 0, 0.0
         self._run: Run | None = None
         if self._speaks and spec.tracking is not None:
             from upvla.tracking import Tracker  # seconds of import that only one worker needs
 
-            where = spec.tracking
-            about: dict[str, Any] = {"parent": where.parent, "params": spec.config, "tags": where.tags}
-            self._run = Tracker(where.uri, where.experiment).start(
-                f"{spec.key}/{spec.stage.name}", spec.stage.name, **about
-            )
+            self._run = Tracker(spec.tracking.uri, spec.tracking.experiment).start(**self._of_run(spec.tracking))
+
+    def _of_run(self, where: TrackingSpec) -> dict[str, Any]:
+        """What `Tracker.start` wants to know."""
+        key, name = f"{self._spec.key}/{self._spec.stage.name}", self._spec.stage.name
+        return {"key": key, "name": name, "parent": where.parent, "params": self._spec.config, "tags": where.tags}
 
     def begin(self, start: int, meta: Mapping[str, Any]) -> None:
         self._start = start
         self.validation = {step: dict(means) for step, means in meta.get("validation", {}).items()}
+        self._speed_before = dict(meta.get("speed", {}))
         if self._run is not None:
             self._run.replay(meta.get("unsent", ()))
         if self._speaks:
@@ -46,7 +55,12 @@ class Journal:
 
     def state(self) -> dict[str, Any]:
         """For the resume point: what `begin` wants back."""
-        return {"validation": self.validation, "unsent": self._run.unsent() if self._run is not None else []}
+        speed = self._speeds[-1] if self._speeds else self._speed_before
+        return {
+            "validation": self.validation,
+            "unsent": self._run.unsent() if self._run is not None else [],
+            "speed": speed,
+        }
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         held_out = {
@@ -85,10 +99,12 @@ class Journal:
 
     def summary(self, step: int, shares: Mapping[str, float]) -> dict[str, Any]:
         """`losses` {objective: {first, last}} on the held-out batches, `last` as of `step`, and how fast it went:
-        `shares` of the whole run (`Meter.shares`), else medians over what this attempt has logged."""
+        `shares` of the whole run (`Meter.shares`), else medians over what this attempt has logged, or what the one
+        before it logged last."""
         first, last = self.history[min(self.history)], self.history[step]
         names = [name for name in last if name.startswith("val_loss/")]
-        speeds = {name: float(np.median([s[name] for s in self._speeds])) for name in (self._speeds or [{}])[0]}
+        logged = self._speeds or [self._speed_before]
+        speeds = {name: float(np.median([speed[name] for speed in logged])) for name in logged[0]}
         return {
             "losses": {
                 name.removeprefix("val_loss/"): {"first": first.get(name), "last": last[name]} for name in names
@@ -99,9 +115,20 @@ class Journal:
             "seconds_to_first_log": round(self._first_step_s, 1),
         }
 
-    def close(self, status: str) -> None:
-        if self._run is not None:
-            self._run.close(status)
+    def keep_unsent(self, place: Store) -> None:
+        """Before the stage has its result: nobody resumes it then, and MLflow may be away until after its end."""
+        if self._run is not None and self._spec.tracking is not None and (points := self._run.unsent()):
+            place.write_json(UNSENT, {"run": self._of_run(self._spec.tracking), "points": points})
+
+    def close(self, status: str, place: Store) -> None:
+        if self._run is None:
+            return
+        self._run.close(status)
+        if status == "FINISHED" and not self._run.unsent():
+            try:
+                place.delete(UNSENT)
+            except StoreError as error:  # sent once more, it changes nothing
+                log.warning("%s stays: %s", UNSENT, error)
 
     def _line(self, metrics: Mapping[str, float], step: int) -> str:
         """`stage1  240/1500  pre 3.21  mmu 2.99  lr 9.8e-05  104 rows/s  wait 1%  5:12 left`"""

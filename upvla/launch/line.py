@@ -25,7 +25,7 @@ from upvla.launch.jobs import Jobs
 from upvla.launch.logbook import Logbook
 from upvla.launch.promote import promote
 from upvla.launch.steps import once
-from upvla.launch.train import TrainSpec, run_training, share_done
+from upvla.launch.train import ALLOCATOR, TrainSpec, run_training, share_done
 from upvla.model.config import ModelConfig
 from upvla.rollout.benchmarks import line_suite
 from upvla.rollout.evaluate import SuiteConfig, as_metrics, scores
@@ -252,13 +252,15 @@ class Line:
             if self.site.ray_jobs_url:
                 result = run_training(self.store, nested, Jobs(self.site.ray_jobs_url), on_line=on_line)
             else:
-                with connected():
+                with connected(nested.environment | ALLOCATOR):
                     result = train(nested)
             if "url" in result:
                 self.logbook.log_checkpoint(result["url"], self.store)
             return result
 
-        return once(self.store, spec.stage.name, {"spec": spec.key}, work)
+        result = once(self.store, spec.stage.name, {"spec": spec.key}, work)
+        self.logbook.send_late(self.store.sub(spec.prefix))
+        return result
 
     def _counting(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(done / max(1, total), f"{what} {done}/{total}")

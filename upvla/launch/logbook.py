@@ -15,7 +15,7 @@ from upvla.config import LineConfig, SiteConfig, fingerprint
 from upvla.data.table import load_manifest
 from upvla.errors import ConfigError, StackError
 from upvla.launch.scores import run_key
-from upvla.launch.train import TrackingSpec, TrainSpec
+from upvla.launch.train import UNSENT, TrackingSpec, TrainSpec, record_of
 from upvla.store import Store, content_hash, open_store
 from upvla.tracking import Registry, Run, Tracker, protocol_tags
 from upvla.types import Checkpoint
@@ -101,6 +101,7 @@ class Logbook:
         if not self._site.tracking_url:
             return
         checkpoint, meta = read_marker(open_store(url)), read_meta(url)
+        self.send_late(store.sub(f"runs/{_training_run(checkpoint)[0]}"))
         tags = self.tags(meta) | {"stats_id": content_hash(read_facts(url).stats)}
         losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
         try:
@@ -111,6 +112,17 @@ class Logbook:
             Registry(self.tracker).log_model(name, checkpoint, run_id, metrics=losses, tags=tags)
         except StackError as error:
             self._note(f"the checkpoint is safe at {url}, MLflow does not know of it yet: {error}")
+
+    def send_late(self, place: Store) -> None:
+        """What a stage with the prefix `place` measured at its end while MLflow was away."""
+        if not self._site.tracking_url or (late := record_of(place, UNSENT)) is None:
+            return
+        with self.run(**late["run"]) as run:
+            run.replay(late["points"])
+        if run.unsent():
+            self._note(f"MLflow has not had all of {late['run']['name']}'s curves yet; they are kept at {place.url}")
+        else:
+            place.delete(UNSENT)
 
     # --------------------------------------------------------------------------------------------------- scores
 

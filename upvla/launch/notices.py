@@ -1,13 +1,15 @@
-"""Why a worker should save and leave before the end: its node is being taken away, or an operator asked for it.
+"""Why a worker should save and leave before the end: its node is being taken away, an operator asked for it, or there
+is room for more workers.
 
-Both are looked for on a thread, so that asking between two steps costs nothing; the loop tells the other workers.
+All are looked for on a thread, so that asking between two steps costs nothing; the loop tells the other workers.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -19,22 +21,26 @@ from upvla.store import Store
 log = logging.getLogger(__name__)
 
 REQUEST = "request.json"
-_POLL_S = 2.0
+_POLL_S, _ROOM_POLL_S = 2.0, 10.0
 
 
-def request_stop(place: Store) -> None:
-    """Ask the run whose prefix `place` is to save a resume point after its present step and to end."""
-    place.write_json(REQUEST, {"reason": "stop"})
+def request_stop(place: Store, job_id: str) -> None:
+    """Ask the run whose prefix `place` is, in job `job_id`, to save a resume point after its present step and to end.
+
+    It holds from now on: also for a job that has not come to its first step, but for no later one.
+    """
+    place.write_json(REQUEST, {"reason": "stop", "job": job_id})
 
 
 class Notices:
-    """Inside the context, `reason()` is empty until there is one: `stop`, or `preempted` and the ids of the nodes.
+    """Inside the context, `reason()` is empty until there is one: `stop`, `grow`, or `preempted` and ids of nodes.
 
-    `settings["ray"]`: whether Ray Train runs us.
+    `settings["ray"]`: whether Ray Train runs us. `room` says whether there is some for more workers; Ray is asked.
     """
 
-    def __init__(self, place: Store, settings: Mapping[str, Any]) -> None:
-        self._place, self._ray = place, bool(settings.get("ray"))
+    def __init__(self, place: Store, settings: Mapping[str, Any], room: Callable[[], bool] = lambda: False) -> None:
+        self._place, self._ray, self._room = place, bool(settings.get("ray")), room
+        self._asks_for_room = time.monotonic() + _ROOM_POLL_S
         self._reason = ""
         self._over = threading.Event()
 
@@ -53,7 +59,7 @@ class Notices:
     def _watch(self) -> None:
         while not self._over.is_set() and not self._reason:
             try:
-                self._reason = self._preempted() or self._requested()
+                self._reason = self._preempted() or self._requested() or self._grown()
             except StoreError as error:
                 log.warning("requests to this run cannot be read (%s)", error)
             except RayError as error:  # also when the group is taken down around us
@@ -75,3 +81,9 @@ class Notices:
             return str(self._place.read_json(REQUEST)["reason"])
         except NotFound:
             return ""
+
+    def _grown(self) -> str:
+        if time.monotonic() < self._asks_for_room:
+            return ""
+        self._asks_for_room = time.monotonic() + _ROOM_POLL_S
+        return "grow" if self._room() else ""

@@ -64,6 +64,7 @@ def finish(
         golden = record(bundle, images, told) if told else None
         checkpoint = export(inputs.store, f"models/{spec.key}/{spec.stage.name}", replace(bundle, golden=golden))
         result |= {"url": checkpoint.url, "model_id": checkpoint.model_id}
+    journal.keep_unsent(place)
     try:
         place.create_json(RESULT, result)
     except AlreadyExists:

@@ -35,7 +35,7 @@ from upvla.store import Store, content_hash
 from upvla.train.config import EngineConfig, StageConfig
 
 RESULT, FAILURE, SPEC = "result.json", "failure.json", "spec.json"
-LEFT, BAD_STEPS, CLAIM = "left.json", "bad_steps.json", "claim.json"
+LEFT, BAD_STEPS, CLAIM, UNSENT = "left.json", "bad_steps.json", "claim.json", "unsent.json"
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -188,7 +188,7 @@ def stop_training(store: Store, jobs: Jobs, job_id: str = "") -> list[str]:
         names = ", ".join(found[0] for found in running) or "nothing"
         raise NotFound(f"no training stage runs as {job_id or 'a job of this cluster'}; what trains now: {names}")
     for found in asked:
-        request_stop(store.sub(f"runs/{found['key']}/{found['stage']}"))
+        request_stop(store.sub(f"runs/{found['key']}/{found['stage']}"), found[0])
     return [found[0] for found in asked]
 
 

@@ -27,7 +27,7 @@ from upvla.launch.journal import Journal
 from upvla.launch.lease import require_owner
 from upvla.launch.notices import Notices
 from upvla.launch.results import finish, predicted_frames
-from upvla.launch.train import BAD_STEPS, FAILURE, LEFT, RESULT, TrainSpec
+from upvla.launch.train import BAD_STEPS, CLAIM, FAILURE, LEFT, RESULT, TrainSpec
 from upvla.launch.weights import start_from
 from upvla.model.sequence import conditioned, num_tokens
 from upvla.model.upvla import UPVLA
@@ -88,7 +88,9 @@ def work(settings: Mapping[str, Any]) -> None:
     except AlreadyOwned:
         pass  # whoever owns the key now says how it ends
     finally:
-        journal.close({"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"))
+        journal.close(
+            {"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"), place
+        )
     if ended.reason not in ("failed", "finished", "early"):
         reason, *nodes = ended.reason.split()
         tell(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
@@ -112,6 +114,17 @@ class _Life(NamedTuple):
     @property
     def identity(self) -> dict[str, str]:
         return {"key": self.spec.key, "train_plan": self.spec.train_plan}
+
+    def room_for_more(self, engine: Engine) -> Callable[[], bool]:
+        """For the first worker of an elastic group: whether the next number that fits would find its places."""
+        needs, now = self.settings.get("needs"), engine.world_size
+        more = [number for number in self.inputs.world_sizes(self.spec) if number > now]
+        if not needs or not more or engine.rank > 0:
+            return lambda: False
+        from upvla.launch.cluster import has_room_for  # a worker without Ray does without it
+
+        run_id = self.place.read_json(CLAIM)["places_of"]
+        return lambda: has_room_for(more[0] - now, run_id, more[0], needs)
 
     def open_engine(self, step: int | None = None) -> tuple[Engine, resume.ResumePoint | None]:
         """As the newest resume point left it, or that of `step`."""
@@ -194,7 +207,8 @@ def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Le
         if (drawn := predicted_frames(inputs, engine, held_out)) is not None:
             journal.picture(drawn, f"predicted/step-{step:08d}.png")
 
-    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, Notices(life.place, settings) as asked:
+    notices = Notices(life.place, settings, life.room_for_more(engine))
+    with _loader(spec, inputs, inputs.train, engine, start, threads) as batches, notices as asked:
         try:
             ended = fit(
                 engine,

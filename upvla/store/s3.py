@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import time
 import uuid
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _UPLOAD = "?uploadId="  # between the key and the upload, in the name of an unfinished write
 _CREATE_ATTEMPTS = 4
 _READ_ATTEMPTS = 4
+_SINGLE_PUT = 64 * 2**20  # more goes in parts: S3 takes at most 5 GB in one
 _ARROW_ATTEMPTS = 6  # a row group that does not come stops a training run
 
 
@@ -48,7 +50,10 @@ class S3Store(Store):
 
     def write(self, key: str, data: bytes) -> None:
         with self._translated(key):
-            self._client().put_object(**self._at(key), Body=data)
+            if len(data) <= _SINGLE_PUT:
+                self._client().put_object(**self._at(key), Body=data)
+            else:
+                self._client().upload_fileobj(io.BytesIO(data), self.bucket, self.prefix + checked(key))
 
     def create(self, key: str, data: bytes) -> str:
         from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError

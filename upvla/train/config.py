@@ -57,7 +57,7 @@ class EngineConfig(BaseModel):
         description="worker failures in a row, without a new resume point, that are retried; -1: always again",
     )
     stall_timeout_s: int = Field(
-        default=60, gt=0, description="a worker that says nothing for so long is given up, and the group starts again"
+        default=50, gt=0, description="a worker that says nothing for so long is given up, and the group starts again"
     )
     start_timeout_s: int = Field(
         default=900,

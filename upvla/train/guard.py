@@ -99,14 +99,14 @@ class Best:
             self.see(history[step], step)
 
     def see(self, metrics: Mapping[str, float | None], step: int) -> bool:
-        """Whether these are better than all before. Step 0, from before training, is never the best."""
-        value = metrics.get(self._config.metric)
-        if value is None:
+        """Whether these are better than all before. Step 0, from before training, is never the best, nor is what is
+        not finite (None in a history)."""
+        if self._config.metric not in metrics:
             raise ConfigError(
-                f"best.metric={self._config.metric!r} is no finite value of the validation at step {step}; it has "
-                f"{sorted(metrics)}"
+                f"best.metric={self._config.metric!r} is not in the validation at step {step}; it has {sorted(metrics)}"
             )
-        if step > 0 and value < self._value:
+        value = metrics[self._config.metric]
+        if step > 0 and value is not None and value < self._value:
             self.step, self._value, self._since = step, value, 0
             return True
         self._since += step > 0

@@ -22,8 +22,6 @@ from upvla.train.guard import Best, Guard
 from upvla.train.meter import Meter
 from upvla.types import Batch, Losses
 
-__all__ = ["Ended", "Meter", "StageConfig", "fit", "validate"]
-
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -58,6 +56,8 @@ def fit(
     has moved, when `guard` does not let a bad step pass; the message names the mixture positions.
     """
     meter, guard = meter or Meter(), guard or Guard(config.guard)
+    if best is not None and best.exhausted:  # a life that was cut off after its last save had come so far
+        return Ended(start_step, "early")
     if start_step == 0:
         with meter.paused():
             log(validate(engine, validation), 0)

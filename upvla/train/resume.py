@@ -23,6 +23,7 @@ import logging
 import random
 import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,8 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from upvla.errors import Corrupt, Mismatch, NoSpace, NotFound
-from upvla.store import Store
+from upvla.errors import Corrupt, Mismatch, NoSpace, NotFound, StoreError
+from upvla.store import Store, content_hash
 from upvla.train import group
 from upvla.train.engine import Engine
 from upvla.train.scratch import locked_folder, shared_folder
@@ -84,8 +85,10 @@ def points(store: Store) -> list[ResumePoint]:
             continue
         try:
             value = store.read_json(key)
+            if value.pop("sha256", "") not in ("", content_hash(value)):  # none in those of before
+                raise Corrupt("it does not match the hash in it")
             found.append(ResumePoint(**value | {"shards": tuple(Shard(**shard) for shard in value["shards"])}))
-        except (Corrupt, NotFound, TypeError, KeyError) as error:
+        except (Corrupt, NotFound, TypeError, KeyError, AttributeError) as error:
             log.warning("resume point %s/%s is skipped: its manifest is unreadable (%s)", store.url, key, error)
     return sorted(found, key=lambda point: (point.step, point.name), reverse=True)
 
@@ -160,7 +163,9 @@ class Saver:
         def write() -> None:
             (folder / f"random_{self._engine.rank:05d}.json").write_text(json.dumps(_random_states()))
 
-        group.agree(lambda: require_space(folder, self._engine.shard_bytes))
+        machine = socket.gethostname()
+        others = group.gather((machine, self._engine.shard_bytes))
+        group.agree(lambda: require_space(folder, sum(num_bytes for name, num_bytes in others if name == machine)))
         with self._engine.patient():
             self._engine.save(folder)
         group.agree(write)
@@ -179,7 +184,8 @@ class Saver:
 
     def _commit(self, point: ResumePoint, keep: tuple[int, ...]) -> None:
         self._owns()
-        self._store.create_json(f"{point.name}.json", asdict(point))
+        value = json.loads(json.dumps(asdict(point)))  # as it will be read
+        self._store.create_json(f"{point.name}.json", value | {"sha256": content_hash(value)})
         newest = points(self._store)
         every = self._retention.every
         kept = {p.name for p in newest[: self._retention.last]} | {point.name}
@@ -189,6 +195,9 @@ class Saver:
         old = [key for key in self._store.list("step-") if _set_of(key) in gone]
         for key in sorted(old, key=lambda key: "/" in key):  # manifests first: without one a set does not exist
             self._store.delete(key)
+        for upload in _cut_short(self._store):  # a large shard's, of one that was killed: it is not listed
+            if _set_of(upload) in gone:
+                self._store.abandon(upload)
 
 
 def _upload(folder: Path, store: Store, name: str) -> list[Shard]:
@@ -255,6 +264,7 @@ _CONVERTED = "universal"
 
 
 def _fetch(store: Store, point: ResumePoint, folder: Path, universal: bool) -> None:
+    require_space(folder, sum(shard.num_bytes for shard in point.shards) * (2 if universal else 1))
     _download(store, point, folder)
     if universal:
         to_universal(folder, folder / _CONVERTED)
@@ -294,7 +304,17 @@ def _set_of(key: str) -> str:
 
 def _unfinished(store: Store) -> set[str]:
     """Names of sets that have no readable manifest: those who wrote them are gone."""
-    return {_set_of(key) for key in store.list("step-")} - {point.name for point in points(store)}
+    there = [*store.list("step-"), *_cut_short(store)]
+    return {_set_of(key) for key in there} - {point.name for point in points(store)}
+
+
+def _cut_short(store: Store) -> list[str]:
+    """Uploads that have not ended. Where our keys may not list them, they are left to the bucket's own rules."""
+    try:
+        return list(store.unfinished())
+    except StoreError as error:
+        log.warning("unfinished uploads are not looked for (%s)", error)
+        return []
 
 
 def _missing(store: Store, point: ResumePoint) -> list[str]:
