@@ -50,7 +50,7 @@ def _connect(environment: Mapping[str, str]) -> None:
                 f"no Ray cluster at {address} lets us in: check its token, RAY_AUTH_TOKEN_PATH (`upvla env`), or start "
                 "one with `upvla up`"
             ) from error
-        ray.init(address="local", runtime_env=runtime_env, include_dashboard=False, log_to_driver=True)
+        ray.init(address="local", runtime_env=runtime_env, log_to_driver=True)  # with its pages: Ray Train asks them
 
 
 def _require_answer(address: str) -> None:
