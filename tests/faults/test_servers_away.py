@@ -22,8 +22,8 @@ from flows.deploy import TRAINER
 from tests.conftest import ROOT, free_ports
 from tests.faults.proxy import FaultProxy
 from tests.faults.rows import compared, told
-from tests.faults.test_training import saved_point, wait_for
 from tests.launch.conftest import RayHead
+from tests.launch.running import saved_point, wait_for
 from tests.launch.stages import model, prepared, run_stage, spec_of
 from tests.tracking.conftest import Server, server
 from tests.train.toy import Workers

@@ -24,8 +24,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.rows import compared, taken_again, told
-from tests.faults.test_training import SLOW, STEPS, Prepared, stage_of, wait_for
 from tests.launch.conftest import RAY
+from tests.launch.running import SLOW, STEPS, Prepared, stage_of, wait_for
 from tests.launch.stages import model, prepared, run_stage
 from tests.train.toy import Workers
 from upvla.launch.train import RESULT, SPEC, TrainSpec
