@@ -1,4 +1,4 @@
-"""An elastic run on Ray has as many workers as fit, and takes more when there is room."""
+"""An elastic run on Ray has as many workers as there is room for and as fit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rows import compared, told
+from tests.faults.rows import told
 from tests.launch.conftest import RayHead, ray_node
-from tests.launch.running import Prepared, Running, cost_of, saved_point, stage_of, wait_for
+from tests.launch.running import Prepared, Running, by_start, cost_of, saved_point, stage_of, wait_for
 from tests.launch.stages import model, prepared, run_stage
 from tests.train.toy import Workers
 from upvla.errors import JobFailed
@@ -23,29 +23,15 @@ pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
 HELD_OUT = ("val_loss/pre", "val_loss/act", "val_loss/mmu")
 
 
-def test_a_number_between_two_that_fit_is_left_for_the_lower_one(
+def test_a_run_takes_more_workers_when_there_is_room_and_goes_on_with_fewer_when_a_node_is_gone(
     ray_head: RayHead, prepared: Prepared, two_workers: Workers, tmp_path: Path
 ) -> None:
-    """There is room for three, between whom no batch can be shared out."""
-    changes = {"engine": {"zero_stage": 2, "threads": 1, "num_workers": (1, 3)}, "stage": {"steps": 4}}
-    reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
-    store, spec = stage_of(prepared, tmp_path / "elastic", **changes)
-    with ray_node(ray_head, num_cpus=1):
-        running = Running(store, spec, ray_head)
-        result = running.join()
-    sizes = [size for size in (3, 2) if any(f"worker group of size {size}" in line for _, line in running.lines)]
-    assert (running.left_for(), sizes) == (["resize"], [3, 2])
-    assert compared(result, reference)["bit_identical"]
+    """Two begin, for whom there is room. Nodes for one more each come: with one of them nothing changes, because no
+    batch can be shared out between three. One is lost again, and the three for whom Ray finds places leave for two.
 
-
-def test_a_run_takes_more_workers_when_there_is_room_and_loses_no_step_and_goes_on_with_fewer_when_a_node_is_gone(
-    ray_head: RayHead, prepared: Prepared, two_workers: Workers, tmp_path: Path
-) -> None:
-    """Two begin, for whom there is room; a node comes on which two more find their place, and is lost with them.
-
-    Held-out losses of all three lives are compared; then it is stopped.
+    Held-out losses of all lives are compared, at a rate that does not multiply what other sums round otherwise.
     """
-    optimizer = {"lr": 1e-4, "schedule": "constant"}
+    optimizer = {"lr": 1e-5, "schedule": "constant"}
     stage = {"steps": 2000, "save_every": 20, "eval_every": 10, "eval_batches": 2, "optimizer": optimizer}
     changes = {"engine": {"zero_stage": 1, "threads": 1, "num_workers": (2, 4)}, "stage": stage}
     store, spec = stage_of(prepared, tmp_path / "elastic", **changes)
@@ -53,20 +39,20 @@ def test_a_run_takes_more_workers_when_there_is_room_and_loses_no_step_and_goes_
 
     def trained(lives: int) -> float:
         """Until the last of so many lives has taken and saved some steps; and when that was."""
-        wait_for(
-            lambda: running.error or [len(life.steps) > 40 for life in by_start(running.lives())] == [True] * lives
-        )
+        enough = [True] * lives
+        wait_for(lambda: running.error or [len(life.steps) > 40 for life in by_start(running.lives())] == enough)
         return time.monotonic()
 
     running.wait_for("Attempting to start training worker group of size 2")
-    with ray_node(ray_head, num_cpus=2):
-        came = time.monotonic()
-        running.wait_for("Started training worker group of size 4")
-        went = trained(lives=2)
-    trained(lives=3)
-    stop_training(store, Jobs(ray_head.jobs_url))
-    with pytest.raises(JobFailed, match="stopped after step"):
-        running.join()
+    with ray_node(ray_head, num_cpus=1):
+        with ray_node(ray_head, num_cpus=1):
+            came = time.monotonic()
+            running.wait_for("Started training worker group of size 4")
+            went = trained(lives=2)
+        trained(lives=3)
+        stop_training(store, Jobs(ray_head.jobs_url))
+        with pytest.raises(JobFailed, match="stopped after step"):
+            running.join()
     seen = saved_point(store, spec).meta["validation"]
     other, uncut = stage_of(prepared, tmp_path / "uncut", **changes | {"stage": stage | {"steps": max(map(int, seen))}})
     run_stage(two_workers, uncut)
@@ -77,7 +63,7 @@ def test_a_run_takes_more_workers_when_there_is_room_and_loses_no_step_and_goes_
     grown, shrunk = cost_of(came, two, four), cost_of(went, four, two_again)
     told("a node came: from two workers to four", **grown, **equal)
     told("a node was lost: from four workers to two", **shrunk, **equal)
-    assert running.left_for() == ["grow"]
+    assert running.left_for() == ["grow", "resize"]
     assert grown["lost_steps"] == 0 and four.start > 0, "it was saved when there was room"
     assert 0 <= shrunk["lost_steps"] <= 2 * spec.stage.save_every, "the newest resume point may have been on its way"
     assert difference < 1e-5
