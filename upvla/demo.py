@@ -54,7 +54,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{stage:<10} {seconds:>8.1f}  {report['figures'].get(stage, '')}")
     lines.append(f"{'total':<10} {report['total_seconds']:>8.1f}")
     lines += ["", f"{'held-out loss':<14} {'before':>9} {'after':>9}"]
-    lines += [f"{name:<14} {row['first']:>9.4f} {row['last']:>9.4f}" for name, row in report["losses"].items()]
+    lines += [f"{name:<14} {_loss(row['first'])} {_loss(row['last'])}" for name, row in report["losses"].items()]
     policies = list(report["scores"])
     lines += ["", f"{'score (95 % interval)':<34}" + "".join(f"{policy:>22}" for policy in policies)]
     for metric in sorted({metric for scores in report["scores"].values() for metric in scores}):
@@ -66,6 +66,10 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", "where to look"] + [f"  {name:<10} {address}" for name, address in report["addresses"].items()]
     lines += [f"  {name:<10} {value}" for name, value in report["versions"].items()]
     return "\n".join(lines)
+
+
+def _loss(value: float | None) -> str:
+    return f"{value:>9.4f}" if value is not None else f"{'-':>9}"  # not finite, or not there
 
 
 def _run(module: str, *arguments: str, quiet: bool = False) -> None:

@@ -165,7 +165,7 @@ def test_faults_of_a_run_that_comes_further_do_not_add_up_under_zero_3(
     One worker is killed, one stalls, and the third group's gets no more address space: at its next save it cannot go
     on. Then Ray Train's controller is killed, and the workers with it.
     """
-    engine = {"zero_stage": 3, "max_failures": 1, "stall_timeout_s": _STALL_TIMEOUT_S}
+    engine = {"zero_stage": 3, "num_workers": (1, 2), "max_failures": 1, "stall_timeout_s": _STALL_TIMEOUT_S}
     changes = {"engine": engine, "stage": SLOW | {"steps": 42, "save_every": 6}}
     reference = run_stage(two_workers, stage_of(prepared, tmp_path, **changes)[1])
     store, spec = stage_of(prepared, s3_server.url(), **changes)

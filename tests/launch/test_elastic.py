@@ -32,7 +32,7 @@ def test_a_run_takes_more_workers_when_there_is_room_and_goes_on_with_fewer_when
     Held-out losses of all lives are compared, at a rate that does not multiply what other sums round otherwise.
     """
     optimizer = {"lr": 1e-5, "schedule": "constant"}
-    stage = {"steps": 2000, "save_every": 20, "eval_every": 10, "eval_batches": 2, "optimizer": optimizer}
+    stage = {"steps": 9000, "save_every": 20, "eval_every": 10, "eval_batches": 2, "optimizer": optimizer}
     changes = {"engine": {"zero_stage": 1, "threads": 1, "num_workers": (2, 4)}, "stage": stage}
     store, spec = stage_of(prepared, tmp_path / "elastic", **changes)
     running = Running(store, spec, ray_head)

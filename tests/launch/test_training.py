@@ -543,6 +543,10 @@ def test_a_request_to_stop_holds_for_a_job_that_has_not_begun_and_for_no_later_o
     monkeypatch.setenv(JOB_ID, "asked-0123456789abcdef-2")
     _require_unasked(spec, place)
     assert not place.exists(REQUEST)
+    place.write_json(REQUEST, {"reason": "stop"})  # as before jobs were named, and outside a job
+    monkeypatch.delenv(JOB_ID)
+    _require_unasked(spec, place)
+    assert not place.exists(REQUEST)
 
 
 def test_a_run_that_a_bad_step_has_stopped_goes_on_when_it_is_started_to_skip(

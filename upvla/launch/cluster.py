@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from upvla.errors import JobFailed, StackError, UpvlaError
@@ -63,18 +64,28 @@ def _require_answer(address: str) -> None:
             raise ConnectionError(str(error)) from error
 
 
-def has_room_for(more: int, run_id: str, total: int, needs: Mapping[str, float]) -> bool:
-    """Whether Ray keeps places for `total` workers of a Ray Train run, each of which `needs` so much, and has free what
-    `more` of them need. False where Ray does not say."""
+def has_room_for(more: int, needs: Mapping[str, float]) -> bool:
+    """Whether so many workers would find free what each of them `needs`, on one node. False where Ray does not say."""
+    try:
+        nodes = available_resources_per_node()
+    except (RayError, OSError):
+        return False
+    return _workers_on(nodes.values(), needs) >= more
+
+
+def keeps_places_for(total: int, run_id: str, needs: Mapping[str, float]) -> bool:
+    """Whether Ray keeps places for so many workers of an elastic Ray Train run: it would start them."""
     try:
         coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
         reserved: ray.ObjectRef = coordinator.get_reserved_resources.remote(f"train-{run_id}")
         nodes: Mapping[str, Mapping[str, float]] = ray.get(reserved, timeout=_ANSWER_S)
-    except (ValueError, AttributeError, RayError):
+    except (ValueError, AttributeError, RayError, OSError):
         return False
-    places = sum(int(min(node.get(name, 0.0) // each for name, each in needs.items())) for node in nodes.values())
-    free = ray.available_resources()
-    return places >= total and all(free.get(name, 0.0) >= more * each for name, each in needs.items())
+    return _workers_on(nodes.values(), needs) >= total
+
+
+def _workers_on(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
+    return sum(int(min(node.get(name, 0.0) // each for name, each in needs.items())) for node in nodes)
 
 
 def give_back(run_id: str) -> None:

@@ -105,7 +105,8 @@ def _require_unasked(spec: TrainSpec, place: Store) -> None:
     """`JobFailed` where this job was asked to stop while it waited. What an earlier one was asked is over."""
     if (request := record_of(place, REQUEST)) is None:
         return
-    if request.get("job") == os.environ.get(JOB_ID):
+    job = os.environ.get(JOB_ID)
+    if job and request.get("job") == job:
         raise JobFailed(f"{spec.prefix}: stopped before it began, as asked; start it again to go on")
     place.delete(REQUEST)
 
@@ -178,6 +179,7 @@ def _run_workers(
             f"{reason[-1]}"
         ) from error
     except RayError as error:
+        give_back(run_id)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise JobFailed(
             f"{spec.prefix}: Ray Train's controller was lost ({reason[0]}): the next start goes on from the newest "
@@ -196,7 +198,9 @@ def _trainer(
     room = threads_of_worker(cpus, most)
     threads = spec.engine.threads or room
     needs = {"CPU": min(threads, room, (sum(cpus) or 1.0) / least)} | ({"GPU": 1.0} if spec.engine.use_gpu else {})
-    settings = {"spec": spec.model_dump_json(), "threads": threads, "ray": True, "needs": needs if least < most else {}}
+    elastic = spec.engine.worker_range[0] < spec.engine.worker_range[1]
+    settings = {"spec": spec.model_dump_json(), "threads": threads, "ray": True}
+    settings |= {"needs": needs, "most": most} if elastic else {}
     return TorchTrainer(
         _work,
         train_loop_config={**settings, **driver},

@@ -103,7 +103,8 @@ class Logbook:
         checkpoint, meta = read_marker(open_store(url)), read_meta(url)
         self.send_late(store.sub(f"runs/{_training_run(checkpoint)[0]}"))
         tags = self.tags(meta) | {"stats_id": content_hash(read_facts(url).stats)}
-        losses = {f"held_out/{name}": float(row["last"]) for name, row in meta.get("losses", {}).items()}
+        last = {f"held_out/{name}": row["last"] for name, row in meta.get("losses", {}).items()}
+        losses = {name: float(value) for name, value in last.items() if value is not None}  # of one that diverged
         try:
             run_id = self.training_id(checkpoint)
             used = [load_manifest(store, n, d["version"]) for n, d in meta.get("datasets", {}).items()]

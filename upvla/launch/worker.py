@@ -121,10 +121,11 @@ class _Life(NamedTuple):
         more = [number for number in self.inputs.world_sizes(self.spec) if number > now]
         if not needs or not more or engine.rank > 0:
             return lambda: False
-        from upvla.launch.cluster import has_room_for  # a worker without Ray does without it
+        from upvla.launch.cluster import has_room_for, keeps_places_for  # a worker without Ray does without it
 
-        run_id = self.place.read_json(CLAIM)["places_of"]
-        return lambda: has_room_for(more[0] - now, run_id, more[0], needs)
+        run_id, total = self.place.read_json(CLAIM)["places_of"], more[0]
+        asked = total <= self.settings["most"]  # else this group's number was lowered, and Ray keeps no more for it
+        return lambda: has_room_for(total - now, needs) and (not asked or keeps_places_for(total, run_id, needs))
 
     def open_engine(self, step: int | None = None) -> tuple[Engine, resume.ResumePoint | None]:
         """As the newest resume point left it, or that of `step`."""
@@ -232,6 +233,8 @@ def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Le
             return _Learnt(Ended(bad.step, "rollback"), 0, (), {}, [])
     with meter.paused(stalls=True):
         saver.wait()
+    if best and best.step is None and ended.reason in ("finished", "early"):
+        raise ConfigError(f"{stage.name}: no validation had a finite {stage.best.metric}, so none was the best")
     exported = best.step if best and best.step else ended.step
     return _Learnt(ended, exported, held_out, meter.shares(), guard.bad_steps)
 

@@ -264,7 +264,8 @@ _CONVERTED = "universal"
 
 
 def _fetch(store: Store, point: ResumePoint, folder: Path, universal: bool) -> None:
-    require_space(folder, sum(shard.num_bytes for shard in point.shards) * (2 if universal else 1))
+    copies = 3 if universal else 1  # converting takes it into pieces, and joins those
+    require_space(folder, copies * sum(shard.num_bytes for shard in point.shards))
     _download(store, point, folder)
     if universal:
         to_universal(folder, folder / _CONVERTED)
