@@ -233,7 +233,7 @@ def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Le
             return _Learnt(Ended(bad.step, "rollback"), 0, (), {}, [])
     with meter.paused(stalls=True):
         saver.wait()
-    if best and best.step is None and ended.reason in ("finished", "early"):
+    if stage.best and best and best.step is None and ended.reason in ("finished", "early"):
         raise ConfigError(f"{stage.name}: no validation had a finite {stage.best.metric}, so none was the best")
     exported = best.step if best and best.step else ended.step
     return _Learnt(ended, exported, held_out, meter.shares(), guard.bad_steps)
