@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from upvla.errors import JobFailed, StackError, UpvlaError
@@ -67,8 +66,10 @@ def _require_answer(address: str) -> None:
 def has_room_for(more: int, needs: Mapping[str, float]) -> bool:
     """Whether so many workers would find free what each of them `needs`, on one node. False where Ray does not say."""
     try:
+        from ray._private.state import available_resources_per_node  # its public sum says nothing of single nodes
+
         nodes = available_resources_per_node()
-    except (RayError, OSError):
+    except (ImportError, RayError, OSError):
         return False
     return _workers_on(nodes.values(), needs) >= more
 
