@@ -33,6 +33,7 @@ from upvla.data.samples import Collator
 from upvla.data.versions import load_manifest
 from upvla.errors import ConfigError, JobFailed, Mismatch, NotFound, StoreError
 from upvla.launch import worker
+from upvla.launch.cluster import _workers_on
 from upvla.launch.describe import describe_shard
 from upvla.launch.driver import _go_on_after, _require_unasked, main, threads_of_worker
 from upvla.launch.encode import encode_shard
@@ -703,6 +704,12 @@ def test_wrong_numbers_of_workers_leave_and_say_how_many_would_do(
     assert open_inputs(spec).world_sizes(spec) == [1]
     assert _go_on_after(spec, left) == (1, 1)
     assert _go_on_after(spec, {"reason": "preempted", "step": 4, "nodes": []}) == (1, 8), "there may be room again"
+
+
+def test_a_place_for_a_worker_lies_on_one_node() -> None:
+    nodes = [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "memory": 9.0}, {"CPU": 8.0, "GPU": 2.0}]
+    assert _workers_on(nodes, {"CPU": 2.0}) == 1 + 1 + 4
+    assert _workers_on(nodes, {"CPU": 2.0, "GPU": 1.0}) == 1 + 0 + 2
 
 
 @pytest.mark.parametrize(
