@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Two "hosts" on one machine: network namespaces with addresses of their own, joined by a bridge in a third one. Nothing
-# of it is seen from outside. UPVLA_HOSTS (default: upvla) is the prefix of their names.
+# Two "hosts" on one machine: network namespaces with addresses of their own, joined by a bridge in a third one. No name
+# server is asked there: a question to one out of reach takes six seconds, and every connection asks. Nothing of it is
+# seen from outside. UPVLA_HOSTS (default: upvla) is the prefix of their names.
 #   infra/two_hosts.sh up                 hosts a (10.213.77.2) and b (10.213.77.3), each with an interface eth0
 #   infra/two_hosts.sh run a COMMAND...   becomes COMMAND on host a
 #   infra/two_hosts.sh cut b              pulls b's cable: what is on its way is lost, and no connection is told
@@ -32,6 +33,8 @@ up() {
     ip -n "$prefix-$host" address add "10.213.77.$number/24" dev eth0
     ip -n "$prefix-$host" link set eth0 up
     ip -n "$prefix-$host" route add default dev eth0 # how a program finds out which address is its own
+    mkdir -p "/etc/netns/$prefix-$host"
+    echo 'nameserver 127.0.0.1' >"/etc/netns/$prefix-$host/resolv.conf" # where nothing listens
     number=$((number + 1))
   done
 }
@@ -42,6 +45,7 @@ down() {
     [ -e "/run/netns/$name" ] || continue
     ip netns pids "$name" | xargs -r kill -KILL || true
     ip netns delete "$name"
+    rm -rf "/etc/netns/$name"
   done
 }
 
@@ -52,7 +56,7 @@ case "${1:-}" in
   join) ip -n "$switch" link set "port-$2" up ;;
   down) down ;;
   *)
-    sed -n '2,9s/^# //p' "$0" >&2
+    sed -n '2,10s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

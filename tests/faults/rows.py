@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -14,11 +14,6 @@ def told(fault: str, *, lost_steps: int, first_new_step_s: float | None = None, 
     """
     seconds = None if first_new_step_s is None else round(first_new_step_s, 1)
     print(json.dumps({"fault": fault, "lost_steps": lost_steps, "first_new_step_s": seconds, **found}))
-
-
-def taken_again(steps: Sequence[int]) -> int:
-    """How many steps were lost, of those that a run told of in all its lives."""
-    return len(steps) - len(set(steps))
 
 
 def compared(result: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:

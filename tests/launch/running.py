@@ -23,6 +23,7 @@ STEPS = 24
 STAGE = {"steps": STEPS, "optimizer": {"lr": 3e-4}}
 SLOW = {"eval_every": 1, "eval_batches": 2}
 """A step takes its time where it is followed by a validation."""
+HELD_OUT = ("val_loss/pre", "val_loss/act", "val_loss/mmu")
 Prepared = tuple[Store, dict[str, Any]]
 
 
@@ -91,13 +92,18 @@ class Running:
         return [found[1] for _, line in self.lines if (found := re.search(r": the workers left \((.+)\) and", line))]
 
     def lives(self) -> list[Life]:
-        found: list[Life] = []
-        for at, line in self.lines:
-            if began := re.search(r": from step (\d+) of", line):
-                found.append(Life(int(began[1]), []))
-            elif " lr " in line:
-                found[-1].steps.append((at, int(line.split()[1].partition("/")[0])))
-        return found
+        return lives_of(self.lines)
+
+
+def lives_of(lines: Sequence[tuple[float, str]]) -> list[Life]:
+    """What a run printed, and when."""
+    found: list[Life] = []
+    for at, line in lines:
+        if began := re.search(r": from step (\d+) of", line):
+            found.append(Life(int(began[1]), []))
+        elif step := re.search(r" (\d+)/\d+ .* lr ", line):
+            found[-1].steps.append((at, int(step[1])))
+    return found
 
 
 def cost_of(moment: float, before: Life, after: Life) -> dict[str, Any]:
