@@ -15,7 +15,7 @@ def normal(name: str) -> str:
 
 
 def main(lock: str) -> int:
-    lines = [line.split("#")[0].strip() for line in Path(lock).read_text().splitlines()]
+    lines = [re.split("[#;]", line)[0].strip() for line in Path(lock).read_text().splitlines()]
     locked = {normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
     wrong = []
     for distribution in distributions():

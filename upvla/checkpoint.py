@@ -152,13 +152,15 @@ def read_meta(url: str) -> dict[str, Any]:
     return dict(json.loads(_verified(store, _marker(store)["files"]["meta.json"])))
 
 
-def load_bundle(url: str) -> Bundle:
+def load_bundle(url: str, *, weights: bool = True) -> Bundle:
     """Read a checkpoint onto the CPU, in evaluation mode. Hashes are verified before anything is parsed.
 
+    Without `weights` the policy's own are not read: it has shapes only, on torch's device `meta`.
     Raises `NotFound` where there is no finished checkpoint, `Corrupt` naming the file whose bytes are not what the
     marker says, `Mismatch` naming the weight or part that does not fit its config.
     """
     import safetensors.torch
+    import torch
 
     from upvla.model.text import TextTokenizer
     from upvla.model.upvla import UPVLA
@@ -166,8 +168,10 @@ def load_bundle(url: str) -> Bundle:
 
     parts = _Parts(open_store(url))
     facts = _facts(parts)
-    model, vq = UPVLA(facts.config), VQTokenizer(facts.config.vq)
-    for module, name in ((model, "model.safetensors"), (vq, "vq.safetensors")):
+    with torch.device("cpu" if weights else "meta"):
+        model = UPVLA(facts.config)
+    vq = VQTokenizer(facts.config.vq)
+    for module, name in ((model, "model.safetensors"), (vq, "vq.safetensors"))[not weights :]:
         _fill(module, parts.parsed(name, safetensors.torch.load, safetensors.SafetensorError), f"{url}/{name}")
     return Bundle(
         config=facts.config,

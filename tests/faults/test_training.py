@@ -34,6 +34,7 @@ from tests.launch.stages import model, prepared, run_stage
 from tests.train.toy import Workers
 from upvla.errors import JobFailed, NotFound
 from upvla.launch.jobs import Jobs
+from upvla.launch.notices import REQUEST
 from upvla.launch.train import FAILURE, RESULT, SPEC, TrainSpec, stop_training
 from upvla.store import Store
 from upvla.train.resume import latest
@@ -125,6 +126,7 @@ def stopped_by_an_operator(store: Store, spec: TrainSpec, running: Running, head
     assert stop_training(store, jobs, ours) == [ours]
     with pytest.raises(JobFailed, match=r"stopped after step \d+ as asked; start it again to go on"):
         running.join()
+    assert not store.sub(spec.prefix).exists(REQUEST), "a later job may have the same name"
     step = int(saved_point(store, spec).step)
     assert 0 < step < spec.stage.steps
     return step

@@ -334,6 +334,24 @@ def test_a_checkpoint_of_another_model_than_the_runs_is_named(
         open_inputs(spec_of(store, references | parent | ours, name="stage2", weights={"act": 1.0}))
 
 
+def test_a_driver_does_without_a_parents_weights_and_workers_say_what_is_wrong_with_them(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], model: ModelConfig
+) -> None:
+    store, references = prepared
+    bundle = open_inputs(spec_of(store, references, name="stage1", weights={"act": 1.0})).bundle(UPVLA(model), {})
+    parent = export(store, "models/damaged/stage1", bundle)
+    (weights,) = (key for key in store.list("models/damaged/stage1/") if "/model-" in key)
+    store.write(weights, bytes(len(store.read(weights))))
+    references = references | {"parent_url": parent.url, "parent_id": parent.model_id, "model": None}
+    spec = spec_of(store, references, name="stage2", weights={"act": 1.0})
+    inputs = open_inputs(spec, weights=False)
+    inputs.check(spec)
+    assert inputs.parent is not None and all(each.is_meta for each in inputs.parent.model.parameters())
+    two_workers.run(work, {"spec": spec.model_dump_json(), "threads": 1})
+    failure = store.sub(spec.prefix).read_json(FAILURE)
+    assert failure["code"] == "corrupt" and "its sha256 is not the marker's" in failure["message"]
+
+
 def test_what_describes_no_stage_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = open_store(str(tmp_path))
     for value, said in (({"kind": "vlm"}, "(kind: Input should be 'vq' or 'policy'; store_url: "), ([], "(it: Input ")):
@@ -425,11 +443,10 @@ def train_on(settings: dict[str, Any], saved: int, after: int) -> tuple[dict[int
     """From the set of one step with the batches after another: learning rates by step, and the weights at the end."""
     spec = TrainSpec.model_validate_json(settings["spec"])
     inputs, points = open_inputs(spec), open_store(spec.store_url).sub(f"{spec.prefix}/resume")
-    identity = {"key": spec.key, "train_plan": spec.train_plan}
     engine, _ = resume.open_engine(
         partial(worker._build, spec, inputs),
         points,
-        identity=identity,
+        identity=spec.identity,
         scratch=spec.scratch_folder,
         zero_stage=spec.engine.zero_stage,
         step=saved,
@@ -541,6 +558,8 @@ def test_a_request_to_stop_holds_for_a_job_that_has_not_begun_and_for_no_later_o
     monkeypatch.setenv(JOB_ID, "asked-0123456789abcdef-1")
     with pytest.raises(JobFailed, match="stopped before it began, as asked; start it again to go on"):
         _require_unasked(spec, place)
+    _require_unasked(spec, place)  # a Ray that was started anew numbers its jobs from the beginning
+    request_stop(place, "asked-0123456789abcdef-1")
     monkeypatch.setenv(JOB_ID, "asked-0123456789abcdef-2")
     _require_unasked(spec, place)
     assert not place.exists(REQUEST)
@@ -608,14 +627,20 @@ def test_a_worker_with_questions_only_draws_no_picture_and_lives(
 
 
 def test_a_trainer_that_was_taken_over_says_nothing(
-    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]], tmp_path: Path
 ) -> None:
+    from upvla.tracking import Tracker
+
     store, references = prepared
-    spec = spec_of(store, references, name="overtaken", weights={"act": 1.0})
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "overtaken"}
+    spec = spec_of(store, references, name="overtaken", weights={"act": 1.0}, tracking=tracking)
     place = store.sub(spec.prefix)
     place.create_json("owner-000002.json", {})
     two_workers.run(work_on_a_poisoned_batch, {"spec": spec.model_dump_json(), "threads": 1, "owner": 1})
     assert not any(place.exists(name) for name in (FAILURE, LEFT, RESULT))
+    tracker = Tracker(**tracking)
+    (run,) = tracker.client.search_runs([tracker.experiment_id()])
+    assert run.info.status == "RUNNING", "its successor's"
 
 
 def test_a_life_waits_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,6 +764,24 @@ def test_what_a_cluster_cannot_give_is_one_sentence_before_workers_are_asked_for
     assert main([f"{place.url}/{SPEC}"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upvla: ")]
     assert line.startswith(f"upvla: {sentence}")
+
+
+def test_resume_points_of_another_zero_stage_are_refused_before_workers_are_asked_for(
+    ray_head: RayHead,
+    prepared: tuple[Store, dict[str, Any]],
+    two_workers: Workers,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store, references = prepared
+    spec = spec_of(store, references, name="staged", weights={"act": 1.0})
+    two_workers.run(work_cut_before_its_result, {"spec": spec.model_dump_json(), "threads": 1})
+    other = spec.model_copy(update={"engine": spec.engine.model_copy(update={"zero_stage": 3})})
+    place = store.sub(spec.prefix)
+    place.write_json(SPEC, other.model_dump(mode="json"))
+    assert main([f"{place.url}/{SPEC}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("upvla: ")]
+    assert line.startswith(f"upvla: mismatch: resume point {place.url}/resume/step-00000008-")
+    assert line.endswith("was written under ZeRO 2, this run has 3; set engine.zero_stage=2, or start a new run")
 
 
 def test_a_disk_without_room_is_one_sentence_before_workers_are_asked_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -361,6 +362,30 @@ def test_training_does_not_wait_for_a_slow_store(one_worker: Workers, tmp_path: 
     assert told["committed_s"] >= _SLOW_S
 
 
+def save_while_its_record_goes_on(url: str, scratch_folder: str) -> dict[str, Any]:
+    engine, store, validated = build(0), open_store(url), threading.Event()
+    told = {"validation": {"1": {"val_loss/act": 0.5}}}
+    saver = resume.Saver(
+        engine, store, identity={}, scratch=Path(scratch_folder), owns=lambda: require(validated.wait(60))
+    )
+    saver.save(1, told)
+    told["validation"]["2"] = {"val_loss/act": 0.4}
+    validated.set()
+    saver.wait()
+    (point,) = resume.points(store)
+    return dict(point.meta)
+
+
+def require(well: bool) -> None:
+    assert well
+
+
+def test_a_point_tells_of_its_step_and_of_none_after_it(one_worker: Workers, tmp_path: Path) -> None:
+    """Who goes on from it would else take a validation for seen that is still to come, and not save what is best."""
+    told = one_worker.run(save_while_its_record_goes_on, str(tmp_path / "run"), str(tmp_path / "s"))[0]
+    assert told == {"validation": {"1": {"val_loss/act": 0.5}}}
+
+
 def save_where_rank_1_cannot_write(url: str, scratch: str) -> str:
     engine = build(2)
     store = open_store(url if engine.rank == 0 else "/dev/null/nowhere")
@@ -379,6 +404,29 @@ def test_a_worker_that_cannot_write_fails_the_save_for_all_and_nothing_is_commit
     messages = two_workers.run(save_where_rank_1_cannot_write, str(tmp_path / "run"), str(tmp_path / "s"))
     assert messages[0] == messages[1]
     assert "/dev/null/nowhere" in messages[0]
+    assert resume.points(open_store(str(tmp_path / "run"))) == []
+
+
+def save_where_rank_1_has_no_thread_left(url: str, scratch: str) -> str:
+    class Broken(LocalStore):
+        def upload(self, path: str | Path, key: str) -> None:
+            raise RuntimeError("can't start new thread")
+
+    engine = build(2)
+    saver = resume.Saver(engine, (LocalStore, Broken)[engine.rank](url), identity={}, scratch=Path(scratch))
+    saver.save(2, {})
+    try:
+        saver.wait()
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def test_nor_do_the_others_wait_for_one_whose_upload_ends_in_an_unknown_error(
+    two_workers: Workers, tmp_path: Path
+) -> None:
+    messages = two_workers.run(save_where_rank_1_has_no_thread_left, str(tmp_path / "run"), str(tmp_path / "s"))
+    assert messages == ["a resume point was not sent (RuntimeError: can't start new thread): it is saved anew"] * 2
     assert resume.points(open_store(str(tmp_path / "run"))) == []
 
 

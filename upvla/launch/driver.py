@@ -96,6 +96,8 @@ def train(spec: TrainSpec) -> dict[str, Any]:
                 raise error_of(failure)
             if (left := record_of(place, LEFT)) is None:
                 raise JobFailed(f"{spec.prefix}: the workers ended without a result; see their log")
+            if left["reason"] == "stop":  # a job of the same name may come, of a Ray that has forgotten this one
+                place.delete(REQUEST)
             allowed = _go_on_after(spec, left)
             leaving.update(left.get("nodes", ()))
     return result
@@ -106,9 +108,9 @@ def _require_unasked(spec: TrainSpec, place: Store) -> None:
     if (request := record_of(place, REQUEST)) is None:
         return
     job = os.environ.get(JOB_ID)
+    place.delete(REQUEST)
     if job and request.get("job") == job:
         raise JobFailed(f"{spec.prefix}: stopped before it began, as asked; start it again to go on")
-    place.delete(REQUEST)
 
 
 def _newest_point(place: Store) -> int:
@@ -121,8 +123,14 @@ def _newest_point(place: Store) -> int:
 def _check(spec: TrainSpec, place: Store) -> None:
     """Everything that can be known to be wrong without a worker."""
     from upvla.launch.inputs import open_inputs
+    from upvla.train.resume import points, require_same
 
-    open_inputs(spec).check(spec)
+    inputs, saved = open_inputs(spec, weights=False), place.sub("resume")
+    inputs.check(spec)
+    if _trains_here():
+        inputs.require_space(spec)
+    for point in points(saved)[:1]:
+        require_same(point, spec.identity, spec.engine.zero_stage, saved.url)
     least, gpus = spec.engine.worker_range[0], ray.cluster_resources().get("GPU", 0)
     if spec.engine.use_gpu and gpus < least:
         raise ConfigError(
@@ -133,6 +141,12 @@ def _check(spec: TrainSpec, place: Store) -> None:
         from upvla.tracking import Tracker
 
         Tracker(spec.tracking.uri, spec.tracking.experiment).experiment_id()
+
+
+def _trains_here() -> bool:
+    """Whether this machine's node takes workers: the head of a cluster does not."""
+    this = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == this and node["Resources"].get("CPU", 0.0) > 0 for node in ray.nodes())
 
 
 def _go_on_after(spec: TrainSpec, left: Mapping[str, Any]) -> tuple[int, int]:

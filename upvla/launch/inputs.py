@@ -82,13 +82,19 @@ class Inputs:
         for url, expected in zip(spec.weights_urls, spec.weights_ids, strict=True):
             if weights_id(url) != expected:
                 raise Mismatch(f"{spec.stage.name}: {url} holds weights {weights_id(url)}, the run is of {expected}")
-        with torch.device("meta"):  # only shapes are looked at: a driver need not have room for a large model
-            model: nn.Module = VQTraining(VQTokenizer(self.config.vq))
-            if spec.kind == "policy":
-                model = UPVLA(self.config) if self.parent is None else self.parent.model
-                self.bundle(model, {})
-        freeze_parameters(nn.ModuleDict({"objective": model}) if spec.kind == "vq" else model, spec.stage.freeze)
-        require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in model.parameters()))
+        module = self._shapes(spec)
+        if isinstance(module, UPVLA):
+            self.bundle(module, {})
+        freeze_parameters(nn.ModuleDict({"objective": module}) if spec.kind == "vq" else module, spec.stage.freeze)
+
+    def require_space(self, spec: TrainSpec) -> None:
+        """Raise `NoSpace` where a resume point of this stage has no room on this machine on its way to the store."""
+        require_space(spec.scratch_folder, _SAVED_BYTES * sum(p.numel() for p in self._shapes(spec).parameters()))
+
+    def _shapes(self, spec: TrainSpec) -> nn.Module:
+        """What is trained, without weights: a driver need not have room for a large model."""
+        with torch.device("meta"):
+            return VQTraining(VQTokenizer(self.config.vq)) if spec.kind == "vq" else UPVLA(self.config)
 
     def world_sizes(self, spec: TrainSpec) -> list[int]:
         """Numbers of workers that this run may have."""
@@ -182,10 +188,11 @@ def _require_answerable(space: ActionSpace, what: str) -> None:
             )
 
 
-def open_inputs(spec: TrainSpec, world_size: int = 1) -> Inputs:
-    """For one of `world_size` workers. `NotFound`, `Corrupt` or `Mismatch` name the reference that is wrong."""
+def open_inputs(spec: TrainSpec, world_size: int = 1, *, weights: bool = True) -> Inputs:
+    """For one of `world_size` workers; without `weights` a parent's model has shapes only. `NotFound`, `Corrupt` or
+    `Mismatch` name the reference that is wrong."""
     store = open_store(spec.store_url)
-    parent = load_bundle(spec.parent_url) if spec.parent_url else None
+    parent = load_bundle(spec.parent_url, weights=weights) if spec.parent_url else None
     config = parent.config if parent is not None else spec.model
     if config is None:
         raise ConfigError(f"{spec.stage.name}: neither a model configuration nor a checkpoint to start from")

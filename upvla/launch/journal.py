@@ -121,6 +121,7 @@ class Journal:
             place.write_json(UNSENT, {"run": self._of_run(self._spec.tracking), "points": points})
 
     def close(self, status: str, place: Store) -> None:
+        """`status` of the run in MLflow, as `Run.close` knows it."""
         if self._run is None:
             return
         self._run.close(status)

@@ -113,6 +113,11 @@ class TrainSpec(BaseModel):
         return content_hash(value | {"engine": self.engine.model_dump(include={"precision", "gradient_clipping"})})
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What its resume points must have been made for."""
+        return {"key": self.key, "train_plan": self.train_plan}
+
+    @property
     def config(self) -> dict[str, Any]:
         """What was asked for, as JSON, without where anything lies: a URL may hold a password."""
         return self.model_dump(mode="json", exclude=_ELSEWHERE)

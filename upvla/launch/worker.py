@@ -21,7 +21,7 @@ from torch import nn
 from upvla.data.loader import Loader
 from upvla.data.mixture import Mixture
 from upvla.data.samples import Collator
-from upvla.errors import AlreadyOwned, BadStep, ConfigError, Mismatch, NoSpace, NotFound, StoreError
+from upvla.errors import AlreadyOwned, BadStep, ConfigError, Corrupt, Mismatch, NoSpace, NotFound, StoreError
 from upvla.launch.inputs import Inputs, open_inputs
 from upvla.launch.journal import Journal
 from upvla.launch.lease import require_owner
@@ -45,6 +45,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _STORE_PAUSE_S = 5.0
+_STATUS = {"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED", "superseded": ""}
+"""Of the run in MLflow, by how a life ended for good; whoever was superseded leaves it as it is."""
 _NAMED = 16  # samples of a bad step in the log; its record has all
 
 
@@ -73,7 +75,11 @@ def work(settings: Mapping[str, Any]) -> None:
                 owns()
                 place.write_json(name, value)
 
-    inputs = open_inputs(spec, world_size)
+    try:
+        inputs = open_inputs(spec, world_size)
+    except Corrupt as error:  # a parent's weights, which the driver does not read
+        tell(FAILURE, {"code": error.code, "message": str(error)})
+        return
     if world_size not in (fitting := inputs.world_sizes(spec)):
         # an elastic group was given a number between two that fit: the driver asks for the lower one
         most = max((n for n in fitting if n < world_size), default=fitting[0])
@@ -86,14 +92,12 @@ def work(settings: Mapping[str, Any]) -> None:
     except (BadStep, NoSpace, ConfigError, Mismatch) as error:
         tell(FAILURE, {"code": error.code, "message": str(error)})
     except AlreadyOwned:
-        pass  # whoever owns the key now says how it ends
+        ended = Ended(0, "superseded")  # whoever owns the key now says how it ends
     finally:
-        journal.close(
-            {"failed": "FAILED", "finished": "FINISHED", "early": "FINISHED"}.get(ended.reason, "KILLED"), place
-        )
-    if ended.reason not in ("failed", "finished", "early"):
-        reason, *nodes = ended.reason.split()
-        tell(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
+        if ended.reason not in _STATUS:  # first: the notice may be short, and MLflow slow
+            reason, *nodes = ended.reason.split()
+            tell(LEFT, {"reason": reason, "step": ended.step, "nodes": nodes})
+        journal.close(_STATUS.get(ended.reason, "KILLED"), place)
 
 
 class _Life(NamedTuple):
@@ -110,10 +114,6 @@ class _Life(NamedTuple):
     @property
     def points(self) -> Store:
         return self.place.sub("resume")
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return {"key": self.spec.key, "train_plan": self.spec.train_plan}
 
     def room_for_more(self, engine: Engine) -> Callable[[], bool]:
         """For the first worker of an elastic group: whether the next number that fits would find its places."""
@@ -133,7 +133,7 @@ class _Life(NamedTuple):
         return resume.open_engine(
             partial(_build, spec, self.inputs if step is None else open_inputs(spec)),  # a module is wrapped only once
             self.points,
-            identity=self.identity,
+            identity=spec.identity,
             scratch=spec.scratch_folder,
             zero_stage=spec.engine.zero_stage,
             step=step,
@@ -152,6 +152,7 @@ class _Learnt(NamedTuple):
 
 def _train(life: _Life) -> Ended:
     """From the last resume point, if there is one, to the result, or to where somebody asked everybody to leave."""
+    group.agree(partial(life.inputs.require_space, life.spec))
     engine, point = life.open_engine()
     learnt = _learn(life, engine, point)
     if learnt.ended.reason not in ("finished", "early"):
@@ -193,7 +194,7 @@ def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Le
     saver = resume.Saver(
         engine,
         life.points,
-        identity=life.identity,
+        identity=spec.identity,
         scratch=spec.scratch_folder,
         retention=resume.Retention(stage.keep_last, stage.keep_every),
         owns=life.owns,

@@ -218,13 +218,15 @@ class Run:
         self._quietly(lambda: self._client.log_dict(self.run_id, value, name))
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
-        """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`."""
+        """Send what is left, for at most `timeout_s`, and mark the run `FINISHED`, `FAILED` or `KILLED`, unless it is
+        empty: then it is somebody else's by now."""
         self._closing.set()
         self._sender.join(timeout_s)
         if (points := self.unsent()) or self._pictures:
             unsent = len(points), len(self._pictures)
             log.warning("MLflow at %s: %d metric points and %d pictures were never sent", self._tracker.shown, *unsent)
-        self._quietly(lambda: self._client.set_terminated(self.run_id, status))
+        if status:
+            self._quietly(lambda: self._client.set_terminated(self.run_id, status))
 
     def _send_forever(self) -> None:
         while not self._closing.is_set():

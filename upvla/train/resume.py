@@ -20,7 +20,6 @@ import functools
 import hashlib
 import json
 import logging
-import random
 import secrets
 import shutil
 import socket
@@ -29,18 +28,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from upvla.errors import Corrupt, Mismatch, NoSpace, NotFound, StoreError
 from upvla.store import Store, content_hash
 from upvla.train import group
 from upvla.train.engine import Engine
+from upvla.train.randomness import random_states, set_random_states
 from upvla.train.scratch import locked_folder, shared_folder
 from upvla.train.zero import to_universal
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _LAYOUT = {0: "whole", 1: "slices", 2: "slices", 3: "partitions"}  # of ZeRO's states; sets convert within one
@@ -132,7 +132,7 @@ class Saver:
         `keep`: further steps whose sets must stay. Raises, on every worker, what the previous upload or this snapshot
         has failed with on any worker; then nothing of that set is visible.
         """
-        began = time.perf_counter()
+        began, now = time.perf_counter(), json.loads(json.dumps(dict(meta)))  # the caller's goes on changing
         self.wait()
         name = group.gather(f"step-{step:08d}-{secrets.token_hex(4)}")[0]
         opened = contextlib.ExitStack()
@@ -143,9 +143,7 @@ class Saver:
         except BaseException:
             opened.close()
             raise
-        point = ResumePoint(
-            name, step, self._engine.world_size, self._engine.zero_stage, (), self._identity, dict(meta)
-        )
+        point = ResumePoint(name, step, self._engine.world_size, self._engine.zero_stage, (), self._identity, now)
         work = functools.partial(self._send, folder, opened, point, keep)
         self._upload = threading.Thread(target=work, name="upvla-upload", daemon=True)
         self._upload.start()
@@ -161,7 +159,7 @@ class Saver:
 
     def _snapshot(self, folder: Path) -> None:
         def write() -> None:
-            (folder / f"random_{self._engine.rank:05d}.json").write_text(json.dumps(_random_states()))
+            (folder / f"random_{self._engine.rank:05d}.json").write_text(json.dumps(random_states()))
 
         machine = socket.gethostname()
         others = group.gather((machine, self._engine.shard_bytes))
@@ -174,11 +172,12 @@ class Saver:
         """On a thread of every worker: upload, agree over the side group, and let the first worker commit."""
         try:
             with opened:
-                sent = group.agree(lambda: _upload(folder, self._store, point.name), self._side)
+                sent = group.agree(lambda: _told(lambda: _upload(folder, self._store, point.name)), self._side)
             shards = tuple(shard for worker in sent for shard in worker)
             _require_distinct(shards)
             complete = ResumePoint(**{**_fields(point), "shards": shards})
-            group.agree(lambda: self._commit(complete, keep) if self._engine.rank == 0 else None, self._side)
+            commit = functools.partial(self._commit, complete, keep) if self._engine.rank == 0 else _nothing
+            group.agree(lambda: _told(commit), self._side)
         except BaseException as error:
             self._failure = error
 
@@ -198,6 +197,16 @@ class Saver:
         for upload in _cut_short(self._store):  # a large shard's, of one that was killed: it is not listed
             if _set_of(upload) in gone:
                 self._store.abandon(upload)
+
+
+def _told(work: Callable[[], T]) -> T:
+    """On a thread: whatever it fails with is told to the others, who would wait for it long, for no process ends."""
+    try:
+        return work()
+    except group.Failure:
+        raise
+    except Exception as error:
+        raise StoreError(f"a resume point was not sent ({type(error).__name__}: {error}): it is saved anew") from error
 
 
 def _upload(folder: Path, store: Store, name: str) -> list[Shard]:
@@ -232,7 +241,7 @@ def open_engine(
     for point in group.agree(lambda: points(store) if leader else [])[0]:
         if step is not None and point.step != step:
             continue
-        _require_same(point, identity, zero_stage, store.url)
+        require_same(point, identity, zero_stage, store.url)
         same = (point.world_size, point.zero_stage) == (world_size, zero_stage)
         universal = not same and zero_stage > 0
         with shared_folder(scratch) as (folder, leads):
@@ -245,7 +254,7 @@ def open_engine(
             engine = build(universal)
             engine.load(folder / _CONVERTED if universal else folder)
             if same:
-                _set_random_states(json.loads((folder / f"random_{engine.rank:05d}.json").read_text()))
+                set_random_states(json.loads((folder / f"random_{engine.rank:05d}.json").read_text()))
             else:
                 log.warning(
                     "resume point %s of %d workers goes on with %d: same batches, random states anew",
@@ -334,7 +343,8 @@ def _require_distinct(shards: tuple[Shard, ...]) -> None:
         raise Mismatch(f"two workers wrote {doubled[0]!r}: they disagree about their ranks")
 
 
-def _require_same(point: ResumePoint, identity: Mapping[str, Any], zero_stage: int, url: str) -> None:
+def require_same(point: ResumePoint, identity: Mapping[str, Any], zero_stage: int, url: str) -> None:
+    """Raise `Mismatch` where a run of this identity cannot go on from `point`, of the store at `url`."""
     for key in sorted({*identity, *point.identity}):
         if identity.get(key) != point.identity.get(key):
             raise Mismatch(
@@ -358,33 +368,3 @@ def require_space(folder: Path, num_bytes: int) -> None:
             f"{free / 2**20:.0f} MB are free; free some, or give Ray's workers a TMPDIR on a larger disk, and start it "
             "again"
         )
-
-
-# ----------------------------------------------------------------------------------------------- random states
-
-
-def _random_states() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
-    states = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    return states
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.asarray(keys, np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(_bytes_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
-
-
-def _bytes_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
