@@ -389,7 +389,11 @@ def test_a_point_tells_of_its_step_and_of_none_after_it(one_worker: Workers, tmp
 def save_where_rank_1_cannot_write(url: str, scratch: str) -> str:
     engine = build(2)
     store = open_store(url if engine.rank == 0 else "/dev/null/nowhere")
-    saver = resume.Saver(engine, store, identity={}, scratch=Path(scratch))
+    return failure_of_a_save(engine, store, Path(scratch))
+
+
+def failure_of_a_save(engine: Engine, store: Store, scratch: Path) -> str:
+    saver = resume.Saver(engine, store, identity={}, scratch=scratch)
     saver.save(2, {})
     try:
         saver.wait()
@@ -413,13 +417,7 @@ def save_where_rank_1_has_no_thread_left(url: str, scratch: str) -> str:
             raise RuntimeError("can't start new thread")
 
     engine = build(2)
-    saver = resume.Saver(engine, (LocalStore, Broken)[engine.rank](url), identity={}, scratch=Path(scratch))
-    saver.save(2, {})
-    try:
-        saver.wait()
-    except StoreError as error:
-        return str(error)
-    return ""
+    return failure_of_a_save(engine, (LocalStore, Broken)[engine.rank](url), Path(scratch))
 
 
 def test_nor_do_the_others_wait_for_one_whose_upload_ends_in_an_unknown_error(
