@@ -325,12 +325,14 @@ def build_engine(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adamw, lambda step: lr_factor(step, optimizer.warmup_steps, total_steps, optimizer.schedule)
     )
+    settings = deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation)
+    if config.offload == "nvme":  # as `initialize` would do, but that keeps them in bfloat16 on CPUs without float16
+        deepspeed.zero.Init(module=module, config_dict_or_path=settings, remote_device="nvme")
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=adamw,
         lr_scheduler=schedule,
         dist_init_required=False,
-        config=deepspeed_json(module, config, micro_batch=micro_batch, accumulation=accumulation)
-        | {"checkpoint": {"load_universal": universal}},
+        config=settings | {"checkpoint": {"load_universal": universal}},
     )
     return Engine(engine, adamw, config, accumulation, ema_decay)
