@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -15,7 +15,6 @@ from tests.train.toy import Workers
 from upvla.checkpoint import Golden, load_bundle, read_marker
 from upvla.launch import worker
 from upvla.launch.train import RESULT
-from upvla.model.upvla import UPVLA
 from upvla.rollout.golden import record
 from upvla.store import Store, open_store
 from upvla.tracking import Registry, Tracker
@@ -33,7 +32,7 @@ def work_and_answer(settings: dict[str, Any]) -> tuple[Golden, dict[str, np.ndar
     def learn_and_answer(life: Any, engine: Any, point: Any) -> Any:
         learnt = learn(life, engine, point)
         with engine.evaluating():
-            bundle = life.inputs.bundle(cast(UPVLA, engine.training_module), {})
+            bundle = life.inputs.bundle(engine._objectives, {})
             live.append(record(bundle, *life.inputs.observations(OBSERVATIONS)))
         live.append({name: weight.numpy() for name, weight in engine.full_weights().items()})
         return learnt

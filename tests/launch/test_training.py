@@ -270,7 +270,7 @@ ON_DISK = {"num_workers": 2, "zero_stage": 3, "offload": "nvme", "nvme_folder": 
         ({"parent_url": "/nowhere/models/x"}, NotFound, "holds no finished checkpoint"),
         ({"model": None}, ConfigError, "neither a model configuration nor a checkpoint"),
         ({"engine": ON_DISK, "stage": {"ema_decay": 0.9}}, ConfigError, "with offload=nvme none are"),
-        ({"engine": ON_DISK, "stage": {"picture_every": 1}}, ConfigError, "picture_every needs a policy with whole"),
+        ({"kind": "vq", "stage": {"weights": {"vq": 1.0}, "picture_every": 1}}, ConfigError, "picture_every is a poli"),
     ],
 )
 def test_wrong_inputs_are_named_before_workers_are_asked_for(
@@ -624,6 +624,26 @@ def test_a_worker_with_questions_only_draws_no_picture_and_lives(
     spec = spec_of(store, references, name="drawn", weights={"act": 1.0})
     none, drawn = two_workers.run(predicted_without_robots, {"spec": spec.model_dump_json(), "threads": 1})[0]
     assert none is None and drawn.ndim == 3
+
+
+def test_pictures_under_zero_3_are_those_of_whole_weights_and_change_no_weight(
+    two_workers: Workers, prepared: tuple[Store, dict[str, Any]]
+) -> None:
+    """They are taken between steps, which must find weights and their order of fetching as they left them."""
+    store, references = prepared
+    spec = spec_of(store, references, name="drawn", weights={"pre": 1.0, "act": 1.0})
+    drawn, learnt = [], []
+    for zero_stage in (0, 3):
+        engine = spec.engine.model_copy(update={"zero_stage": zero_stage})
+        settings = {"spec": spec.model_copy(update={"engine": engine}).model_dump_json(), "threads": 1}
+        drawn += [frames for _, frames in two_workers.run(predicted_without_robots, settings)]
+    assert all(np.array_equal(frames, drawn[worker % 2]) for worker, frames in enumerate(drawn))
+    for every in (None, 1, 3):
+        stage = {"picture_every": every, "ema_decay": 0.5}
+        watched = spec_of(store, references, name=f"drawn-{every}", weights={"pre": 1.0, "act": 1.0}, stage=stage)
+        watched = watched.model_copy(update={"engine": engine})
+        learnt.append(load_bundle(run_stage(two_workers, watched)["url"]).model.state_dict())
+    assert all(torch.equal(tensor, other[name]) for other in learnt[1:] for name, tensor in learnt[0].items())
 
 
 def test_a_trainer_that_was_taken_over_says_nothing(

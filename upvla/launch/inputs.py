@@ -60,8 +60,8 @@ class Inputs:
         """Raise what would make every worker fail."""
         self.world_sizes(spec)
         _require_known(spec)
-        if spec.stage.picture_every and (spec.engine.zero_stage == 3 or spec.kind != "policy"):
-            raise ConfigError(f"{spec.stage.name}: picture_every needs a policy with whole weights (zero_stage <= 2)")
+        if spec.stage.picture_every and spec.kind != "policy":
+            raise ConfigError(f"{spec.stage.name}: picture_every is a policy's, a tokenizer has no future to predict")
         if spec.stage.ema_decay and spec.engine.offload == "nvme":
             raise ConfigError(f"{spec.stage.name}: ema_decay averages weights in memory, with offload=nvme none are")
         for mixture in (self.train, self.validation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ def bad_steps_before(spec: TrainSpec, inputs: Inputs) -> list[dict[str, Any]]:
 def predicted_frames(inputs: Inputs, engine: Engine, held_out: Sequence[Batch]) -> np.ndarray | None:
     """u8[3H,B*W,3]: held-out frames now, predicted for a chunk later, and as they then were, from their codes.
 
-    Collective: with averaged weights every worker brings its part of them. None where a worker holds only questions.
+    Collective: every worker may hold a part of the weights, or of their average, so each draws frames of its own. None
+    where one holds only questions.
     """
     assert inputs.vq is not None
     batch = max(held_out, key=lambda batch: len(batch.codes))
@@ -92,9 +93,7 @@ def predicted_frames(inputs: Inputs, engine: Engine, held_out: Sequence[Batch]) 
     rows = slice(0, min(_PICTURED, len(batch.codes)))
     read = [torch.as_tensor(getattr(batch, name)[rows]) for name in ("images", "codes", "text_ids", "text_len")]
     with engine.evaluating():
-        model = cast(UPVLA, engine.training_module)
-        images, codes, text_ids, text_len = (tensor.to(engine.device) for tensor in read)
-        _, future = model.predict(images, codes, text_ids, text_len)
+        _, future = engine.call("predict", *(tensor.to(engine.device) for tensor in read))
     grid = tuple(side // inputs.config.vq.downsampling for side in inputs.config.vq.sides)
     shown = [read[1], future.cpu(), torch.as_tensor(batch.future_codes[rows])]
     with torch.no_grad():

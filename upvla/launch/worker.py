@@ -205,7 +205,7 @@ def _learn(life: _Life, engine: Engine, point: resume.ResumePoint | None) -> _Le
         told |= {**journal.state(), "meter": meter.state(), "guard": guard.state()}
         saver.save(step, told, keep=(best.step,) if best and best.step else ())
 
-    def picture(step: int) -> None:  # on every worker: each holds a part of an average
+    def picture(step: int) -> None:  # on every worker: each may hold a part of the weights
         if (drawn := predicted_frames(inputs, engine, held_out)) is not None:
             journal.picture(drawn, f"predicted/step-{step:08d}.png")
 

@@ -135,10 +135,16 @@ class Engine:
         finally:
             self._engine.train()
 
-    @property
-    def training_module(self) -> nn.Module:
-        """The module itself. Under ZeRO 3 it only works while every worker calls the same layers in the same order."""
-        return self._objectives
+    def call(self, method: str, *inputs: torch.Tensor) -> Any:
+        """What `method` of the module gives, on inputs on `device`: each worker its own, everybody at the same time.
+
+        It runs as a forward pass, because ZeRO 3 counts layers, and fetches their weights, from where one begins.
+        """
+        self._objectives.forward = getattr(self._objectives, method)
+        try:
+            return self._objectives(*inputs)
+        finally:
+            del self._objectives.forward
 
     @property
     def device(self) -> torch.device:
