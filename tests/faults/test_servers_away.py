@@ -37,7 +37,7 @@ from upvla.train.resume import latest
 
 __all__ = ["model", "prepared", "server"]  # fixtures
 
-pytestmark = [pytest.mark.seam, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.seam, pytest.mark.timeout(900)]
 
 STEPS, WEIGHTS = 24, {"act": 1.0}
 Prepared = tuple[Store, dict[str, Any]]
@@ -169,6 +169,7 @@ def prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
     made.kill()
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_prefect_and_the_next_flow_run_attaches_to_it(
     ray_head: RayHead, prepared: Prepared, calm: dict[str, Any], prefect_server: PrefectServer, tmp_path: Path
 ) -> None:
